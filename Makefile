@@ -1,0 +1,27 @@
+# make book: everything from a fresh clone to the HTML    make test: the whole test suite
+PYTHON ?= python3
+PROFILE ?= quick
+CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` takes the newest versions instead
+BIN = .venv/bin
+
+.PHONY: install book test clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	@start=$$(date +%s); $(PYTHON) -m venv .venv && \
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[book,test]" && \
+	echo "installation: $$(( $$(date +%s) - start )) s" && touch $@
+
+book: install
+	@start=$$(date +%s); $(BIN)/kdx data get cifar10 && echo "data: $$(( $$(date +%s) - start )) s"
+	@$(BIN)/kdx book --profile $(PROFILE)
+
+test: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+clean: # keeps the data and the trained networks
+	rm -rf .venv book/_build book/executed

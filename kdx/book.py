@@ -1,0 +1,150 @@
+"""The book: pages.yml -> papermill -> book/executed -> jupyter-book -> HTML.
+
+A page is executed again only if its notebook, its parameters or the package changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import load_notebook_node
+
+from kdx.progress import TERMINAL, terminal
+
+PROFILES = ("smoke", "quick", "paper")
+
+
+class BookError(RuntimeError):
+    """A notebook failed, or the builder complained."""
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    executed: Path
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The nearest folder, from ``start`` upwards, that holds ``book/pages.yml``."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "book" / "pages.yml").is_file():
+            return folder
+    raise BookError(f"no book/pages.yml in {start} or above; run this inside a checkout of kdx")
+
+
+def load_pages(root: Path, profile: str) -> list[Page]:
+    """The pages of ``book/pages.yml`` with their parameters for a profile."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; choose from: {', '.join(PROFILES)}")
+    listed = yaml.safe_load((root / "book" / "pages.yml").read_text())
+    return [
+        Page(
+            name,
+            root / "notebooks" / entry["notebook"],
+            (entry.get("parameters") or {}).get(profile) or {},
+            root / "book" / "executed" / f"{name}.ipynb",
+        )
+        for name, entry in listed.items()
+    ]
+
+
+def check_names(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError if a notebook's parameters cell does not declare all of ``parameters``."""
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"{notebook.name}: unknown parameters {', '.join(unknown)}; choose from: {', '.join(known)}")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute a notebook in a fresh kernel; ``output`` appears only if every cell succeeded.
+
+    A failed one is kept beside it as ``<name>.failed.ipynb``.
+    """
+    if not notebook.is_file():
+        found = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb"))) or "none"
+        raise ValueError(f"no notebook {notebook}; choose from: {found}")
+    check_names(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.with_suffix(".failed.ipynb")
+    if watched := terminal():
+        os.environ[TERMINAL] = watched
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(scratch),
+            dict(parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=notebook.parent,
+            extra_arguments=["--log-level=40"],  # errors of the kernel alone
+        )
+    except PapermillExecutionError as error:
+        raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error
+    finally:
+        os.environ.pop(TERMINAL, None)
+    os.replace(scratch, output)
+
+
+def page_key(page: Page) -> str:
+    """Digest of everything that decides what a page shows: its cells, parameters and the package."""
+    cells = [(cell.cell_type, cell.source) for cell in load_notebook_node(str(page.notebook)).cells]
+    package = sorted(Path(__file__).parent.glob("*.py"))
+    code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
+    text = json.dumps([cells, page.parameters, code], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def execute_page(page: Page) -> bool:
+    """Execute a page unless it is up to date; True if it was executed."""
+    key = page_key(page)
+    stamp = page.executed.with_suffix(".key")
+    if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
+        return False
+    stamp.unlink(missing_ok=True)
+    execute(page.notebook, page.executed, page.parameters)
+    _publish(page.executed)
+    stamp.write_text(key)
+    return True
+
+
+def _publish(executed: Path) -> None:
+    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook,
+    where prose pages can show it."""
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if name := cell.metadata.get("kdx", {}).get("publish"):
+            pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+            if len(pictures) != 1:
+                raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
+            (executed.parent / name).write_bytes(base64.b64decode(pictures[0]))
+
+
+def build_html(root: Path) -> Path:
+    """Build the HTML with warnings as errors; return its first page."""
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
+    command += ["-W", "-n", "--keep-going"]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = root / "book" / "_build" / "build.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(done.stdout)
+    problems = [line for line in done.stdout.splitlines() if "WARNING" in line or "ERROR" in line]
+    if done.returncode or problems:
+        tail = problems or done.stdout.splitlines()[-15:]
+        raise BookError("jupyter-book complained:\n  " + "\n  ".join(tail) + f"\n(the whole log: {log})")
+    return root / "book" / "_build" / "html" / "index.html"

@@ -1,0 +1,26 @@
+"""One progress bar: shown on a terminal, silent in a rendered page or a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+TERMINAL = "KDX_TERMINAL"  # `kdx run` and `kdx book` pass their terminal on to the kernel
+
+
+def terminal() -> str | None:
+    """Path of the terminal that a person watches, or None."""
+    if path := os.environ.get(TERMINAL):
+        return path
+    return os.ttyname(sys.stderr.fileno()) if sys.stderr.isatty() else None
+
+
+def progress(iterable: Any = None, **settings: Any) -> tqdm:
+    """:class:`tqdm.tqdm` on :func:`terminal`, disabled where there is none."""
+    path = terminal()
+    if path is None:
+        return tqdm(iterable, disable=True, **settings)
+    return tqdm(iterable, file=open(path, "w"), leave=False, dynamic_ncols=True, **settings)  # noqa: SIM115

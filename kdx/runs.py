@@ -1,0 +1,132 @@
+"""The run store: trained models under a key made of everything that decides their weights.
+
+A run is a folder ``runs/<key>/`` of ``manifest.json``, ``model.safetensors`` and
+``history.csv``. It is written beside its place and moved there in one step, so what is found
+under a key is finished. Nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import platform
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torchvision
+from torch import nn
+
+from kdx.data import data_home
+from kdx.models import load_checkpoint, save_checkpoint
+
+FORMAT = 1  # of the folder; part of every key
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training.
+
+    Attributes
+    ----------
+    manifest : spec, versions, device, precision, duration in seconds, checksums of the files.
+    history : tidy table of epoch, split (train, validation), loss, accuracy (fraction).
+    """
+
+    key: str
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+    history: pd.DataFrame = field(repr=False)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained network, on the CPU, in evaluation mode."""
+        return load_checkpoint(self.path / "model.safetensors")[0]
+
+
+def run_key(spec: Mapping[str, Any], *code: Any) -> str:
+    """32 hex digits of a spec (JSON literals) and of the code (modules or functions) behind it.
+
+    Comments, docstrings and layout of the code play no part.
+    """
+    text = json.dumps([FORMAT, spec, [_essence(part) for part in code]], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _essence(code: Any) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def find_run(key: str) -> Run | None:
+    """The finished run of this key, or None. A damaged one raises ValueError."""
+    path = data_home() / "runs" / key
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            if (got := _sha256(path / name)) != expected:
+                raise ValueError(f"{name}: expected SHA-256 {expected[:12]}…, got {got[:12]}…")
+        return Run(key, path, manifest, pd.read_csv(path / "history.csv"))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"the stored run {path} is damaged ({error}); delete that folder to train it again") from error
+
+
+def store_run(
+    key: str, spec: Mapping[str, Any], model: nn.Module, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
+) -> Run:
+    """Write a finished run under its key, all or nothing.
+
+    Parameters
+    ----------
+    header : goes into the checkpoint (class names, normalisation, metrics).
+    facts : go into the manifest (device, precision, duration).
+    """
+    runs = data_home() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    path = runs / key
+    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=runs))
+    try:
+        save_checkpoint(scratch / "model.safetensors", model, header)
+        history.to_csv(scratch / "history.csv", index=False)
+        files = {name: _sha256(scratch / name) for name in ("model.safetensors", "history.csv")}
+        manifest = {"spec": spec, "versions": versions(), **facts, "files": files}
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        try:
+            os.replace(scratch, path)
+        except OSError:
+            if not path.exists():  # else another process finished the same run first
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    run = find_run(key)
+    assert run is not None
+    return run
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

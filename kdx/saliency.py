@@ -1,0 +1,158 @@
+"""Saliency maps from the stages of a network: capture and Grad-CAM.
+
+Maps are raw: non-negative, unscaled, at the resolution of the stage they come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kdx.models import evaluating, stages
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Mapping[str, str], gradients: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules during the forward passes inside the block.
+
+    The network goes on with a copy of each output, so in-place layers that follow leave what
+    was captured as it was. Hooks are removed when the block ends, also by an exception.
+
+    Parameters
+    ----------
+    layers : stage -> module name, as :func:`kdx.stages` returns.
+    gradients : make outputs that need no gradient roots of the graph, so that a network without
+        trainable parameters can be differentiated from the shallowest stage on.
+
+    Yields
+    ------
+    dict : stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest
+        forward pass.
+    """
+    modules = dict(model.named_modules())
+    if missing := [name for name in layers.values() if name not in modules]:
+        raise ValueError(f"no modules {missing} in {type(model).__name__}; see kdx.stages(model)")
+    captured: dict[str, Tensor] = {}
+
+    def keep(stage: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise TypeError(f"{stage} ({layers[stage]}): expected a tensor output, got {type(output).__name__}")
+            if gradients and not output.requires_grad:
+                output = output.detach().requires_grad_()
+            captured[stage] = output
+            return output.clone()
+
+        return hook
+
+    handles = []
+    try:
+        for stage, name in layers.items():
+            handles.append(modules[name].register_forward_hook(keep(stage)))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    layers: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    r"""Grad-CAM (Selvaraju et al. 2017) at every stage, from one forward and one backward pass.
+
+    With :math:`A^k` channel k of a stage and :math:`y^c` the logit of the target class,
+
+    .. math:: \alpha_k = \frac{1}{hw} \sum_{i,j} \frac{\partial y^c}{\partial A^k_{ij}}, \qquad
+              \mathrm{map} = \mathrm{ReLU}\Big(\sum_k \alpha_k A^k\Big).
+
+    The network runs in evaluation mode and is left as it was found: parameters, their
+    ``requires_grad`` and gradients, modes and hooks. Works under ``no_grad`` and
+    ``inference_mode``, and with networks that return a tuple, a mapping or an output object.
+
+    Parameters
+    ----------
+    images : (n, c, h, w), normalised as the network expects.
+    target : class index for all images, or (n,) one per image; None: the predicted class.
+    layers : stage -> module name; None: :func:`kdx.stages`.
+
+    Returns
+    -------
+    dict : stage -> float32 map (n, h, w) >= 0, at the stage's own resolution.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
+    with torch.inference_mode(False), torch.enable_grad():
+        images = _plain(images)
+        layers = stages(model, images) if layers is None else layers
+        frozen = {
+            name: _plain(tensor)
+            for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors
+        }
+        with evaluating(model), capture(model, layers, gradients=True) as captured:
+            logits = _logits(functional_call(model, frozen, (images,)))
+        chosen = logits.gather(1, _targets(target, logits)[:, None]).sum()
+        gradients = torch.autograd.grad(chosen, list(captured.values()), allow_unused=True)
+    maps = {}
+    for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
+        weights = gradient.float().mean(dim=(2, 3))  # (n, k)
+        activation = activation.detach().float()  # (n, k, h, w)
+        maps[stage] = torch.einsum("nk,nkhw->nhw", weights, activation).relu()
+    return {stage: maps[stage] for stage in layers}
+
+
+def agreement(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson correlation over pixels of two maps of each image: (n, h, w) twice -> (n,) in [-1, 1].
+
+    NaN where a map is constant, for example empty.
+    """
+    if first.shape != second.shape or first.ndim != 3:
+        raise ValueError(f"expected two (n, h, w) of one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+    a, b = ((m - m.mean(1, keepdim=True)) for m in (first.double().flatten(1), second.double().flatten(1)))
+    scale = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(scale > 0, (a * b).sum(1) / scale, math.nan)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Detached; an inference tensor is copied, since autograd may not save it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _logits(output: Any) -> Tensor:
+    """The (n, classes) logits in what a network returned."""
+    if isinstance(output, Mapping):
+        candidates = [output[key] for key in ("logits", "out") if key in output] or list(output.values())
+    elif isinstance(output, (tuple, list)):
+        candidates = list(output)
+    else:
+        candidates = [getattr(output, "logits", output)]
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.ndim == 2:
+            return candidate
+    shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in candidates]
+    raise ValueError(f"expected logits (n, classes) from the network, got {shapes}")
+
+
+def _targets(target: int | Tensor | None, logits: Tensor) -> Tensor:
+    n, classes = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    targets = torch.as_tensor(target, device=logits.device)
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.shape not in ((), (n,)):
+        raise ValueError(
+            f"target: expected a class index or integer indices ({n},), got {targets.dtype} {tuple(targets.shape)}"
+        )
+    if (targets < 0).any() or (targets >= classes).any():
+        raise ValueError(f"target: expected classes 0 to {classes - 1}, got {targets.min()} to {targets.max()}")
+    return targets.long().expand(n)
