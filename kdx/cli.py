@@ -102,7 +102,8 @@ def build(
 
 @contextmanager
 def _seconds(what: str) -> Iterator[list[str]]:
-    start, note = time.perf_counter(), []
+    start = time.perf_counter()
+    note: list[str] = []
     yield note
     typer.echo(f"{what}: {' '.join([*note, f'{time.perf_counter() - start:.0f} s'])}")
 

@@ -106,8 +106,8 @@ class Card:
 
 def fingerprint(images: Tensor, labels: Tensor) -> str:
     """SHA-256 (hex) of the pixels, channels first, followed by the labels as one byte each."""
-    digest = hashlib.sha256(np.ascontiguousarray(images.numpy()))
-    digest.update(labels.to(torch.uint8).numpy())
+    digest = hashlib.sha256(np.ascontiguousarray(images.numpy()).data)
+    digest.update(labels.to(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -149,14 +149,10 @@ class Dataset:
         if n is None or n == len(self):
             return self
         if not len(self.classes) <= n <= len(self):
-            raise ValueError(
-                f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}"
-            )
+            raise ValueError(f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}")
         if len(self) - n < len(self.classes):
             raise ValueError(f"limit: {n} leaves fewer than one image per class of {len(self)}; use None for all")
-        rows, _ = train_test_split(
-            np.arange(len(self)), train_size=n, stratify=self.labels.numpy(), random_state=seed
-        )
+        rows, _ = train_test_split(np.arange(len(self)), train_size=n, stratify=self.labels.numpy(), random_state=seed)
         return self[torch.from_numpy(np.sort(rows))]
 
 
@@ -271,13 +267,16 @@ def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tenso
     n, c, h, w = images.shape
     device = images.device
     flip = torch.rand(n, generator=generator) < 0.5
-    dy, dx = torch.randint(0, 2 * shift + 1, (2, n), generator=generator)
-    rows = dy[:, None] + torch.arange(h)  # (n, h), into the padded image
-    cols = dx[:, None] + torch.where(flip[:, None], torch.arange(w - 1, -1, -1), torch.arange(w))
+    images = torch.where(flip.to(device)[:, None, None, None], images.flip(-1), images)
+    if shift == 0:
+        return images
+    dy, dx = torch.randint(0, 2 * shift + 1, (2, n), generator=generator).to(device)
+    rows = dy[:, None] + torch.arange(h, device=device)  # (n, h), into the padded image
+    cols = dx[:, None] + torch.arange(w, device=device)  # (n, w)
     padded = F.pad(images.float(), (shift,) * 4, mode="reflect").to(images.dtype)
     sample = torch.arange(n, device=device)[:, None, None, None]
     channel = torch.arange(c, device=device)[None, :, None, None]
-    return padded[sample, channel, rows.to(device)[:, None, :, None], cols.to(device)[:, None, None, :]]
+    return padded[sample, channel, rows[:, None, :, None], cols[:, None, None, :]]
 
 
 DATASETS: dict[str, Card] = {

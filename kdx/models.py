@@ -35,6 +35,8 @@ class ResNet(resnet.ResNet):
     without pooling, so the stages see 1, 1/2, 1/4 and 1/8 of the image's resolution.
     """
 
+    architecture: dict[str, Any]  # the arguments of `build`
+
     def __init__(self, block: Any, layers: Sequence[int], classes: int, stem: str, width: float) -> None:
         self._width = width
         super().__init__(block, list(layers), num_classes=classes)
@@ -54,7 +56,7 @@ class ResNet(resnet.ResNet):
         return super()._make_layer(block, round(planes * self._width), *args, **settings)
 
 
-def build(name: str, classes: int, stem: str = "imagenet", width: float | None = None) -> nn.Module:
+def build(name: str, classes: int, stem: str = "imagenet", width: float | None = None) -> ResNet:
     """Build a registered network with fresh weights from torch's global generator.
 
     Parameters
@@ -83,7 +85,7 @@ def build(name: str, classes: int, stem: str = "imagenet", width: float | None =
     return model
 
 
-def save_checkpoint(path: Path, model: nn.Module, header: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, model: ResNet, header: Mapping[str, Any]) -> None:
     """Write weights as safetensors with a JSON header: the architecture and what ``header`` adds
     (class names, normalisation, metrics)."""
     text = json.dumps({"architecture": model.architecture, **header})
@@ -91,7 +93,7 @@ def save_checkpoint(path: Path, model: nn.Module, header: Mapping[str, Any]) -> 
     save_file(weights, path, metadata={"kdx": text})
 
 
-def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_checkpoint(path: Path | str) -> tuple[ResNet, dict[str, Any]]:
     """The network (on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -141,9 +143,7 @@ def _feature_map(value: Any) -> Tensor | None:
     return next((v for v in values if isinstance(v, Tensor) and v.ndim == 4), None)
 
 
-def stages(
-    model: nn.Module, images: Tensor | None = None, modules: Sequence[str] | None = None
-) -> dict[str, str]:
+def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str] | None = None) -> dict[str, str]:
     """Names of the modules whose outputs are the stages L1, L2, ... of a CNN, shallow to deep.
 
     A stage ends with the last module before each spatial down-sampling, and with the last before
@@ -163,9 +163,7 @@ def stages(
     if modules is not None:
         known = dict(model.named_modules())
         if unknown := [name for name in modules if name not in known]:
-            raise ValueError(
-                f"unknown modules {unknown}; choose from: {', '.join(name for name in known if name)}"
-            )
+            raise ValueError(f"unknown modules {unknown}; choose from: {', '.join(name for name in known if name)}")
         return {f"L{i}": name for i, name in enumerate(modules, 1)}
     if images is None:
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -180,7 +178,7 @@ def stages(
         if following is not None and unit.after == following.after:
             continue
         group = [u for u in units if u.after == unit.after and counts[u.name] == 1]
-        if unit.after == (1, 1) or not any(_has_weights(u) for u in group):
+        if unit.after is None or unit.after == (1, 1) or not any(_has_weights(u) for u in group):
             continue
         found.append((_innermost(group[-1]), unit.after))
     shrinking = all(a >= b for (_, s), (_, t) in pairwise(found) for a, b in zip(s, t, strict=True))

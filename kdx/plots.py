@@ -46,9 +46,7 @@ def samples(dataset: Dataset, per_class: int = 3, seed: int = 0) -> Figure:
     step = 2 if masks else 1
     classes = len(dataset.classes)
     generator = torch.Generator().manual_seed(seed)
-    figure, grid = plt.subplots(
-        per_class * step, classes, figsize=(classes, per_class * step + 0.25), squeeze=False
-    )
+    figure, grid = plt.subplots(per_class * step, classes, figsize=(classes, per_class * step + 0.25), squeeze=False)
     for column, name in enumerate(dataset.classes):
         rows = (dataset.labels == column).nonzero()[:, 0]
         chosen = rows[torch.randperm(len(rows), generator=generator)[:per_class]]
@@ -106,9 +104,7 @@ def accuracy_pairs(accuracy: pd.DataFrame) -> Figure:
     return figure
 
 
-def map_grid(
-    dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], captions: Sequence[str]
-) -> Figure:
+def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], captions: Sequence[str]) -> Figure:
     """Images beside the raw maps of several networks, stage by stage.
 
     Parameters
@@ -138,7 +134,9 @@ def map_grid(
                 _bare(axes)
                 if row == 0:
                     axes.set_title(f"{stage} {network}", fontsize=9, color=ROLES[network])
-        bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[n, first : first + len(networks)]), orientation="horizontal")
+        bar = figure.colorbar(
+            drawn, cax=figure.add_subplot(grid[n, first : first + len(networks)]), orientation="horizontal"
+        )
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
         bar.locator = plt.MaxNLocator(3)

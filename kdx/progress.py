@@ -23,4 +23,4 @@ def progress(iterable: Any = None, **settings: Any) -> tqdm:
     path = terminal()
     if path is None:
         return tqdm(iterable, disable=True, **settings)
-    return tqdm(iterable, file=open(path, "w"), leave=False, dynamic_ncols=True, **settings)  # noqa: SIM115
+    return tqdm(iterable, file=open(path, "w"), leave=False, dynamic_ncols=True, **settings)

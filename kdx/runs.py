@@ -25,10 +25,9 @@ from typing import Any
 import pandas as pd
 import torch
 import torchvision
-from torch import nn
 
 from kdx.data import data_home
-from kdx.models import load_checkpoint, save_checkpoint
+from kdx.models import ResNet, load_checkpoint, save_checkpoint
 
 FORMAT = 1  # of the folder; part of every key
 
@@ -49,18 +48,23 @@ class Run:
     history: pd.DataFrame = field(repr=False)
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> ResNet:
         """The trained network, on the CPU, in evaluation mode."""
         return load_checkpoint(self.path / "model.safetensors")[0]
 
 
-def run_key(spec: Mapping[str, Any], *code: Any) -> str:
-    """32 hex digits of a spec (JSON literals) and of the code (modules or functions) behind it.
-
-    Comments, docstrings and layout of the code play no part.
-    """
-    text = json.dumps([FORMAT, spec, [_essence(part) for part in code]], sort_keys=True, allow_nan=False)
+def run_key(spec: Mapping[str, Any], code: str) -> str:
+    """32 hex digits of a spec (JSON literals) and of the :func:`code_digest` behind it."""
+    text = json.dumps([FORMAT, spec, code], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def code_digest(*code: Any) -> str:
+    """SHA-256 (hex) of the source of modules, classes or functions.
+
+    Comments, docstrings and layout play no part.
+    """
+    return hashlib.sha256("\n".join(_essence(part) for part in code).encode()).hexdigest()
 
 
 def _essence(code: Any) -> str:
@@ -87,7 +91,7 @@ def find_run(key: str) -> Run | None:
 
 
 def store_run(
-    key: str, spec: Mapping[str, Any], model: nn.Module, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
+    key: str, spec: Mapping[str, Any], model: ResNet, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
 ) -> Run:
     """Write a finished run under its key, all or nothing.
 

@@ -101,6 +101,8 @@ def grad_cam(
         with evaluating(model), capture(model, layers, gradients=True) as captured:
             logits = _logits(functional_call(model, frozen, (images,)))
         chosen = logits.gather(1, _targets(target, logits)[:, None]).sum()
+        if not captured or not chosen.requires_grad:
+            raise ValueError(f"the logits do not depend on any of {layers}; choose modules on the way to them")
         gradients = torch.autograd.grad(chosen, list(captured.values()), allow_unused=True)
     maps = {}
     for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):

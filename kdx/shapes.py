@@ -64,7 +64,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
     # Where: the object and everything that sticks out of it stays inside the image.
     radius = uniform(12, 17) * np.where(is_tailed, 0.62, 1.0).astype(np.float32)[:, None, None]
-    reach = radius * np.where(is_tailed, 2.4, 1.25).astype(np.float32)[:, None, None]
+    reach = radius * np.where(is_tailed, 2.4, 1.4).astype(np.float32)[:, None, None]
     x0, y0 = (reach + uniform(0, 1) * (SIZE - 1 - 2 * reach) for _ in range(2))
     pixel = np.arange(SIZE, dtype=np.float32)
     x, y = _turn(pixel[None, None, :] - x0, pixel[None, :, None] - y0, uniform(-np.pi, np.pi))

@@ -1,0 +1,46 @@
+import os
+import shutil
+
+import pytest
+import torch
+
+import kdx
+
+
+@pytest.fixture(autouse=True)
+def fresh_home(tmp_path, monkeypatch, request):
+    """Every test has a data home of its own, but those marked real_data."""
+    if "real_data" not in request.keywords:
+        monkeypatch.setenv("KDX_DATA", str(tmp_path / "home"))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes():
+    return {split: kdx.load_dataset("shapes", split, limit=80) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The folder of the real CIFAR-10, fetched if it is not there."""
+    try:
+        return kdx.fetch("cifar10")
+    except kdx.data.DataError as error:
+        _unless_ci(f"CIFAR-10 could not be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def chromedriver():
+    path = shutil.which("chromedriver")
+    return path or _unless_ci("no chromedriver (Debian: apt-get install chromium chromium-driver)")
+
+
+def _unless_ci(reason):
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}; CI must not skip this")
+    pytest.skip(reason)

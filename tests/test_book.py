@@ -1,0 +1,272 @@
+import base64
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlparse
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from kdx import book
+from kdx.cli import app
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks")
+
+
+def copy_sources(folder):
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("executed", "_build"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def kdx(*arguments, home):
+    command = [sys.executable, "-m", "kdx.cli", *map(str, arguments)]
+    environment = os.environ | {"KDX_DATA": str(home)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def smoke_book(tmp_path_factory):
+    """A checkout's sources with the smoke book built in it, and the data home it used."""
+    root = copy_sources(tmp_path_factory.mktemp("book"))
+    home = tmp_path_factory.mktemp("home")
+    done = kdx("book", "--profile", "smoke", "--root", root, home=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, home
+
+
+@pytest.mark.book
+def test_book_builds_every_page_of_the_toc(smoke_book):
+    html = smoke_book[0] / "book" / "_build" / "html"
+    for page in (
+        "index",
+        "method",
+        "reproduce",
+        "architecture",
+        "bibliography",
+        "executed/00_data",
+        "executed/01_gradcam",
+    ):
+        assert (html / "book" / f"{page}.html").is_file()
+    assert "refresh" in (html / "index.html").read_text()  # the root leads to the landing page
+
+
+@pytest.mark.book
+def test_book_rebuild_trains_and_executes_nothing(smoke_book):
+    root, home = smoke_book
+    stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
+    assert len(stamps) == 2 + 3 * 4
+    done = kdx("book", "--profile", "smoke", "--root", root, home=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("unchanged") == 2
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+@pytest.mark.book
+def test_book_executes_again_what_changed(smoke_book):
+    page = book.load_pages(smoke_book[0], "smoke")[1]
+    key = book.page_key(page)
+    changed = nbformat.read(page.notebook, as_version=4)
+    changed.cells[0].source += " More."
+    copy = page.notebook.with_name("copy.ipynb")
+    nbformat.write(changed, copy)
+    assert book.page_key(book.Page(page.name, copy, page.parameters, page.executed)) != key
+    assert book.page_key(book.Page(page.name, page.notebook, {**page.parameters, "seed": 1}, page.executed)) != key
+    copy.unlink()
+
+
+@pytest.mark.book
+def test_book_notebooks_have_no_log_lines_or_progress_bars(smoke_book):
+    for path in smoke_book[0].glob("book/executed/*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "stream", f"{path.name}: {output.get('text', '')[:200]}"
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *args):  # a browser that hangs up early is no failure
+        pass
+
+
+@pytest.fixture(scope="session")
+def site(smoke_book):
+    html = smoke_book[0] / "book" / "_build" / "html"
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = _Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(html)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pages = sorted(path.relative_to(html).as_posix() for path in html.rglob("*.html") if "_static" not in path.parts)
+    yield f"http://127.0.0.1:{server.server_port}/", pages
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(chromedriver, tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1600",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def requests(driver):
+    """Addresses that the page has asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_book_pages_in_a_browser(site, browser):
+    """Every page: no request to another host, every image loaded and described, no script error."""
+    address, pages = site
+    assert len(pages) >= 8
+    seen = 0
+    for page in pages:
+        browser.get(address + page)
+        browser.execute_async_script(  # lazy images too; MathJax has run where there is math
+            "const done = arguments[0]; document.querySelectorAll('img').forEach(i => i.loading = 'eager');"
+            "const math = (window.MathJax && MathJax.startup) ? MathJax.startup.promise : Promise.resolve();"
+            "math.then(() => setTimeout(done, 300));"
+        )
+        asked = [url for url in requests(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+        seen += len(asked)
+        assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc], page
+        broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+        assert browser.execute_script(broken) == [], page
+        bare = "[...document.querySelectorAll('article img')].filter(i => !i.alt || i.alt.includes('/'))"
+        assert browser.execute_script(f"return {bare}.map(i => i.src)") == [], page
+        severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        errors = [message for message in severe if "favicon" not in message]
+        assert errors == [], page
+    assert seen > 50  # the log of requests does work
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_book_typesets_math_and_offers_the_notebook(site, browser):
+    address, _ = site
+    browser.get(address + "book/method.html")
+    browser.execute_async_script("MathJax.startup.promise.then(arguments[0])")
+    formulas = browser.execute_script("return [...document.querySelectorAll('mjx-container')].map(m => m.offsetWidth)")
+    assert len(formulas) >= 10
+    assert min(formulas) > 0
+    browser.get(address + "book/executed/01_gradcam.html")
+    link = browser.execute_script("return document.querySelector('a.btn-download-source-button').href")
+    assert link.endswith("01_gradcam.ipynb")
+    status = browser.execute_async_script("fetch(arguments[0]).then(r => arguments[1](r.status))", link)
+    assert status == 200
+
+
+# --- one notebook, and the command line -------------------------------------------------------
+
+
+def write_notebook(path, *cells):
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    notebook.cells[0].metadata = {"tags": ["parameters"]}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_execute_failed_notebook_is_not_taken_for_a_page(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "x: int = 1  # a number", "1 / (x - 1)")
+    with pytest.raises(book.BookError, match=r"n.ipynb: ZeroDivisionError: division by zero"):
+        book.execute(path, tmp_path / "out.ipynb", {})
+    assert not (tmp_path / "out.ipynb").exists()
+    assert (tmp_path / "out.failed.ipynb").exists()
+    book.execute(path, tmp_path / "out.ipynb", {"x": 2})
+    assert (tmp_path / "out.ipynb").exists()
+    assert not (tmp_path / "out.failed.ipynb").exists()
+
+
+def test_publish_saves_the_one_picture_of_a_cell(tmp_path):
+    notebook = nbformat.v4.new_notebook()
+    cell = nbformat.v4.new_code_cell("figure", metadata={"kdx": {"publish": "figure.png"}})
+    cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(b"picture").decode()})]
+    notebook.cells = [cell]
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    book._publish(tmp_path / "n.ipynb")
+    assert (tmp_path / "figure.png").read_bytes() == b"picture"
+    cell.outputs = []
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    with pytest.raises(book.BookError, match=r"expected one picture to publish as figure.png, got 0"):
+        book._publish(tmp_path / "n.ipynb")
+
+
+def test_plain_papermill_refuses_unknown_parameters(tmp_path):
+    """Without kdx's own check in front: the notebook defends itself."""
+    papermill = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "notebooks" / "01_gradcam.ipynb"),
+        str(tmp_path / "o.ipynb"),
+    ]
+    for arguments, message in {
+        ("-p", "epoch", "2"): "unknown parameters: epoch; choose from: dataset, limit",
+        ("-p", "epochs", "two"): "parameter epochs: expected int, got 'two'",
+    }.items():
+        done = subprocess.run([*papermill, *arguments], capture_output=True, text=True)
+        assert done.returncode != 0
+        assert message in done.stdout + done.stderr
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, list(arguments))
+
+
+def test_cli_helps_and_lists(cli):
+    for arguments in (["--help"], ["data", "--help"], ["run", "--help"], ["book", "--help"]):
+        result = cli(*arguments)
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+    assert "50,000 train + 10,000 test" in cli("data", "list").output
+    assert cli("data", "get", "shapes").output == "shapes: generated when loaded\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "get", "mnist"], "unknown dataset 'mnist'; choose from: cifar10, shapes"),
+        (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
+        (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, limit"),
+        (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
+        (["run", "01_gradcam", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
+        (["book", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
+        (["book", "--root", "/"], "run this inside a checkout of kdx"),
+    ],
+)
+def test_cli_errors_are_one_message_and_exit_code_1(cli, arguments, message):
+    result = cli(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output

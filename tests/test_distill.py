@@ -1,0 +1,244 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdx import distill, runs
+from kdx.distill import TECHNIQUES, Recipe, Response, evaluate, fit
+
+ROOT = Path(__file__).parent.parent
+QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
+
+
+def train(tiny_shapes, **settings):
+    settings = {"recipe": QUICK, "width": 0.125, "device": "cpu"} | settings
+    return fit("resnet10", tiny_shapes["train"], tiny_shapes["test"], **settings)
+
+
+def test_response_loss_by_hand():
+    student, teacher, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2 * math.log(3)]]), torch.tensor([0])
+    # at T = 2 the teacher says 1/4, 3/4 and the student 1/2, 1/2
+    divergence = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    expected = 0.7 * math.log(2) + 0.3 * 4 * divergence
+    assert Response(alpha=0.3, temperature=2).loss(student, teacher, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_response_loss_limits():
+    student, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4
+    label_alone = Response(alpha=0.0).loss(student, teacher, labels)
+    torch.testing.assert_close(label_alone, F.cross_entropy(student, labels))
+    assert Response(alpha=1.0).loss(teacher, teacher, labels).abs() < 1e-6
+    # per image, whatever the batch
+    torch.testing.assert_close(Response().loss(student.repeat(3, 1), teacher.repeat(3, 1), labels.repeat(3)),
+                               Response().loss(student, teacher, labels))  # fmt: skip
+    for bad in ({"alpha": 1.5}, {"temperature": 0}):
+        with pytest.raises(ValueError, match="expected 0 <= alpha <= 1 and temperature > 0"):
+            Response(**bad)
+
+
+def test_fit_learns_and_evaluate_measures_it(tiny_shapes):
+    run = train(tiny_shapes, recipe=Recipe(epochs=15, batch_size=16, lr=0.1), width=0.25)
+    curve = run.history.set_index(["split", "epoch"])
+    assert curve.loc[("train", 15), "loss"] < 0.7 * curve.loc[("train", 1), "loss"]
+    assert list(curve.loc["validation"].index) == list(range(1, 16))
+    held_out = evaluate(run.model, tiny_shapes["test"], "cpu")
+    assert held_out.accuracy == pytest.approx(curve.loc[("validation", 15), "accuracy"])
+    assert held_out.loss == pytest.approx(curve.loc[("validation", 15), "loss"], rel=1e-3)
+    with torch.no_grad():
+        logits = run.model(tiny_shapes["test"].card.normalize(tiny_shapes["test"].images))
+    assert (logits.argmax(1) == tiny_shapes["test"].labels).double().mean() == pytest.approx(
+        held_out.accuracy, abs=0.03
+    )
+
+
+def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home, monkeypatch):
+    state = torch.random.get_rng_state()
+    first = train(tiny_shapes)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    monkeypatch.setenv("KDX_DATA", str(home) + "-other")
+    torch.manual_seed(99)
+    second = train(tiny_shapes)
+    assert first.key == second.key
+    assert first.path != second.path
+    pairs = zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_fit_never_trains_the_same_twice(tiny_shapes, monkeypatch):
+    first = train(tiny_shapes)
+    monkeypatch.setattr(distill, "_train", lambda *a: pytest.fail("trained again"))
+    again = train(tiny_shapes)
+    assert again.key == first.key
+    assert again.manifest == first.manifest
+
+
+def test_fit_key_covers_what_matters(tiny_shapes):
+    teacher = train(tiny_shapes)
+    variants = [
+        teacher,
+        train(tiny_shapes, seed=1),
+        train(tiny_shapes, recipe=Recipe(epochs=1, batch_size=16, lr=0.06)),
+        train(tiny_shapes, width=0.25),
+        train(tiny_shapes, technique="response", teacher=teacher),
+        train(tiny_shapes, technique="response", teacher=teacher, alpha=0.7),
+        fit("resnet10", tiny_shapes["test"], tiny_shapes["test"], recipe=QUICK, width=0.125, device="cpu"),
+    ]
+    assert len({run.key for run in variants}) == len(variants)
+    by_another = train(tiny_shapes, technique="response", teacher=variants[1])
+    assert by_another.key != variants[4].key
+
+
+def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tiny_shapes):
+    data = tiny_shapes["train"]
+    shifted = replace(data, labels=(data.labels + 1) % 10)  # the teacher is taught the wrong names
+    settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.25, "device": "cpu"}
+    teacher = fit("resnet10", shifted, shifted, **settings)
+    student = fit("resnet10", data, data, technique="response", teacher=teacher, alpha=1.0, seed=5, **settings)
+    answers = evaluate(student.model, data, "cpu").predictions
+    assert (answers == shifted.labels).double().mean() > 0.4 + (answers == data.labels).double().mean()
+
+
+def test_fit_names_the_choices(tiny_shapes):
+    teacher = train(tiny_shapes)
+    cases = {
+        "unknown technique 'hint'; choose from: label, response": {"technique": "hint"},
+        "unknown settings of 'response': beta; choose from: alpha, temperature": {
+            "technique": "response", "teacher": teacher, "beta": 1,
+        },
+        "unknown settings of 'label': alpha; choose from: none": {"alpha": 1},
+        "'response' expects a teacher run, got None": {"technique": "response"},
+        "'label' expects no teacher": {"teacher": teacher},
+        "unknown device 'gpu'": {"device": "gpu"},
+        "at least one batch of 500 training images, got 80": {"recipe": Recipe(batch_size=500)},
+    }  # fmt: skip
+    for message, settings in cases.items():
+        with pytest.raises(ValueError, match=message):
+            train(tiny_shapes, **settings)
+    with pytest.raises(ValueError, match="unknown model 'vgg'"):
+        fit("vgg", tiny_shapes["train"], tiny_shapes["test"])
+    with pytest.raises(ValueError, match="epochs >= 1"):
+        Recipe(epochs=0)
+
+
+def test_fit_that_diverges_is_an_error_and_stores_nothing(tiny_shapes, home):
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train(tiny_shapes, recipe=Recipe(epochs=3, batch_size=16, lr=1e12))
+    assert not (home / "runs").exists()
+
+
+def test_techniques_can_be_added(tiny_shapes):
+    @distill.technique("agree")
+    @dataclass(frozen=True)
+    class Agree:
+        weight: float = 1.0
+        needs_teacher = True
+
+        def loss(self, logits_student, logits_teacher, labels):
+            return self.weight * F.mse_loss(logits_student, logits_teacher)
+
+    try:
+        run = train(tiny_shapes, technique="agree", teacher=train(tiny_shapes), weight=0.5)
+        assert run.manifest["spec"]["technique"] == {"name": "agree", "weight": 0.5}
+    finally:
+        del TECHNIQUES["agree"]
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
+def test_run_files_are_checked_when_loaded(tiny_shapes):
+    run = train(tiny_shapes)
+    weights = run.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"is damaged \(model.safetensors: expected SHA-256.*delete that folder"):
+        train(tiny_shapes)
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        train(tiny_shapes)
+
+
+def test_run_manifest_tells_how_it_was_made(tiny_shapes):
+    run = train(tiny_shapes)
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest["spec"]["recipe"]["epochs"] == 1
+    assert manifest["spec"]["train"] == tiny_shapes["train"].fingerprint
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["device"].startswith("cpu")
+    assert manifest["precision"] in ("float32", "bfloat16")
+    assert manifest["seconds"] > 0
+
+
+def test_run_that_fails_to_write_leaves_nothing(tiny_shapes, home, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space"):
+        train(tiny_shapes)
+    assert list((home / "runs").iterdir()) == []
+
+
+def test_run_key_ignores_comments_but_not_code(tmp_path):
+    import importlib.util
+
+    def module(source):
+        path = tmp_path / f"m{abs(hash(source))}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    plain = module("def f(x):\n    return x + 1\n")
+    commented = module('"""Doc."""\n\n\ndef f(x):  # adds one\n    """Doc."""\n    return (x + 1)\n')
+    changed = module("def f(x):\n    return x + 2\n")
+    keys = [runs.run_key({"a": 1}, runs.code_digest(code)) for code in (plain, commented, changed)]
+    assert keys[0] == keys[1] != keys[2]
+    assert runs.run_key({"a": 2}, runs.code_digest(plain)) != keys[0]
+    digests = [runs.code_digest(code.f) for code in (plain, commented, changed)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "kdx.cli",
+        "run",
+        "01_gradcam",
+        "--profile",
+        "smoke",
+        "-o",
+        str(tmp_path / "out.ipynb"),
+    ]
+    command += ["-p", "epochs=6", "-p", "limit=400"]
+    environment = os.environ | {"KDX_DATA": str(home)}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    store = home / "runs"
+    deadline = time.monotonic() + 240
+    while not list(store.glob("[!.]*/manifest.json")):
+        assert job.poll() is None, job.stdout.read().decode()
+        assert time.monotonic() < deadline, "no network was finished in time"
+        time.sleep(0.02)
+    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+        process.kill()
+    job.wait()
+    assert not (tmp_path / "out.ipynb").exists()
+    before = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
+    assert 1 <= len(before) < 4
+    for key in before:  # whatever lies under a key is whole
+        assert runs.find_run(key).model
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    after = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
+    assert len(after) == 4  # a base and a student for each of two folds
+    assert before.items() <= after.items()  # what was finished was not trained again
+    assert (tmp_path / "out.ipynb").exists()

@@ -1,0 +1,134 @@
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from kdx.models import MODELS, build, load_checkpoint, save_checkpoint, stages
+
+STAGES = {
+    "resnet18": ["layer1.1", "layer2.1", "layer3.1", "layer4.1"],
+    "resnet50": ["layer1.2", "layer2.3", "layer3.5", "layer4.2"],
+    "mobilenet_v2": ["features.3", "features.6", "features.13", "features.18"],
+    "vgg16": ["features.8", "features.15", "features.22", "features.29"],
+    "densenet121": ["features.denseblock1", "features.denseblock2", "features.denseblock3", "features.norm5"],
+    "efficientnet_b0": ["features.2.1", "features.3.1", "features.5.2", "features.8"],
+    "convnext_tiny": ["features.1.2", "features.3.2", "features.5.8", "features.7.2"],
+    "inception_v3": ["Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"],
+    "alexnet": ["features.1", "features.4", "features.11"],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_of_torchvision_networks(name):
+    settings = {"init_weights": False} if name == "inception_v3" else {}
+    model = getattr(torchvision.models, name)(weights=None, **settings)
+    assert stages(model) == {f"L{i}": module for i, module in enumerate(STAGES[name], 1)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_stages_of_registered_networks_are_the_last_blocks(name, stem):
+    model = build(name, classes=3, stem=stem, width=0.125)
+    last = {f"L{i}": f"layer{i}.{len(getattr(model, f'layer{i}')) - 1}" for i in range(1, 5)}
+    assert stages(model, torch.zeros(1, 3, 64, 64)) == last
+
+
+class Plain(nn.Module):
+    """Blocks that end in pooling, one ReLU and one pooling module shared by all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.relu, self.pool, self.head = nn.ReLU(), nn.MaxPool2d(2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.pool(self.relu(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_stages_skip_modules_that_are_called_twice():
+    assert stages(Plain(), torch.zeros(1, 1, 16, 16)) == {"L1": "conv1", "L2": "conv2"}
+
+
+def test_stages_open_blocks_that_pool_at_their_end():
+    def block(a, b):
+        return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    model = nn.Sequential(block(3, 4), block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    assert stages(model, torch.zeros(1, 3, 16, 16)) == {"L1": "0.1", "L2": "1.1"}
+
+
+def test_stages_leave_no_hooks_and_the_mode_as_it_was():
+    model = torchvision.models.resnet18(weights=None).train()
+    model.layer1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    stages(model, torch.rand(1, 3, 64, 64))
+    assert model.training
+    assert not model.layer1.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # running statistics too
+
+
+def test_stages_errors_say_what_to_do():
+    model = torchvision.models.alexnet(weights=None)
+    with pytest.raises(ValueError, match=r"does not take an input of \(1, 3, 16, 16\); pass images"):
+        stages(model, torch.zeros(1, 3, 16, 16))
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ValueError, match=r"unknown modules \['nope'\]; choose from: features"):
+        stages(model, modules=["features.0", "nope"])
+    with pytest.raises(ValueError, match="no Conv2d; name its stages"):
+        stages(nn.Linear(2, 2))
+    swin = torchvision.models.swin_t(weights=None)  # (n, h, w, c) feature maps
+    with pytest.raises(ValueError, match="name its stages with modules="):
+        stages(swin)
+    assert stages(model, modules=["features.4"]) == {"L1": "features.4"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_build_is_torchvisions_network_at_full_width(name):
+    ours, theirs = build(name, 1000), getattr(torchvision.models, name)(weights=None)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_build_small_stem_and_width():
+    model = build("resnet18", 10, stem="small", width=0.5)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert [getattr(model, f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [32, 64, 128, 256]
+    assert model.layer1(model.maxpool(model.conv1(torch.rand(1, 3, 32, 32)))).shape[2:] == (32, 32)
+    assert sum(p.numel() for p in build("resnet10", 10, "small").parameters()) < 400_000
+
+
+def test_build_names_the_choices():
+    with pytest.raises(ValueError, match="unknown model 'vgg'; choose from: resnet10, resnet18"):
+        build("vgg", 10)
+    with pytest.raises(ValueError, match="unknown stem 'tiny'; choose from: imagenet, small"):
+        build("resnet18", 10, "tiny")
+    with pytest.raises(ValueError, match="width"):
+        build("resnet18", 10, width=0.001)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = build("resnet10", 4, "small", width=0.125).eval()
+    save_checkpoint(tmp_path / "m.safetensors", model, {"classes": ["a", "b", "c", "d"], "metrics": {"accuracy": 0.5}})
+    state = torch.random.get_rng_state()
+    loaded, header = load_checkpoint(tmp_path / "m.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert header["architecture"] == {"name": "resnet10", "classes": 4, "stem": "small", "width": 0.125}
+    assert header["classes"] == ["a", "b", "c", "d"]
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), loaded(x))
+    assert not loaded.training
+
+
+def test_checkpoint_of_another_kind_is_a_clear_error(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="expected a safetensors checkpoint of kdx"):
+        load_checkpoint(tmp_path / "pickle.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="without kdx's header"):
+        load_checkpoint(tmp_path / "foreign.safetensors")

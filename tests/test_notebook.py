@@ -1,0 +1,48 @@
+import pandas as pd
+import pytest
+
+from kdx.notebook import check_parameters, environment
+from kdx.scores import mean_interval
+
+
+def namespace(**values):
+    return {"__annotations__": {"seed": int, "lr": float, "flag": bool}, "seed": 0, "lr": 0.1, "flag": True, **values}
+
+
+def test_check_parameters_returns_what_was_declared():
+    assert check_parameters(namespace(print=print, pd=pd, _i1="", In=[], Out={})) == {
+        "seed": 0, "lr": 0.1, "flag": True,
+    }  # fmt: skip
+    assert check_parameters(namespace(lr=1))["lr"] == 1  # a whole number is a float
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sede": 1}, "unknown parameters: sede; choose from: seed, lr, flag"),
+        ({"seed": "1"}, "parameter seed: expected int, got '1'"),
+        ({"seed": 1.5}, "parameter seed: expected int, got 1.5"),
+        ({"seed": True}, "parameter seed: expected int, got True"),
+        ({"flag": 1}, "parameter flag: expected bool, got 1"),
+    ],
+)
+def test_check_parameters_names_what_is_wrong(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        check_parameters(namespace(**wrong))
+
+
+def test_environment_shows_parameters_versions_and_fingerprints(tiny_shapes):
+    table = environment({"seed": 0}, "cpu", train=tiny_shapes["train"]).data["value"]
+    assert table["parameter", "seed"] == "0"
+    assert table["data (SHA-256)", "train, 80 images"] == tiny_shapes["train"].fingerprint[:16]
+    assert table["device", "name"].startswith("cpu")
+
+
+def test_mean_interval_by_hand():
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.high - 2 == pytest.approx(4.302653 / 3**0.5)  # t quantile 0.975 with 2 degrees of freedom
+    assert interval.n == 3
+    for values in ([1.0], [1.0, float("nan")], [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match="at least 2 values"):
+            mean_interval(values)
