@@ -111,7 +111,7 @@ def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], caption
     ----------
     dataset : the n images, one row each.
     maps : network -> stage -> raw map (n, h, w). A stage has one colour scale, shared by all
-        networks and images, and one colour bar.
+        networks and images, and one colour bar; it ends at the 99th percentile.
     captions : n lines of text left of the images.
     """
     networks, levels = list(maps), list(next(iter(maps.values())))
@@ -125,7 +125,8 @@ def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], caption
         _bare(axes)
         axes.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
     for i, stage in enumerate(levels):
-        top = max(float(maps[network][stage].max()) for network in networks)
+        drawn_values = torch.cat([maps[network][stage].flatten() for network in networks])
+        top = float(drawn_values.double().quantile(0.99)) or 1.0
         first = 2 + i * (len(networks) + 1)
         for j, network in enumerate(networks):
             for row in range(n):
@@ -134,9 +135,8 @@ def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], caption
                 _bare(axes)
                 if row == 0:
                     axes.set_title(f"{stage} {network}", fontsize=9, color=ROLES[network])
-        bar = figure.colorbar(
-            drawn, cax=figure.add_subplot(grid[n, first : first + len(networks)]), orientation="horizontal"
-        )
+        below = figure.add_subplot(grid[n, first : first + len(networks)])
+        bar = figure.colorbar(drawn, cax=below, orientation="horizontal", extend="max")
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
         bar.locator = plt.MaxNLocator(3)
@@ -147,7 +147,11 @@ def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], caption
 def stage_bars(table: pd.DataFrame, value: str, hue: str, ylabel: str) -> Figure:
     """A bar per stage and hue: mean of the rows, with a 95 % bootstrap interval."""
     figure, axes = plt.subplots(figsize=(5.2, 3))
-    sns.barplot(table, x="stage", y=value, hue=hue, ax=axes, errorbar=("ci", 95), seed=0, palette=_palette(table[hue]))
+    names = sorted(table[hue].unique())
+    colours = sns.color_palette("crest", len(names))
+    sns.barplot(
+        table, x="stage", y=value, hue=hue, hue_order=names, palette=colours, errorbar=("ci", 95), seed=0, ax=axes
+    )
     axes.set(xlabel=None, ylabel=ylabel)
     axes.legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(axis="y", alpha=0.4)
@@ -156,62 +160,56 @@ def stage_bars(table: pd.DataFrame, value: str, hue: str, ylabel: str) -> Figure
     return figure
 
 
-def _palette(names: pd.Series) -> list[str]:
-    other = iter(sns.color_palette("crest", 4).as_hex())
-    return [ROLES.get(name) or next(other) for name in dict.fromkeys(names)]
-
-
-def overview(image: Tensor, base: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> Figure:
+def overview(image: Tensor, maps: Mapping[str, Mapping[str, Tensor]], answers: Mapping[str, str]) -> Figure:
     """The project in one picture: who learns from whom, and where base and student then look.
 
     Parameters
     ----------
     image : uint8 (3, h, w).
-    base, student : stage -> raw map (h, w) of that image.
+    maps : "base" and "student" -> stage -> raw map (h, w) of that image.
+    answers : "base" and "student" -> the class that each of them gave.
     """
-    levels = list(base)
-    figure = plt.figure(figsize=(10.5, 4.3), layout="none")
-    scheme = figure.add_axes((0.0, 0.0, 0.36, 1.0))
+    figure = plt.figure(figsize=(11, 2.95), layout="none")
+    scheme = figure.add_axes((0.0, 0.0, 0.33, 1.0))
     scheme.set(xlim=(0, 10), ylim=(0, 10))
     scheme.axis("off")
-    for role, x, y, text in (
-        ("teacher", 3.9, 7.7, "Teacher"),
-        ("student", 7.9, 7.7, "Student"),
-        ("base", 7.9, 3.3, "Base"),
-    ):
-        box = FancyBboxPatch(
-            (x - 1.35, y - 0.65), 2.7, 1.3, boxstyle="round,pad=0.1", facecolor=ROLES[role], edgecolor="none"
+    scheme.text(1.0, 5.0, "images\nand labels", ha="center", va="center", fontsize=11)
+    for role, x, y in (("teacher", 4.6, 8.0), ("student", 8.4, 5.6), ("base", 8.4, 1.9)):
+        corner = (x - 1.3, y - 0.7)
+        scheme.add_patch(
+            FancyBboxPatch(corner, 2.6, 1.4, boxstyle="round,pad=0.1", facecolor=ROLES[role], edgecolor="none")
         )
-        scheme.add_patch(box)
-        scheme.text(x, y, text, color="white", ha="center", va="center", fontsize=12, weight="bold")
-    scheme.text(0.9, 5.5, "images\nand labels", ha="center", va="center", fontsize=10)
-    arrows = {
-        ((1.0, 6.3), (2.3, 7.5)): ROLES["teacher"],
-        ((1.9, 5.5), (7.3, 6.8)): ROLES["student"],
-        ((1.0, 4.7), (6.3, 3.4)): ROLES["base"],
-        ((5.5, 7.7), (6.3, 7.7)): ROLES["teacher"],
-    }
-    for (start, end), colour in arrows.items():
-        scheme.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=colour, lw=1.6))
-    scheme.text(5.9, 9.0, "soft answers", ha="center", fontsize=10, color=ROLES["teacher"])
-    scheme.text(7.9, 1.95, "same architecture,\nno teacher", ha="center", va="center", fontsize=9, color=ROLES["base"])
+        scheme.text(x, y, role, color="white", ha="center", va="center", fontsize=13, weight="bold")
+    for start, end, role in (
+        ((1.6, 6.1), (3.2, 7.5), "teacher"),
+        ((5.5, 7.1), (7.0, 6.2), "teacher"),
+        ((2.3, 5.2), (6.9, 5.5), "student"),
+        ((2.0, 4.1), (6.9, 2.2), "base"),
+    ):
+        scheme.add_patch(
+            FancyArrowPatch(
+                start, end, shrinkA=0, shrinkB=0, arrowstyle="-|>", mutation_scale=16, color=ROLES[role], lw=1.8
+            )
+        )
+    scheme.text(7.0, 7.3, "soft answers", fontsize=11, color=ROLES["teacher"])
 
+    levels = list(maps["base"])
     grid = figure.add_gridspec(
-        2, len(levels) + 2, left=0.385, right=0.985, top=0.86, bottom=0.07, wspace=0.08, hspace=0.08,
-        width_ratios=[1.0, 0.05] + [1.0] * len(levels),
+        2, 2 + len(levels), left=0.345, right=0.995, top=0.89, bottom=0.02, wspace=0.06, hspace=0.06,
+        width_ratios=[2.0, 0.3] + [1.0] * len(levels),
     )  # fmt: skip
     picture = figure.add_subplot(grid[:, 0])
     show_image(picture, image)
-    picture.set_title("one image", fontsize=11)
+    picture.set_title("one test image", fontsize=12)
     _bare(picture)
-    for row, (role, maps) in enumerate((("student", student), ("base", base))):
+    for row, role in enumerate(("student", "base")):
         for column, stage in enumerate(levels):
             axes = figure.add_subplot(grid[row, column + 2])
-            top = max(float(base[stage].max()), float(student[stage].max())) or 1.0
-            axes.imshow(maps[stage], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
+            top = max(float(maps[name][stage].max()) for name in maps) or 1.0
+            axes.imshow(maps[role][stage], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
             _bare(axes)
             if row == 0:
-                axes.set_title(stage, fontsize=11)
+                axes.set_title(stage, fontsize=12)
             if column == 0:
-                axes.set_ylabel(role, color=ROLES[role], fontsize=12, weight="bold")
+                axes.set_ylabel(f"{role}:\n{answers[role]}", color=ROLES[role], fontsize=11, weight="bold")
     return figure
