@@ -59,7 +59,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/01_gradcam",
     ):
         assert (html / "book" / f"{page}.html").is_file()
-    assert "refresh" in (html / "index.html").read_text()  # the root leads to the landing page
+    assert "url=book/index.html" in (html / "index.html").read_text()  # the root leads to the landing page
 
 
 @pytest.mark.book
