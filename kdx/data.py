@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedKFold, train_test_split
+from filelock import FileLock
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from kdx import cifar, shapes
 
 log = logging.getLogger(__name__)
-SPLITS = ("train", "test")
 
 
 class DataError(RuntimeError):
@@ -40,7 +40,7 @@ def data_home() -> Path:
     ``$KDX_DATA`` if set, else ``data/`` of the checkout kdx runs from, else ``~/.cache/kdx``.
     """
     if home := os.environ.get("KDX_DATA"):
-        return Path(home).expanduser()
+        return Path(home).expanduser().absolute()
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "pyproject.toml").is_file():
         return checkout / "data"
@@ -141,6 +141,8 @@ class Dataset:
 
     def __getitem__(self, rows: Tensor) -> Dataset:
         """The subset at index tensor ``rows`` (m,)."""
+        if not isinstance(rows, Tensor) or rows.ndim != 1:
+            raise TypeError(f"expected an index tensor (m,), got {rows!r}")
         masks = None if self.masks is None else self.masks[rows]
         return Dataset(self.images[rows], self.labels[rows], self.card, masks)
 
@@ -150,10 +152,11 @@ class Dataset:
             return self
         if not len(self.classes) <= n <= len(self):
             raise ValueError(f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}")
-        if len(self) - n < len(self.classes):
-            raise ValueError(f"limit: {n} leaves fewer than one image per class of {len(self)}; use None for all")
-        rows, _ = train_test_split(np.arange(len(self)), train_size=n, stratify=self.labels.numpy(), random_state=seed)
-        return self[torch.from_numpy(np.sort(rows))]
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        members = F.one_hot(self.labels[order], len(self.classes))  # (n, classes)
+        rank = (members.cumsum(0) * members).sum(1) - 0.5  # of an image within its class
+        share = rank / (members.sum(0) * members).sum(1)
+        return self[order[share.argsort(stable=True)[:n]].sort().values]
 
 
 def find_card(name: str) -> Card:
@@ -193,13 +196,22 @@ def fetch(name: str) -> Path:
     folder = raw / name
     if not card.sources:
         return folder
-    if folder.exists():
-        try:
-            _verify(card, folder)
-            return folder
-        except DataError as error:
-            log.warning("%s: what lies in %s is refused (%s); fetching it anew", name, folder, error)
+    if folder.exists() and _refusal(card, folder) is None:
+        return folder
     raw.mkdir(parents=True, exist_ok=True)
+    with FileLock(raw / f".{name}.lock"):
+        return _fetch(card, raw, folder)
+
+
+def _fetch(card: Card, raw: Path, folder: Path) -> Path:
+    name = card.name
+    if folder.exists():
+        refusal = _refusal(card, folder)
+        if refusal is None:  # another process has fetched it meanwhile
+            return folder
+        aside = Path(tempfile.mkdtemp(prefix=f"{name}.refused-", dir=raw))
+        os.replace(folder, aside)
+        log.warning("%s: %s; moved to %s, fetching it anew", name, refusal, aside.name)
     if (free := shutil.disk_usage(raw).free) < 3 * card.download_bytes:
         raise DataError(
             f"{name}: needs {3 * card.download_bytes / 1e6:.0f} MB free in {raw} while it unpacks, "
@@ -219,8 +231,6 @@ def fetch(name: str) -> Path:
                 failures.append(f"{source}: {_one_line(error)}")
                 log.warning("%s: %s", name, failures[-1])
                 continue
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "refused")
             os.replace(unpacked, folder)
             log.info("%s: verified, from %s", name, source)
             return folder
@@ -229,6 +239,14 @@ def fetch(name: str) -> Path:
         + "\n  ".join(failures)
         + f"\nCheck the connection, or put the original files into {folder}."
     )
+
+
+def _refusal(card: Card, folder: Path) -> DataError | None:
+    try:
+        _verify(card, folder)
+    except DataError as error:
+        return error
+    return None
 
 
 def _verify(card: Card, folder: Path) -> None:
@@ -249,7 +267,7 @@ def _one_line(error: Exception) -> str:
 
 def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Stratified ``k`` folds: a list of (training rows, validation rows)."""
-    smallest = int(torch.bincount(labels).min())
+    smallest = int(labels.unique(return_counts=True)[1].min())
     if not 2 <= k <= smallest:
         raise ValueError(f"folds: expected 2 to {smallest} (the smallest class), got {k}")
     splitter = StratifiedKFold(k, shuffle=True, random_state=seed)
@@ -312,7 +330,7 @@ DATASETS: dict[str, Card] = {
             ),
             classes=shapes.CLASSES,
             size=(3, shapes.SIZE, shapes.SIZE),
-            counts={"train": 6_400, "test": 1_600},
+            counts=shapes.COUNTS,
             mean=(0.2762, 0.2764, 0.2763),
             std=(0.2127, 0.2126, 0.2123),
             licence="MIT, as kdx",

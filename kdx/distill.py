@@ -6,6 +6,7 @@ the result in the run store, so that the same training is never done twice.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -105,8 +106,11 @@ class Recipe:
     sizes: tuple[float, ...] = (0.5, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or not self.lr > 0 or self.shift < 0:
-            raise ValueError(f"recipe: expected epochs >= 1, batch_size >= 2, lr > 0 and shift >= 0, got {self}")
+        whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size, self.shift))
+        if not whole or self.epochs < 1 or self.batch_size < 2 or self.shift < 0:
+            raise ValueError(f"recipe: expected whole numbers epochs >= 1, batch_size >= 2 and shift >= 0, got {self}")
+        if not 0 < self.lr < math.inf or not 0 < self.momentum < 1 or not self.weight_decay >= 0:
+            raise ValueError(f"recipe: expected 0 < lr, 0 < momentum < 1 and weight_decay >= 0, got {self}")
         if not self.sizes or not all(0 < size <= 1 for size in self.sizes):
             raise ValueError(f"recipe: expected sizes in (0, 1], got {self.sizes}")
 
@@ -148,6 +152,13 @@ def fit(
         raise ValueError(f"technique {technique!r} expects {wants}, got {teacher!r}")
     if len(train) < recipe.batch_size:
         raise ValueError(f"expected at least one batch of {recipe.batch_size} training images, got {len(train)}")
+    if not len(validation):
+        raise ValueError("expected at least one validation image, got none")
+    side = min(train.card.size[1:])
+    if recipe.shift >= side or side * min(recipe.sizes) < 8:
+        raise ValueError(
+            f"recipe: expected shift < {side} and images of 8 pixels or more for {train.card.name}, got {recipe}"
+        )
     torch_device = pick_device(device)
     classes = len(train.classes)
     with torch.random.fork_rng(devices=[]):
@@ -163,7 +174,7 @@ def fit(
         "validation": validation.fingerprint,
         "normalisation": [train.card.mean, train.card.std],
     }
-    key = run_key(spec, CODE)
+    key = run_key(spec, CODE + code_digest(type(loss)) + repr(models.MODELS[model]))
     if run := find_run(key):
         return run
     start = time.perf_counter()

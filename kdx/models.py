@@ -88,6 +88,8 @@ def build(name: str, classes: int, stem: str = "imagenet", width: float | None =
 def save_checkpoint(path: Path, model: ResNet, header: Mapping[str, Any]) -> None:
     """Write weights as safetensors with a JSON header: the architecture and what ``header`` adds
     (class names, normalisation, metrics)."""
+    if not hasattr(model, "architecture"):
+        raise ValueError(f"expected a network from kdx.build, got {type(model).__name__}, which kdx could not rebuild")
     text = json.dumps({"architecture": model.architecture, **header})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"kdx": text})
@@ -135,11 +137,8 @@ def _resolution(tensor: Tensor | None) -> tuple[int, int] | None:
     return None if tensor is None else (tensor.shape[2], tensor.shape[3])
 
 
-def _feature_map(value: Any) -> Tensor | None:
-    """The first (n, c, h, w) tensor among a module's inputs or outputs."""
-    if isinstance(value, Tensor):
-        return value if value.ndim == 4 else None
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+def _feature_map(*values: Any) -> Tensor | None:
+    """The first (n, c, h, w) tensor among a module's arguments, or its output."""
     return next((v for v in values if isinstance(v, Tensor) and v.ndim == 4), None)
 
 
@@ -148,7 +147,9 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
 
     A stage ends with the last module before each spatial down-sampling, and with the last before
     pooling; the deepest four are kept. They are read off one traced forward pass. Pointwise
-    layers (1x1 convolutions, norms) that open a down-sampling block belong to that block.
+    layers (1x1 convolutions, norms) that open a down-sampling block belong to that block. What a
+    network computes outside of modules (a sum of two branches, say) cannot be named: check the
+    result for such networks, and name the stages yourself where it is not what you mean.
 
     Parameters
     ----------
@@ -197,7 +198,7 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = _Call(name, module, _feature_map((*args, *kwargs.values())), None, [])
+            call = _Call(name, module, _feature_map(*args, *kwargs.values()), None, [])
             counts[name] += 1
             stack[-1].children.append(call)
             stack.append(call)
@@ -215,8 +216,8 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
             model(image)
     except RuntimeError as error:
         raise ValueError(
-            f"stages: {type(model).__name__} does not take an input of {tuple(image.shape)}; "
-            "pass images of the shape it expects"
+            f"stages: {type(model).__name__} does not take an input of {tuple(image.shape)}, {image.dtype}, on "
+            f"{image.device}; pass images as it expects them ({str(error).splitlines()[0]})"
         ) from error
     finally:
         for handle in handles:
@@ -241,7 +242,8 @@ def _is_unit(call: _Call) -> bool:
         return True
     # Resolutions on the way down; smaller ones are side branches such as squeeze-and-excitation.
     inner = list(_leaves(call))
-    sizes = {c.after for c in inner if c.after is not None and c.after >= call.after}
+    low = call.after
+    sizes = {c.after for c in inner if c.after is not None and c.after[0] >= low[0] and c.after[1] >= low[1]}
     if len(sizes | {call.before, call.after}) > 2:
         return False
     steps = [c for c in inner if c.before == call.before and c.after == call.after]

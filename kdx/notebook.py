@@ -16,14 +16,15 @@ LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}
 
 
-def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def check_parameters(namespace: Mapping[str, Any], **least: float) -> dict[str, Any]:
     """The notebook's parameters, from its ``globals()`` right after the parameters cell.
 
     The annotated literals of that cell declare names and types; whatever papermill has set
-    besides, or with another type, is an error that names the choices.
+    besides, or with another type, is an error that names the choices. ``least`` gives the
+    smallest value of a parameter.
     """
     declared = namespace.get("__annotations__", {})
-    given = {
+    given: dict[str, Any] = {
         name: value
         for name, value in namespace.items()
         if not name.startswith("_") and name not in IPYTHON and isinstance(value, LITERALS)
@@ -36,6 +37,9 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             expected = getattr(kind, "__name__", str(kind))
             raise ValueError(f"parameter {name}: expected {expected}, got {value!r}")
+    for name, smallest in least.items():
+        if (value := given[name]) < smallest:
+            raise ValueError(f"parameter {name}: expected at least {smallest}, got {value}")
     return given
 
 

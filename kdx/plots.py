@@ -114,6 +114,8 @@ def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], caption
         networks and images, and one colour bar; it ends at the 99th percentile.
     captions : n lines of text left of the images.
     """
+    if not len(dataset):
+        raise ValueError("expected at least one image to draw, got none")
     networks, levels = list(maps), list(next(iter(maps.values())))
     n, columns = len(dataset), len(levels) * len(networks)
     figure = plt.figure(figsize=(1.45 + 1.02 * (1 + columns), 1.02 * n + 1.15))

@@ -15,12 +15,16 @@ def terminal() -> str | None:
     """Path of the terminal that a person watches, or None."""
     if path := os.environ.get(TERMINAL):
         return path
-    return os.ttyname(sys.stderr.fileno()) if sys.stderr.isatty() else None
+    try:
+        return os.ttyname(sys.stderr.fileno())
+    except (OSError, ValueError):  # no terminal, or a replaced stderr
+        return None
 
 
 def progress(iterable: Any = None, **settings: Any) -> tqdm:
     """:class:`tqdm.tqdm` on :func:`terminal`, disabled where there is none."""
-    path = terminal()
-    if path is None:
+    try:
+        file = open(terminal() or "", "w")  # noqa: SIM115
+    except OSError:
         return tqdm(iterable, disable=True, **settings)
-    return tqdm(iterable, file=open(path, "w"), leave=False, dynamic_ncols=True, **settings)
+    return tqdm(iterable, file=file, leave=False, dynamic_ncols=True, **settings)

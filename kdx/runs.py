@@ -1,4 +1,4 @@
-"""The run store: trained models under a key made of everything that decides their weights.
+"""The run store: trained models under a key made of spec, data and code.
 
 A run is a folder ``runs/<key>/`` of ``manifest.json``, ``model.safetensors`` and
 ``history.csv``. It is written beside its place and moved there in one step, so what is found
@@ -14,8 +14,8 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import textwrap
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,14 +49,22 @@ class Run:
 
     @cached_property
     def model(self) -> ResNet:
-        """The trained network, on the CPU, in evaluation mode."""
+        """The trained network in evaluation mode; on the CPU when it is first asked for."""
         return load_checkpoint(self.path / "model.safetensors")[0]
 
 
 def run_key(spec: Mapping[str, Any], code: str) -> str:
-    """32 hex digits of a spec (JSON literals) and of the :func:`code_digest` behind it."""
-    text = json.dumps([FORMAT, spec, code], sort_keys=True, allow_nan=False)
+    """32 hex digits of a spec (JSON literals; 1 and 1.0 are the same) and of the code behind it."""
+    text = json.dumps([FORMAT, _plain(spec), code], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def code_digest(*code: Any) -> str:
@@ -86,7 +94,7 @@ def find_run(key: str) -> Run | None:
             if (got := _sha256(path / name)) != expected:
                 raise ValueError(f"{name}: expected SHA-256 {expected[:12]}…, got {got[:12]}…")
         return Run(key, path, manifest, pd.read_csv(path / "history.csv"))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the stored run {path} is damaged ({error}); delete that folder to train it again") from error
 
 
@@ -103,7 +111,8 @@ def store_run(
     runs = data_home() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     path = runs / key
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=runs))
+    scratch = runs / f".partial-{uuid.uuid4().hex}"
+    scratch.mkdir()
     try:
         save_checkpoint(scratch / "model.safetensors", model, header)
         history.to_csv(scratch / "history.csv", index=False)

@@ -82,7 +82,7 @@ def grad_cam(
     ----------
     images : (n, c, h, w), normalised as the network expects.
     target : class index for all images, or (n,) one per image; None: the predicted class.
-    layers : stage -> module name; None: :func:`kdx.stages`.
+    layers : stage -> module name; None: :func:`kdx.stages`, which costs a forward pass of one image.
 
     Returns
     -------
@@ -90,6 +90,8 @@ def grad_cam(
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
+        raise ValueError(f"expected a plain module, got {type(model).__name__}; pass the network inside it")
     with torch.inference_mode(False), torch.enable_grad():
         images = _plain(images)
         layers = stages(model, images) if layers is None else layers
@@ -108,9 +110,12 @@ def grad_cam(
     for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
-        weights = gradient.float().mean(dim=(2, 3))  # (n, k)
-        activation = activation.detach().float()  # (n, k, h, w)
-        maps[stage] = torch.einsum("nk,nkhw->nhw", weights, activation).relu()
+        if activation.ndim != 4:
+            raise ValueError(f"{stage} ({layers[stage]}): expected (n, k, h, w), got {tuple(activation.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            weights = gradient.float().mean(dim=(2, 3))  # (n, k)
+            activation = activation.detach().float()  # (n, k, h, w)
+            maps[stage] = torch.einsum("nk,nkhw->nhw", weights, activation).relu()
     return {stage: maps[stage] for stage in layers}
 
 
@@ -132,18 +137,22 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    """The (n, classes) logits in what a network returned."""
-    if isinstance(output, Mapping):
-        candidates = [output[key] for key in ("logits", "out") if key in output] or list(output.values())
-    elif isinstance(output, (tuple, list)):
-        candidates = list(output)
-    else:
-        candidates = [getattr(output, "logits", output)]
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.ndim == 2:
-            return candidate
-    shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in candidates]
-    raise ValueError(f"expected logits (n, classes) from the network, got {shapes}")
+    """The (n, classes) logits in what a network returned: ``logits`` or ``out`` where it has one
+    of that name, else its only matrix."""
+    named = output if isinstance(output, Mapping) else {k: getattr(output, k, None) for k in ("logits", "out")}
+    for name in ("logits", "out"):
+        if isinstance(value := named.get(name), Tensor) and value.ndim == 2:
+            return value
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    values = values if isinstance(values, (tuple, list)) else [values]
+    matrices = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
+    if len(matrices) == 1:
+        return matrices[0]
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+    raise ValueError(
+        f"expected one output of shape (n, classes), or one called logits, from the network; got {shapes}: "
+        "wrap it in a module that returns the logits alone"
+    )
 
 
 def _targets(target: int | Tensor | None, logits: Tensor) -> Tensor:

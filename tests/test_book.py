@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -73,17 +74,34 @@ def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-@pytest.mark.book
-def test_book_executes_again_what_changed(smoke_book):
-    page = book.load_pages(smoke_book[0], "smoke")[1]
+def test_page_key_covers_cells_metadata_parameters_and_package(tmp_path, monkeypatch):
+    page = book.load_pages(ROOT, "smoke")[1]
     key = book.page_key(page)
+    assert book.page_key(page) == key
+    assert book.page_key(replace(page, parameters={**page.parameters, "seed": 1})) != key
     changed = nbformat.read(page.notebook, as_version=4)
     changed.cells[0].source += " More."
-    copy = page.notebook.with_name("copy.ipynb")
-    nbformat.write(changed, copy)
-    assert book.page_key(book.Page(page.name, copy, page.parameters, page.executed)) != key
-    assert book.page_key(book.Page(page.name, page.notebook, {**page.parameters, "seed": 1}, page.executed)) != key
-    copy.unlink()
+    nbformat.write(changed, tmp_path / "text.ipynb")
+    assert book.page_key(replace(page, notebook=tmp_path / "text.ipynb")) != key
+    changed = nbformat.read(page.notebook, as_version=4)
+    changed.cells[-1].metadata["tags"] = []
+    nbformat.write(changed, tmp_path / "tags.ipynb")
+    assert book.page_key(replace(page, notebook=tmp_path / "tags.ipynb")) != key
+    package = shutil.copytree(ROOT / "kdx", tmp_path / "kdx")
+    monkeypatch.setattr(book, "__file__", str(package / "book.py"))
+    assert book.page_key(page) == key
+    (package / "scores.py").write_text((package / "scores.py").read_text() + "\nLEVEL = 0.9\n")
+    assert book.page_key(page) != key
+
+
+@pytest.mark.book
+def test_book_rebuild_restores_a_lost_picture(smoke_book):
+    root, _ = smoke_book
+    picture = root / "book" / "executed" / "overview.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    assert not any(book.execute_page(page) for page in book.load_pages(root, "smoke"))
+    assert picture.read_bytes() == content
 
 
 @pytest.mark.book
@@ -219,6 +237,22 @@ def test_publish_saves_the_one_picture_of_a_cell(tmp_path):
         book._publish(tmp_path / "n.ipynb")
 
 
+def test_parse_parameter_follows_the_declared_type():
+    path = ROOT / "notebooks" / "01_gradcam.ipynb"
+    for item, value in {"lr=1e-3": 1e-3, "epochs=2": 2, "dataset=no": "no", "progressive=false": False}.items():
+        assert book.parse_parameter(path, item) == (item.partition("=")[0], value)
+
+
+def test_execute_passes_the_data_home_on(tmp_path, monkeypatch):
+    path = write_notebook(tmp_path / "n" / "n.ipynb", "x: int = 1  # a number", "import os; os.environ['KDX_DATA']")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDX_DATA", "relative")
+    book.execute(path, tmp_path / "out.ipynb", {})
+    (output,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
+    assert output.data["text/plain"] == repr(str(tmp_path / "relative"))
+    assert os.environ["KDX_DATA"] == "relative"
+
+
 def test_plain_papermill_refuses_unknown_parameters(tmp_path):
     """Without kdx's own check in front: the notebook defends itself."""
     papermill = [
@@ -260,6 +294,9 @@ def test_cli_helps_and_lists(cli):
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
         (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, limit"),
         (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
+        (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),
+        (["run", "01_gradcam", "-p", "epochs=[2"], "-p epochs=[2: expected int"),
+        (["run", "01_gradcam", "-o", "tests"], "expected a file to write, got the folder tests"),
         (["run", "01_gradcam", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
         (["book", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
         (["book", "--root", "/"], "run this inside a checkout of kdx"),

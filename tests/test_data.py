@@ -5,6 +5,7 @@ import io
 import shutil
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -70,7 +71,8 @@ def test_fetch_tries_sources_in_order_and_says_why_each_failed(register, home, c
         "bytes: first: no route to host",
         "bytes: second: test split unreadable: expected 20 bytes, got 17",
     ]
-    assert [path.name for path in folder.parent.iterdir()] == ["bytes"]  # no scratch is left
+    assert [path.name for path in folder.parent.glob("[!.]*")] == ["bytes"]
+    assert not list(folder.parent.glob(".partial-*"))
 
 
 def test_fetch_does_nothing_if_verified_data_lie_there(register, home):
@@ -87,7 +89,9 @@ def test_fetch_refuses_damaged_data_and_fetches_anew(register, damage, caplog):
     path.write_bytes(damage(PIXELS))
     kdx.fetch("bytes")
     assert path.read_bytes() == PIXELS
-    assert "is refused" in caplog.text
+    assert "fetching it anew" in caplog.text
+    (aside,) = path.parent.parent.glob("bytes.refused-*")  # what lay there is kept
+    assert (aside / "train.bin").read_bytes() == damage(PIXELS)
 
 
 def test_fetch_keeps_nothing_when_interrupted(register, home):
@@ -98,14 +102,14 @@ def test_fetch_keeps_nothing_when_interrupted(register, home):
     register(source=interrupted)
     with pytest.raises(KeyboardInterrupt):
         kdx.fetch("bytes")
-    assert list((home / "raw").iterdir()) == []
+    assert [path.name for path in (home / "raw").iterdir()] == [".bytes.lock"]
 
 
 def test_fetch_without_any_source_lists_all_failures(register, home):
     register(first=unreachable, second=truncated)
     with pytest.raises(DataError, match=r"(?s)first: no route.*second: test split.*put the original files into"):
         load_dataset("bytes")
-    assert list((home / "raw").iterdir()) == []
+    assert [path.name for path in (home / "raw").iterdir()] == [".bytes.lock"]
 
 
 def test_fetch_on_a_full_disk_is_one_clear_error(register, home, monkeypatch):
@@ -115,10 +119,17 @@ def test_fetch_on_a_full_disk_is_one_clear_error(register, home, monkeypatch):
     register(first=no_space, second=good)
     with pytest.raises(DataError, match="is full"):
         kdx.fetch("bytes")
-    assert list((home / "raw").iterdir()) == []
+    assert [path.name for path in (home / "raw").iterdir()] == [".bytes.lock"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(DataError, match="free some space"):
         kdx.fetch("bytes")
+
+
+def test_fetch_by_many_at_once_gives_each_the_data(register):
+    register(source=good)
+    with ThreadPoolExecutor(8) as pool:
+        lengths = list(pool.map(lambda _: len(load_dataset("bytes")), range(32)))
+    assert lengths == [4] * 32
 
 
 # --- CIFAR-10's own readers, on 3 images a file ---------------------------------------------
@@ -240,6 +251,11 @@ def test_limit_keeps_the_class_balance_and_is_drawn_by_the_seed():
     assert part.fingerprint == again.fingerprint != other.fingerprint
     assert part.masks.shape == (200, 64, 64)
     assert whole.limit(None) is whole
+    assert whole.limit(1599).labels.bincount().sum() == 1599
+    uneven = whole[torch.cat([(whole.labels == c).nonzero()[: 10 + 10 * c, 0] for c in range(10)])]
+    assert uneven.limit(55).labels.bincount().tolist() == list(range(1, 11))
+    with pytest.raises(TypeError, match=r"expected an index tensor \(m,\), got 3"):
+        whole[3]
     for n in (9, 1601):
         with pytest.raises(ValueError, match="expected 10"):
             whole.limit(n)
@@ -334,3 +350,6 @@ def test_augment_shifts_are_crops_of_the_reflected_image():
 def test_data_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("KDX_DATA", str(tmp_path / "elsewhere"))
     assert data.data_home() == tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDX_DATA", "relative")
+    assert data.data_home() == tmp_path / "relative"

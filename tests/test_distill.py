@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdx import distill, runs
+from kdx import data, distill, models, runs
 from kdx.distill import TECHNIQUES, Recipe, Response, evaluate, fit
 
 ROOT = Path(__file__).parent.parent
@@ -98,13 +98,13 @@ def test_fit_key_covers_what_matters(tiny_shapes):
 
 
 def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tiny_shapes):
-    data = tiny_shapes["train"]
-    shifted = replace(data, labels=(data.labels + 1) % 10)  # the teacher is taught the wrong names
+    images = tiny_shapes["train"]
+    shifted = replace(images, labels=(images.labels + 1) % 10)  # the teacher is taught the wrong names
     settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.25, "device": "cpu"}
     teacher = fit("resnet10", shifted, shifted, **settings)
-    student = fit("resnet10", data, data, technique="response", teacher=teacher, alpha=1.0, seed=5, **settings)
-    answers = evaluate(student.model, data, "cpu").predictions
-    assert (answers == shifted.labels).double().mean() > 0.4 + (answers == data.labels).double().mean()
+    student = fit("resnet10", images, images, technique="response", teacher=teacher, alpha=1.0, seed=5, **settings)
+    answers = evaluate(student.model, images, "cpu").predictions
+    assert (answers == shifted.labels).double().mean() > 0.4 + (answers == images.labels).double().mean()
 
 
 def test_fit_names_the_choices(tiny_shapes):
@@ -119,14 +119,17 @@ def test_fit_names_the_choices(tiny_shapes):
         "'label' expects no teacher": {"teacher": teacher},
         "unknown device 'gpu'": {"device": "gpu"},
         "at least one batch of 500 training images, got 80": {"recipe": Recipe(batch_size=500)},
+        "images of 8 pixels or more": {"recipe": Recipe(batch_size=16, sizes=(0.1,))},
+        "expected shift < 64": {"recipe": Recipe(batch_size=16, shift=64)},
     }  # fmt: skip
     for message, settings in cases.items():
         with pytest.raises(ValueError, match=message):
             train(tiny_shapes, **settings)
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
         fit("vgg", tiny_shapes["train"], tiny_shapes["test"])
-    with pytest.raises(ValueError, match="epochs >= 1"):
-        Recipe(epochs=0)
+    for wrong in ({"epochs": 0}, {"epochs": 1.5}, {"lr": math.inf}, {"momentum": 0}, {"sizes": ()}):
+        with pytest.raises(ValueError, match="recipe: expected"):
+            Recipe(**wrong)
 
 
 def test_fit_that_diverges_is_an_error_and_stores_nothing(tiny_shapes, home):
@@ -145,11 +148,26 @@ def test_techniques_can_be_added(tiny_shapes):
         def loss(self, logits_student, logits_teacher, labels):
             return self.weight * F.mse_loss(logits_student, logits_teacher)
 
+    class Other(Agree):
+        def loss(self, logits_student, logits_teacher, labels):
+            return 2 * self.weight * F.mse_loss(logits_student, logits_teacher)
+
+    teacher = train(tiny_shapes)
     try:
-        run = train(tiny_shapes, technique="agree", teacher=train(tiny_shapes), weight=0.5)
+        run = train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5)
         assert run.manifest["spec"]["technique"] == {"name": "agree", "weight": 0.5}
+        assert train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5).key == run.key
+        distill.technique("agree")(Other)  # the same name, another loss
+        assert train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5).key != run.key
     finally:
         del TECHNIQUES["agree"]
+
+
+def test_fit_key_covers_the_code_that_trains():
+    parts = [models, distill, data.augment, data.Card.normalize]
+    assert runs.code_digest(*parts) == distill.CODE
+    without = {runs.code_digest(*parts[:i], *parts[i + 1 :]) for i in range(len(parts))}
+    assert len(without | {distill.CODE}) == 5  # each of them counts
 
 
 # --- the store --------------------------------------------------------------------------------
@@ -204,6 +222,8 @@ def test_run_key_ignores_comments_but_not_code(tmp_path):
     keys = [runs.run_key({"a": 1}, runs.code_digest(code)) for code in (plain, commented, changed)]
     assert keys[0] == keys[1] != keys[2]
     assert runs.run_key({"a": 2}, runs.code_digest(plain)) != keys[0]
+    assert runs.run_key({"a": 1.0}, runs.code_digest(plain)) == keys[0]
+    assert runs.run_key({"a": 1.5}, runs.code_digest(plain)) != keys[0]
     digests = [runs.code_digest(code.f) for code in (plain, commented, changed)]
     assert digests[0] == digests[1] != digests[2]
 

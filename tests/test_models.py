@@ -60,6 +60,24 @@ def test_stages_open_blocks_that_pool_at_their_end():
     assert stages(model, torch.zeros(1, 3, 16, 16)) == {"L1": "0.1", "L2": "1.1"}
 
 
+def test_stages_do_not_mistake_strips_for_feature_maps():
+    """Coordinate attention concatenates two strips to (h + w, 1) inside a block."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reduce, self.mix = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+            self.strip = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.mix(self.reduce(x))
+            strips = torch.cat([y.mean(3, keepdim=True), y.mean(2, keepdim=True).transpose(2, 3)], 2)
+            return y * self.strip(strips).mean((2, 3), keepdim=True)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Block(), Block(), nn.Flatten())
+    assert stages(model, torch.zeros(1, 3, 32, 32)) == {"L1": "0", "L2": "1", "L3": "2"}
+
+
 def test_stages_leave_no_hooks_and_the_mode_as_it_was():
     model = torchvision.models.resnet18(weights=None).train()
     model.layer1.eval()
@@ -73,7 +91,7 @@ def test_stages_leave_no_hooks_and_the_mode_as_it_was():
 
 def test_stages_errors_say_what_to_do():
     model = torchvision.models.alexnet(weights=None)
-    with pytest.raises(ValueError, match=r"does not take an input of \(1, 3, 16, 16\); pass images"):
+    with pytest.raises(ValueError, match=r"does not take .* \(1, 3, 16, 16\), torch.float32, on cpu; pass images"):
         stages(model, torch.zeros(1, 3, 16, 16))
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"unknown modules \['nope'\]; choose from: features"):
@@ -132,3 +150,5 @@ def test_checkpoint_of_another_kind_is_a_clear_error(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="without kdx's header"):
         load_checkpoint(tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"expected a network from kdx.build, got Linear"):
+        save_checkpoint(tmp_path / "x.safetensors", nn.Linear(2, 2), {})

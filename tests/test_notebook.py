@@ -31,6 +31,12 @@ def test_check_parameters_names_what_is_wrong(wrong, message):
         check_parameters(namespace(**wrong))
 
 
+def test_check_parameters_knows_the_least_value():
+    assert check_parameters(namespace(), seed=0)
+    with pytest.raises(ValueError, match="parameter seed: expected at least 1, got 0"):
+        check_parameters(namespace(), seed=1)
+
+
 def test_environment_shows_parameters_versions_and_fingerprints(tiny_shapes):
     table = environment({"seed": 0}, "cpu", train=tiny_shapes["train"]).data["value"]
     assert table["parameter", "seed"] == "0"

@@ -38,6 +38,14 @@ def test_constraints_pin_every_requirement_within_its_range():
         assert requirement.specifier.contains(pins[requirement.name.lower()], prereleases=True), line
 
 
+def test_pre_commit_runs_the_pinned_versions():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for repo, name in (("ruff-pre-commit", "ruff"), ("nbstripout", "nbstripout")):
+        (version,) = (hook["rev"].removeprefix("v") for hook in hooks if hook["repo"].endswith(repo))
+        assert f"{name}=={version}" in pins
+
+
 def test_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == kdx.__version__
@@ -54,7 +62,7 @@ def test_notebook_is_clean_and_parameterized(path):
     assert not any(cell.outputs or cell.execution_count for cell in code)
     tagged = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == [0]
-    assert "check_parameters(globals())" in code[1].source
+    assert "check_parameters(" in code[1].source
     lines = [line for line in code[0].source.splitlines() if not line.startswith("#")]
     assert all("  # " in line and ": " in line.partition("=")[0] for line in lines)  # annotated and explained
 

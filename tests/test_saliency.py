@@ -174,9 +174,38 @@ def test_grad_cam_refuses_bad_input(network):
             grad_cam(network, x, target)
     with pytest.raises(ValueError, match=r"no modules \['nope'\]"):
         grad_cam(network, x, 0, {"L1": "nope"})
-    with pytest.raises(ValueError, match=r"expected logits \(n, classes\)"):
+    with pytest.raises(ValueError, match=r"expected one output of shape \(n, classes\).*got \[\(2, 2, 32, 32\)\]"):
         grad_cam(nn.Conv2d(3, 2, 1), x, 0, {"L1": ""})
+    with pytest.raises(ValueError, match=r"L1 \(fc\): expected \(n, k, h, w\), got \(2, 10\)"):
+        grad_cam(network, x, 0, {"L1": "fc"})
+    with pytest.raises(ValueError, match="expected a plain module, got DataParallel"):
+        grad_cam(nn.DataParallel(network), x, 0)
+    with pytest.raises(ValueError, match=r"torch.float64.*expects them \(.*dtype|torch.float64.*type"):
+        grad_cam(network, x.double(), 0)
     assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_grad_cam_refuses_to_guess_between_features_and_logits(network):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network
+
+        def forward(self, x):
+            z = self.body(x)
+            return z[:, :4], z
+
+    with pytest.raises(ValueError, match=r"got \[\(2, 4\), \(2, 10\)\]: wrap it in a module"):
+        grad_cam(Both().eval(), torch.rand(2, 3, 32, 32), 3)
+
+
+def test_grad_cam_under_autocast_returns_float32(network):
+    x = torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = grad_cam(network, x, 3)
+    for stage, exact in grad_cam(network, x, 3).items():
+        assert maps[stage].dtype == torch.float32
+        assert agreement(maps[stage], exact).min() > 0.95
 
 
 def test_grad_cam_of_a_module_without_influence_is_an_error(network):
