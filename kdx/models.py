@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.models import resnet
 
 MODELS: dict[str, tuple[type[nn.Module], tuple[int, ...], float]] = {
@@ -192,7 +193,28 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
 
 
 def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
-    """The tree of module calls of one forward pass, and how often each module was called."""
+    """The tree of module calls of one forward pass, and how often each module was called.
+
+    Shapes are all that is asked for, so the pass runs on meta tensors, which hold no values and
+    cost no arithmetic; only a network that needs values is run on the image itself.
+    """
+    shapes = {
+        name: tensor.to("meta") for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named
+    }
+    with evaluating(model), torch.no_grad():
+        try:
+            return _trace_calls(model, lambda: functional_call(model, shapes, (image.to("meta"),)))
+        except Exception:
+            try:
+                return _trace_calls(model, lambda: model(image))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"stages: {type(model).__name__} does not take an input of {tuple(image.shape)}, {image.dtype}, "
+                    f"on {image.device}; pass images as it expects them ({str(error).splitlines()[0]})"
+                ) from error
+
+
+def _trace_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[_Call, dict[str, int]]:
     root = _Call("", model, None, None, [])
     stack, counts, handles = [root], dict.fromkeys(dict(model.named_modules()), 0), []
 
@@ -212,13 +234,7 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        with evaluating(model), torch.no_grad():
-            model(image)
-    except RuntimeError as error:
-        raise ValueError(
-            f"stages: {type(model).__name__} does not take an input of {tuple(image.shape)}, {image.dtype}, on "
-            f"{image.device}; pass images as it expects them ({str(error).splitlines()[0]})"
-        ) from error
+        forward()
     finally:
         for handle in handles:
             handle.remove()

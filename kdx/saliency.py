@@ -82,7 +82,7 @@ def grad_cam(
     ----------
     images : (n, c, h, w), normalised as the network expects.
     target : class index for all images, or (n,) one per image; None: the predicted class.
-    layers : stage -> module name; None: :func:`kdx.stages`, which costs a forward pass of one image.
+    layers : stage -> module name; None: :func:`kdx.stages`.
 
     Returns
     -------

@@ -78,6 +78,21 @@ def test_stages_do_not_mistake_strips_for_feature_maps():
     assert stages(model, torch.zeros(1, 3, 32, 32)) == {"L1": "0", "L2": "1", "L3": "2"}
 
 
+def test_stages_of_a_network_that_needs_values():
+    """Where meta tensors cannot be followed, the image itself is."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            x = self.conv1(x)
+            return self.conv2(x).mean((2, 3)) if x.sum().item() < float("inf") else x
+
+    assert stages(Gated(), torch.zeros(1, 3, 16, 16)) == {"L1": "conv1", "L2": "conv2"}
+
+
 def test_stages_leave_no_hooks_and_the_mode_as_it_was():
     model = torchvision.models.resnet18(weights=None).train()
     model.layer1.eval()
