@@ -5,9 +5,15 @@ Explaining knowledge distillation of PyTorch networks: data, models, training, s
 
 from kdx.data import DATASETS, Dataset, fetch, folds, load_dataset
 from kdx.distill import TECHNIQUES, Recipe, evaluate, fit
-from kdx.models import MODELS, build, load_checkpoint, save_checkpoint, stages
+from kdx.labels import label_embeddings
+from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
+from kdx.perturb import perturb
 from kdx.runs import Run
 from kdx.saliency import agreement, capture, grad_cam
+from kdx.scores import fss, rs, unique_rs
+from kdx.study import cross_fit
+from kdx.tracing import stages
+from kdx.unique import Reference, UniCAM, unicam
 from kdx.version import __version__
 
 __all__ = [
@@ -16,18 +22,27 @@ __all__ = [
     "TECHNIQUES",
     "Dataset",
     "Recipe",
+    "Reference",
     "Run",
+    "UniCAM",
     "__version__",
     "agreement",
     "build",
     "capture",
+    "cross_fit",
     "evaluate",
     "fetch",
     "fit",
     "folds",
+    "fss",
     "grad_cam",
+    "label_embeddings",
     "load_checkpoint",
     "load_dataset",
+    "perturb",
+    "rs",
     "save_checkpoint",
     "stages",
+    "unicam",
+    "unique_rs",
 ]

@@ -152,11 +152,23 @@ class Dataset:
             return self
         if not len(self.classes) <= n <= len(self):
             raise ValueError(f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}")
+        return self[self._proportional(seed)[:n].sort().values]
+
+    def split(self, *sizes: int, seed: int = 0) -> list[Dataset]:
+        """Disjoint random parts of these sizes, and what is left, each with the class proportions
+        of the whole."""
+        if min(sizes) < 1 or sum(sizes) >= len(self):
+            raise ValueError(f"split: expected sizes of 1 or more that leave some of {len(self)} images, got {sizes}")
+        parts = self._proportional(seed).split([*sizes, len(self) - sum(sizes)])
+        return [self[rows.sort().values] for rows in parts]
+
+    def _proportional(self, seed: int) -> Tensor:
+        """All rows in a random order, of which every stretch has the class proportions of the whole."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         members = F.one_hot(self.labels[order], len(self.classes))  # (n, classes)
         rank = (members.cumsum(0) * members).sum(1) - 0.5  # of an image within its class
         share = rank / (members.sum(0) * members).sum(1)
-        return self[order[share.argsort(stable=True)[:n]].sort().values]
+        return order[share.argsort(stable=True)]
 
 
 def find_card(name: str) -> Card:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from kdx import data, models
 from kdx.data import Card, Dataset
-from kdx.models import evaluating
 from kdx.progress import progress
 from kdx.runs import Run, code_digest, find_run, run_key, store_run
+from kdx.tracing import evaluating
 
 TECHNIQUES: dict[str, Any] = {}
 

@@ -53,3 +53,9 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
     rows |= {("data (SHA-256)", f"{k}, {len(d):,} images"): d.fingerprint[:16] for k, d in datasets.items()}
     table = pd.Series(rows, name="value").to_frame()
     return table.style.set_table_styles([{"selector": "td", "props": "text-align: left"}])
+
+
+def score_cell(row: Mapping[str, Any]) -> str:
+    """One score of a table as text: value, 95 % interval and, where there is one, p."""
+    p = "" if pd.isna(row["p"]) else f", p {'≤' if row['p'] <= row['floor'] else '='} {row['p']:.3f}"
+    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]{p}"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdx.data import Dataset
 
-ROLES = {"teacher": "#555555", "base": "#2b6ca3", "student": "#d1603d"}
+ROLES = {"teacher": "#555555", "base": "#2b6ca3", "student": "#d1603d", "second base": "#8a8fb5"}
+ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": ROLES["second base"]}
 MAPS = "magma"
 INK = "#222222"
 
@@ -104,45 +105,140 @@ def accuracy_pairs(accuracy: pd.DataFrame) -> Figure:
     return figure
 
 
-def map_grid(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], captions: Sequence[str]) -> Figure:
-    """Images beside the raw maps of several networks, stage by stage.
+def map_grid(
+    dataset: Dataset,
+    maps: Mapping[str, Mapping[str, Tensor]],
+    captions: Sequence[str],
+    scales: Sequence[Sequence[str]] | None = None,
+) -> Figure:
+    """Images beside raw maps of several kinds (networks, directions), stage by stage.
 
     Parameters
     ----------
     dataset : the n images, one row each.
-    maps : network -> stage -> raw map (n, h, w). A stage has one colour scale, shared by all
-        networks and images, and one colour bar; it ends at the 99th percentile.
+    maps : kind -> stage -> raw map (n, h, w).
     captions : n lines of text left of the images.
+    scales : groups of kinds that share a colour scale and bar at each stage, which ends at the
+        99th percentile of all their values; None: all of them.
     """
     if not len(dataset):
         raise ValueError("expected at least one image to draw, got none")
-    networks, levels = list(maps), list(next(iter(maps.values())))
-    n, columns = len(dataset), len(levels) * len(networks)
+    scales = [list(maps)] if scales is None else scales
+    levels = list(next(iter(maps.values())))
+    n, columns = len(dataset), len(levels) * len(maps)
     figure = plt.figure(figsize=(1.45 + 1.02 * (1 + columns), 1.02 * n + 1.15))
-    widths = [1.0] + ([0.12] + [1.0] * len(networks)) * len(levels)
+    groups = [(stage, list(kinds)) for stage in levels for kinds in scales]
+    widths = [1.0]
+    for _, kinds in groups:
+        widths += [0.12] + [1.0] * len(kinds)
     grid = figure.add_gridspec(n + 1, len(widths), width_ratios=widths, height_ratios=[1.0] * n + [0.1])
     for row, caption in enumerate(captions):
         axes = figure.add_subplot(grid[row, 0])
         show_image(axes, dataset.images[row])
         _bare(axes)
         axes.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
-    for i, stage in enumerate(levels):
-        drawn_values = torch.cat([maps[network][stage].flatten() for network in networks])
+    first = 2
+    for stage, kinds in groups:
+        drawn_values = torch.cat([maps[kind][stage].flatten() for kind in kinds])
         top = float(drawn_values.double().quantile(0.99)) or 1.0
-        first = 2 + i * (len(networks) + 1)
-        for j, network in enumerate(networks):
+        for j, kind in enumerate(kinds):
             for row in range(n):
                 axes = figure.add_subplot(grid[row, first + j])
-                drawn = axes.imshow(maps[network][stage][row], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
+                drawn = axes.imshow(maps[kind][stage][row], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
                 _bare(axes)
                 if row == 0:
-                    axes.set_title(f"{stage} {network}", fontsize=9, color=ROLES[network])
-        below = figure.add_subplot(grid[n, first : first + len(networks)])
-        bar = figure.colorbar(drawn, cax=below, orientation="horizontal", extend="max")
+                    role = next((r for r in ROLES if r in kind), "teacher")
+                    axes.set_title(f"{stage} {kind}", fontsize=9, color=ROLES[role])
+        bar = figure.colorbar(
+            drawn, cax=figure.add_subplot(grid[n, first : first + len(kinds)]), orientation="horizontal", extend="max"
+        )
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
+        bar.formatter.set_powerlimits((-2, 3))
         bar.locator = plt.MaxNLocator(3)
         bar.update_ticks()
+        first += len(kinds) + 1
+    return figure
+
+
+def picture_grid(columns: Mapping[str, Tensor], captions: Sequence[str]) -> Figure:
+    """Pictures side by side: title -> images (n, 3, h, w) in [0, 1] or masks (n, h, w); a row each."""
+    n = len(captions)
+    figure, grid = plt.subplots(n, len(columns), figsize=(1.25 * len(columns) + 1.2, 1.25 * n + 0.3), squeeze=False)
+    for j, (title, pictures) in enumerate(columns.items()):
+        for i in range(n):
+            picture = pictures[i].permute(1, 2, 0).clamp(0, 1) if pictures.ndim == 4 else pictures[i]
+            grid[i, j].imshow(picture, cmap="gray", interpolation="nearest")
+            _bare(grid[i, j])
+        grid[0, j].set_title(title, fontsize=9)
+    for i, caption in enumerate(captions):
+        grid[i, 0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+    return figure
+
+
+def matrices(panels: Mapping[str, Tensor], borders: Sequence[float] = ()) -> Figure:
+    """Centred distance matrices (n, n) side by side, each on a symmetric scale of its own, with
+    white lines at the ``borders`` between classes."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(2.35 * len(panels), 2.75), squeeze=False)
+    for axes, (title, matrix) in zip(grid[0], panels.items(), strict=True):
+        top = float(matrix.abs().double().quantile(0.99)) or 1.0
+        drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        for border in borders:
+            axes.axhline(border, color="white", lw=0.6)
+            axes.axvline(border, color="white", lw=0.6)
+        _bare(axes)
+        axes.set_title(title, fontsize=9)
+        bar = figure.colorbar(drawn, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, extend="both")
+        bar.ax.tick_params(labelsize=8)
+        bar.outline.set_visible(False)
+        bar.formatter.set_powerlimits((-2, 3))
+        bar.locator = plt.MaxNLocator(3)
+        bar.update_ticks()
+    return figure
+
+
+def score_intervals(table: pd.DataFrame, hue: str, ylabel: str) -> Figure:
+    """A score per stage and ``hue`` as a point with its interval. Columns: stage, value, low, high."""
+    figure, axes = plt.subplots(figsize=(6.2, 3))
+    levels, names = list(table["stage"].unique()), list(table[hue].unique())
+    fallback = sns.color_palette("crest", len(names))
+    for i, name in enumerate(names):
+        rows = table[table[hue] == name].set_index("stage").loc[levels]
+        x = [j + 0.14 * (i - (len(names) - 1) / 2) for j in range(len(levels))]
+        role = name if name in ROLES else None
+        axes.errorbar(
+            x,
+            rows["value"],
+            yerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
+            fmt="o",
+            ms=5,
+            capsize=2.5,
+            color=ROLES[role] if role else fallback[i],
+            label=name,
+        )
+    axes.axhline(0, color="#999999", lw=0.8, zorder=0)
+    axes.set(xticks=range(len(levels)), xticklabels=levels, ylabel=ylabel)
+    axes.grid(axis="y", alpha=0.4)
+    axes.legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(figure)
+    return figure
+
+
+def growth(table: pd.DataFrame, x: str, y: str, hue: str, style: str | None, labels: tuple[str, str]) -> Figure:
+    """Lines over a size on a binary logarithmic axis, with a marker at every size that was run."""
+    figure, axes = plt.subplots(figsize=(6.2, 3))
+    names = list(table[hue].unique())
+    palette = sns.color_palette("crest", len(names))
+    sns.lineplot(
+        table, x=x, y=y, hue=hue, hue_order=names, style=style, palette=palette, markers=True, errorbar=None, ax=axes
+    )
+    sizes = sorted(table[x].unique())
+    axes.set_xscale("log", base=2)
+    axes.set(xticks=sizes, xticklabels=sizes, xlabel=labels[0], ylabel=labels[1])
+    axes.minorticks_off()
+    axes.grid(axis="y", alpha=0.4)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(figure)
     return figure
 
 

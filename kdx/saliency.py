@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kdx.models import evaluating, stages
+from kdx.tracing import evaluating, stages
 
 
 @contextmanager
@@ -88,10 +88,7 @@ def grad_cam(
     -------
     dict : stage -> float32 map (n, h, w) >= 0, at the stage's own resolution.
     """
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
-        raise ValueError(f"expected a plain module, got {type(model).__name__}; pass the network inside it")
+    check_input(model, images)
     with torch.inference_mode(False), torch.enable_grad():
         images = _plain(images)
         layers = stages(model, images) if layers is None else layers
@@ -110,8 +107,7 @@ def grad_cam(
     for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
-        if activation.ndim != 4:
-            raise ValueError(f"{stage} ({layers[stage]}): expected (n, k, h, w), got {tuple(activation.shape)}")
+        check_grid(stage, layers[stage], activation)
         with torch.autocast(images.device.type, enabled=False):
             weights = gradient.float().mean(dim=(2, 3))  # (n, k)
             activation = activation.detach().float()  # (n, k, h, w)
@@ -129,6 +125,18 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
     a, b = ((m - m.mean(1, keepdim=True)) for m in (first.double().flatten(1), second.double().flatten(1)))
     scale = a.norm(dim=1) * b.norm(dim=1)
     return torch.where(scale > 0, (a * b).sum(1) / scale, math.nan)
+
+
+def check_input(model: nn.Module, images: Tensor) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
+        raise ValueError(f"expected a plain module, got {type(model).__name__}; pass the network inside it")
+
+
+def check_grid(stage: str, module: str, activation: Tensor) -> None:
+    if activation.ndim != 4:
+        raise ValueError(f"{stage} ({module}): expected (n, k, h, w), got {tuple(activation.shape)}")
 
 
 def _plain(tensor: Tensor) -> Tensor:

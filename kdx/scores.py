@@ -1,12 +1,33 @@
-"""Statistics over runs and images."""
+"""How similar and how relevant features are: FSS, RS and unique RS, with their inference.
+
+Each score is the mean over class-balanced batches of a squared distance correlation, with a 95 %
+t interval over the batches and a permutation p-value. A table has one row per stage.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+import torch
 from numpy.typing import ArrayLike
 from scipy import stats
+from torch import Tensor, nn
+
+from kdx import distance
+from kdx.perturb import perturb
+from kdx.saliency import capture, check_input, grad_cam
+from kdx.tracing import evaluating, stages
+from kdx.unique import DIRECTIONS, unicam
+
+FEATURES = ("raw", "grad_cam", "unicam")
+
+
+class DegenerateWarning(UserWarning):
+    """A score is NaN because the features of some batch do not vary."""
 
 
 class Interval(NamedTuple):
@@ -32,3 +53,360 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
         raise ValueError(f"expected at least 2 values (n,) without NaN, got {x.shape} with {np.isnan(x).sum()} NaN")
     half = stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)
     return Interval(x.mean(), x.mean() - half, x.mean() + half, len(x))
+
+
+def rs(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    embeddings: Tensor,
+    *,
+    features: str = "raw",
+    other: nn.Module | None = None,
+    batches: int = 16,
+    batch_size: int = 128,
+    estimator: str = "unbiased",
+    permutations: int | None = None,
+    keep: float = 0.5,
+    layers: Mapping[str, str] | None = None,
+    layers_other: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Relevance score (Adhane et al. 2025, eq. 9): how a stage's features relate to the labels.
+
+    .. math:: \mathrm{RS} = \frac{1}{k} \sum_{b=1}^{k} R^{*2}(\hat x_b, g_b)
+
+    With two classes it does not depend on the embeddings, since distance correlation does not
+    see their scale.
+
+    Parameters
+    ----------
+    images : (n, c, h, w), normalised as the network expects, on its device.
+    labels : (n,) class indices; they balance the batches.
+    embeddings : (classes, m), see :func:`kdx.label_embeddings`.
+    features : ``"raw"``: of the images as they are. ``"grad_cam"``: of each image with the
+        ``keep`` most salient fraction of its pixels by the stage's Grad-CAM map of the predicted
+        class, the others imputed (:func:`kdx.perturb`). ``"unicam"``: the same by the UniCAM map of
+        what ``model`` holds and ``other`` lacks: give (student, base) for distilled features,
+        (base, student) for residual ones.
+    batches, batch_size : as many as the smallest class allows; batch_size >= 5.
+    estimator : ``"unbiased"`` (what the authors' code runs), ``"biased"``, or ``"paper"``: the
+        biased statistic, as the paper's text defines it.
+    permutations : of the labels within each batch, for p. UniCAM maps are made with the labels;
+        there every permutation makes the maps, imputes and runs the network anew, and p by
+        default is not computed: None stands for 999, with ``"unicam"`` for 0.
+
+    Returns
+    -------
+    DataFrame : stage, value, low, high, p, floor (the smallest p possible), n (images a batch),
+        batches, estimator, features, permutations. NaN, with a :class:`DegenerateWarning`, where
+        the features of a batch do not vary.
+    """
+    estimator = _check_estimator(estimator, paper="biased")
+    if (features == "unicam") != (other is not None):
+        raise ValueError(f"features {features!r} expects other={'a network' if features == 'unicam' else None}")
+    count = _count(permutations, features)
+    table = _check_embeddings(embeddings, images, labels)
+    layers = stages(model, images) if layers is None else layers
+    found = _Found(list(layers))
+
+    def perturbed(x: Tensor, g: Tensor) -> Tensor:
+        maps = _maps(features, model, other, x, g, layers, layers_other)
+        return _centred(model, x, layers, maps, keep, estimator, seed)
+
+    for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
+        x, g = images[rows], table[labels[rows]].to(images.device)
+        p_g = distance.center(g, estimator)
+
+        p_x = perturbed(x, g)
+        drawn = None
+        if count:
+            orders = distance.random_permutations(len(rows), count, seed + b)
+            if features == "unicam":
+                drawn = torch.stack([_cosines(perturbed(x, g[o]), distance.center(g[o], estimator)) for o in orders], 1)
+            else:
+                drawn = distance.permuted_cosines(p_x, p_g, orders)
+        found.add(_cosines(p_x, p_g), drawn, distance.p_floor(distance.distances(g), count))
+    return found.table(batch_size, estimator, features, count)
+
+
+def fss(
+    student: nn.Module,
+    base: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    features: str = "raw",
+    embeddings: Tensor | None = None,
+    batches: int = 16,
+    batch_size: int = 128,
+    estimator: str = "unbiased",
+    permutations: int | None = None,
+    keep: float = 0.5,
+    layers_student: Mapping[str, str] | None = None,
+    layers_base: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Feature similarity score (Adhane et al. 2025, eq. 8): how alike two networks see a batch.
+
+    .. math:: \mathrm{FSS} = \frac{1}{k} \sum_{b=1}^{k} R^{*2}(\hat x_{s,b}, \hat x_{b,b})
+
+    Parameters and result are those of :func:`rs`, except
+
+    Parameters
+    ----------
+    features : with ``"unicam"``, which needs ``embeddings``, the student's distilled features are
+        compared with the base's residual ones. Both maps come from the pairing that a permutation
+        would break, so no p is given.
+    estimator : ``"paper"``: the biased statistic of rows scaled to unit length, as the authors'
+        code computes it.
+    permutations : of the images of the base within each batch.
+    """
+    _check_estimator(estimator)
+    count = _count(permutations, features)
+    if features == "unicam" and count:
+        raise ValueError("features 'unicam' have no valid permutation test in fss; leave permutations out")
+    if (features == "unicam") != (embeddings is not None):
+        raise ValueError(f"features {features!r}: expected embeddings only with 'unicam', got {embeddings is not None}")
+    table = None if embeddings is None else _check_embeddings(embeddings, images, labels)
+    layers_student = stages(student, images) if layers_student is None else layers_student
+    layers_base = stages(base, images) if layers_base is None else layers_base
+    _check_stages(layers_student, layers_base)
+    found = _Found(list(layers_student))
+    for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
+        x, g = images[rows], None if table is None else table[labels[rows]].to(images.device)
+        maps_s = _maps(features, student, base, x, g, layers_student, layers_base)
+        maps_b = _maps(features, base, student, x, g, layers_base, layers_student)
+        p_s = _centred(student, x, layers_student, maps_s, keep, estimator, seed)
+        p_b = _centred(base, x, {s: layers_base[s] for s in layers_student}, maps_b, keep, estimator, seed)
+        drawn = None
+        if count:
+            orders = distance.random_permutations(len(rows), count, seed + b)
+            pairs = zip(p_s, p_b, strict=True)
+            drawn = torch.cat([distance.permuted_cosines(one[None], two, orders) for one, two in pairs])
+        found.add(_cosines(p_s, p_b), drawn, 1 / (count + 1))
+    return found.table(batch_size, estimator, features, count)
+
+
+def unique_rs(
+    student: nn.Module,
+    base: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    embeddings: Tensor,
+    *,
+    batches: int = 16,
+    batch_size: int = 128,
+    permutations: int = 999,
+    layers_student: Mapping[str, str] | None = None,
+    layers_base: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Relevance of what only one of two networks holds, without the circle of using the labels
+    twice: the semi-partial and partial correlations with the labels, of raw features.
+
+    *Distilled*: of the student's features given the base's; *residual*: of the base's given the
+    student's. Parameters are those of :func:`rs`; the labels' centred matrix (its part orthogonal to
+    the given network's, for partial) is permuted.
+
+    Returns
+    -------
+    DataFrame : as of :func:`rs`, with the columns direction and statistic.
+    """
+    count = _count(permutations, "raw")
+    table = _check_embeddings(embeddings, images, labels)
+    layers = (
+        stages(student, images) if layers_student is None else layers_student,
+        stages(base, images) if layers_base is None else layers_base,
+    )
+    _check_stages(*layers)
+    names = list(layers[0])
+    kinds = [(direction, statistic) for direction in DIRECTIONS for statistic in ("semipartial", "partial")]
+    found = {kind: _Found(names) for kind in kinds}
+    for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
+        x, g = images[rows], table[labels[rows]].to(images.device)
+        p_g = distance.center(g)
+        centred = [
+            _centred(network, x, {s: layer[s] for s in names}, None, 1.0, "unbiased", seed)
+            for network, layer in zip((student, base), layers, strict=True)
+        ]
+        orders = distance.random_permutations(len(rows), count, seed + b) if count else None
+        floor = distance.p_floor(distance.distances(g), count)
+        for direction, (explained, given) in DIRECTIONS.items():
+            pairs = list(zip(centred[explained], centred[given], strict=True))
+            unique = torch.stack([distance.project(p, q) for p, q in pairs])
+            shared = [p_g] * len(names), [distance.project(p_g, q) for _, q in pairs]
+            for statistic, targets in zip(("semipartial", "partial"), shared, strict=True):
+                values = torch.stack([distance.cosine(u, t) for u, t in zip(unique, targets, strict=True)])
+                values[~unique.flatten(1).any(1)] = torch.nan
+                drawn = None
+                if orders is not None and statistic == "semipartial":
+                    drawn = distance.permuted_cosines(unique, p_g, orders)
+                elif orders is not None:
+                    drawn = torch.cat(
+                        [distance.permuted_cosines(u[None], t, orders) for u, t in zip(unique, targets, strict=True)]
+                    )
+                found[direction, statistic].add(values, drawn, floor)
+    tables = [
+        found[kind].table(batch_size, "unbiased", "raw", count).assign(direction=kind[0], statistic=kind[1])
+        for kind in kinds
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 0) -> list[Tensor]:
+    """Rows of disjoint random batches with the same number of images of each class, to one.
+
+    Raises ValueError if the smallest class is too small for that.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
+    counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2:
+        raise ValueError(f"labels: expected images of at least two classes, got {len(labels)} of one class")
+    if batches < 2 or batch_size < 5:
+        raise ValueError(f"expected at least 2 batches of at least 5 images, got {batches} of {batch_size}")
+    if batches * batch_size > int(counts.min()) * len(counts):
+        raise ValueError(
+            f"{batches} balanced batches of {batch_size} need more images than {int(counts.min())} of the smallest of "
+            f"{len(counts)} classes; lower batches or batch_size"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    members = shuffled[:, None] == shuffled.unique()
+    rank = (members.cumsum(0) * members).sum(1)  # of an image within its class, in this order
+    balanced = order[rank.argsort(stable=True)][: batches * batch_size]
+    return [rows.to(labels.device) for rows in balanced.split(batch_size)]
+
+
+# --- the pieces ------------------------------------------------------------------------------
+
+
+class _Found:
+    """Values of the batches, and what permutations gave in their place."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.values: list[Tensor] = []  # (stages,) a batch
+        self.drawn: list[Tensor] = []  # (stages, B) a batch
+        self.floor = 1.0
+
+    def add(self, values: Tensor, drawn: Tensor | None, floor: float) -> None:
+        self.values.append(values.cpu())
+        if drawn is not None:
+            self.drawn.append(drawn.cpu())
+        self.floor = min(self.floor, floor)
+
+    def table(self, n: int, estimator: str, features: str, permutations: int) -> pd.DataFrame:
+        values = torch.stack(self.values)  # (batches, stages)
+        drawn = torch.stack(self.drawn).mean(0) if self.drawn else None
+        rows = []
+        for i, stage in enumerate(self.names):
+            if values[:, i].isnan().any():
+                warnings.warn(f"{stage}: the features of a batch do not vary; its score is NaN", DegenerateWarning, 3)
+                mean = Interval(np.nan, np.nan, np.nan, len(values))
+            else:
+                mean = mean_interval(values[:, i].numpy())
+            p = np.nan
+            if drawn is not None and not np.isnan(mean.mean) and not drawn[i].isnan().any():
+                p = distance.permutation_p(mean.mean, drawn[i])
+            rows.append({"stage": stage, "value": mean.mean, "low": mean.low, "high": mean.high, "p": p})
+        facts: dict[str, Any] = {"floor": self.floor if self.drawn else np.nan, "n": n, "batches": len(values)}
+        facts |= {"estimator": estimator, "features": features, "permutations": permutations}
+        return pd.DataFrame(rows).assign(**facts)
+
+
+def _maps(
+    features: str,
+    model: nn.Module,
+    other: nn.Module | None,
+    images: Tensor,
+    embeddings: Tensor | None,
+    layers: Mapping[str, str],
+    layers_other: Mapping[str, str] | None,
+) -> dict[str, Tensor] | None:
+    if features == "raw":
+        return None
+    if features == "grad_cam":
+        return grad_cam(model, images, layers=layers)
+    assert other is not None
+    assert embeddings is not None
+    return unicam(model, other, images, embeddings, layers_student=layers, layers_base=layers_other).distilled
+
+
+def _centred(
+    model: nn.Module,
+    images: Tensor,
+    layers: Mapping[str, str],
+    maps: Mapping[str, Tensor] | None,
+    keep: float,
+    estimator: str,
+    seed: int,
+) -> Tensor:
+    """Centred distance matrices (stages, n, n) of a network's features; zeros where they do not vary.
+
+    With ``maps``, a stage's features are those of the images perturbed by the stage's map.
+    """
+    check_input(model, images)
+    passes: Iterable[tuple[Mapping[str, str], Callable[[], Tensor]]] = [(layers, lambda: images)]
+    if maps is not None:
+        passes = [({s: layers[s]}, lambda s=s: perturb(images, maps[s], keep, seed=seed)) for s in layers]  # type: ignore[misc]
+    found = {}
+    for wanted, inputs in passes:
+        with torch.no_grad(), evaluating(model), capture(model, wanted) as captured:
+            model(inputs())
+        for stage, activation in captured.items():
+            try:
+                found[stage] = distance.center(activation, estimator)
+            except ValueError as error:
+                raise ValueError(f"{stage}: {error}") from error
+    return torch.stack([found[stage] for stage in layers])
+
+
+def _cosines(p: Tensor, q: Tensor) -> Tensor:
+    """Cosines of (s, n, n) with (n, n) or (s, n, n): (s,); NaN where a matrix is 0."""
+    p, q = p.flatten(1), q.flatten(-2)
+    scale = p.norm(dim=-1) * q.norm(dim=-1)
+    return torch.where(scale > 0, (p * q).sum(-1) / scale, torch.nan)
+
+
+def _count(permutations: int | None, features: str) -> int:
+    if features not in FEATURES:
+        raise ValueError(f"unknown features {features!r}; choose from: {', '.join(FEATURES)}")
+    if permutations is None:
+        return 0 if features == "unicam" else 999
+    if permutations < 0:
+        raise ValueError(f"permutations: expected 0 (no p) or more, got {permutations}")
+    return permutations
+
+
+def _check_estimator(estimator: str, paper: str = "paper") -> str:
+    if estimator not in distance.ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; choose from: {', '.join(distance.ESTIMATORS)}")
+    return paper if estimator == "paper" else estimator
+
+
+def _check_stages(student: Mapping[str, str], base: Mapping[str, str]) -> None:
+    if set(student) != set(base):
+        raise ValueError(
+            f"expected the same stages in both networks, got {', '.join(student)} of the student and "
+            f"{', '.join(base)} of the base; name them with layers_student and layers_base"
+        )
+
+
+def _check_embeddings(embeddings: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    if len(images) != len(labels):
+        raise ValueError(f"expected one label an image, got {len(images)} images and {len(labels)} labels")
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
+    if embeddings.ndim != 2 or not embeddings.isfinite().all():
+        raise ValueError(f"embeddings: expected finite (classes, m), got {tuple(embeddings.shape)}")
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(embeddings)):
+        raise ValueError(
+            f"labels: expected classes 0 to {len(embeddings) - 1}, one per row of embeddings, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    used = embeddings[labels.unique().to(embeddings.device)]
+    if len(used) > 1 and not distance.distances(used).any():
+        raise ValueError("embeddings: those of all classes coincide, so nothing can be relevant to them")
+    return embeddings.to(labels.device)

@@ -4,7 +4,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from kdx.models import MODELS, build, load_checkpoint, save_checkpoint, stages
+from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
+from kdx.tracing import stages
 
 STAGES = {
     "resnet18": ["layer1.1", "layer2.1", "layer3.1", "layer4.1"],

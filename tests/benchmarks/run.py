@@ -1,0 +1,309 @@
+"""Time and peak memory beside the peers, all in one run, on one machine.
+
+python tests/benchmarks/run.py            prints the table (some ten minutes)
+python tests/benchmarks/run.py --write    and stores it for the book (book/benchmarks*.csv)
+
+Every job runs in a process of its own, which reports its median time and its peak memory; jobs
+whose ratio matters to a few percent are timed in turn within one process as well.
+"""
+
+import csv
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torchvision
+
+import kdx
+from kdx import distance
+
+N, SIZE = 16, 224
+BOOK = Path(__file__).resolve().parents[2] / "book"
+
+
+def seconds(work, rounds=1):
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+# --- UniCAM: ResNet-50, four stages, both directions ------------------------------------------
+
+
+def pair():
+    torch.manual_seed(0)
+    networks = [torchvision.models.resnet50(weights=None).eval() for _ in range(2)]
+    labels = torch.randn(4, 384)[torch.arange(N) % 4]
+    return *networks, torch.rand(N, 3, SIZE, SIZE), labels
+
+
+def forwards():
+    student, base, x, _ = pair()
+
+    def work():
+        with torch.no_grad():
+            student(x)
+            base(x)
+
+    work()
+    return seconds(work, 5)
+
+
+def unicam():
+    student, base, x, g = pair()
+    kdx.unicam(student, base, x, g)
+    return seconds(lambda: kdx.unicam(student, base, x, g), 5)
+
+
+def unicam_in_turn():
+    """Ratio of UniCAM to the two forwards, timed in turn."""
+    student, base, x, g = pair()
+
+    def bare():
+        with torch.no_grad():
+            student(x)
+            base(x)
+
+    def ours():
+        kdx.unicam(student, base, x, g)
+
+    bare()
+    ours()
+    return median(seconds(ours) / seconds(bare) for _ in range(9))
+
+
+def unicam_autograd():
+    """From the formulas, with the n x n x d tensor of differences and one backward per map."""
+    student, base, x, g = pair()
+    layers = kdx.stages(student, x)
+
+    def centred(features):
+        features = features.flatten(1)
+        difference = features[:, None] - features
+        squared = difference.square().sum(2)
+        d = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+        p = d - d.sum(1)[:, None] / (N - 2) - d.sum(0) / (N - 2) + d.sum() / ((N - 1) * (N - 2))
+        return p * (1 - torch.eye(N))
+
+    def maps(model, other):
+        for stage in layers:
+            with kdx.capture(model, {stage: layers[stage]}) as one, kdx.capture(other, {stage: layers[stage]}) as two:
+                model(x)
+                with torch.no_grad():
+                    other(x)
+            a, p_g = one[stage], centred(g)
+            p, q = centred(a), centred(two[stage]).detach()
+            u = p - (p * q).sum() / (q * q).sum() * q
+            r = (u * p_g).sum() / ((u * u).sum() * (p_g * p_g).sum()).sqrt()
+            (gradient,) = torch.autograd.grad(r, a)
+            torch.einsum("nk,nkhw->nhw", gradient.mean((2, 3)), a).relu()
+
+    return seconds(lambda: (maps(student, base), maps(base, student)))
+
+
+# --- distance correlation ------------------------------------------------------------------
+
+
+def samples(n):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 512, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def dcor_kdx():
+    x, y = samples(2000)
+    distance.distance_correlation(x, y)
+    return seconds(lambda: distance.distance_correlation(x, y), 7)
+
+
+def dcor_kdx_large():
+    x, y = samples(20_000)
+    return seconds(lambda: distance.distance_correlation(x, y))
+
+
+def dcor_cdist():
+    x, y = samples(2000)
+
+    def work():
+        return distance.cosine(*(distance.u_center(torch.cdist(s, s)) for s in (x, y)))
+
+    work()
+    return seconds(work, 7)
+
+
+def dcor_dcor():
+    import dcor
+
+    x, y = (s.numpy() for s in samples(2000))
+    return seconds(lambda: dcor.u_distance_correlation_sqr(x, y))
+
+
+# --- Grad-CAM at four stages -----------------------------------------------------------------
+
+
+def gradcam_kdx():
+    model, _, x, _ = pair()
+    target = torch.arange(N)
+    kdx.grad_cam(model, x, target)
+    return seconds(lambda: kdx.grad_cam(model, x, target), 3)
+
+
+def gradcam_floor():
+    """One forward and one backward pass of the frozen network, differentiated down to L1."""
+    return seconds(floor_of(pair()[0], torch.rand(N, 3, SIZE, SIZE)), 3)
+
+
+def gradcam_in_turn():
+    """Ratio of Grad-CAM at four stages to that floor, timed in turn."""
+    model, _, x, _ = pair()
+    target, floor = torch.arange(N), floor_of(model, x)
+
+    def ours():
+        kdx.grad_cam(model, x, target)
+
+    ours()
+    return median(seconds(ours) / seconds(floor) for _ in range(7))
+
+
+def floor_of(model, x):
+    model.requires_grad_(False)
+
+    def work():
+        with torch.no_grad():
+            a = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
+        a.requires_grad_()
+        logits = model.fc(model.avgpool(model.layer4(model.layer3(model.layer2(a)))).flatten(1))
+        torch.autograd.grad(logits.gather(1, torch.arange(N)[:, None]).sum(), a)
+
+    work()
+    return work
+
+
+def gradcam_captum():
+    from captum.attr import LayerGradCam
+
+    model, _, x, _ = pair()
+    layers = [model.get_submodule(name) for name in kdx.stages(model, x).values()]
+    return seconds(lambda: [LayerGradCam(model, m).attribute(x, torch.arange(N)) for m in layers])
+
+
+def gradcam_library():
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model, _, x, _ = pair()
+    targets = [ClassifierOutputTarget(i) for i in range(N)]
+
+    def work():
+        for name in kdx.stages(model, x).values():
+            with GradCAM(model, [model.get_submodule(name)]) as cam:
+                cam(x, targets)
+
+    return seconds(work)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def measure(job):
+    """Seconds (or the ratio that the job returns) and peak memory in GB of a job in a new process."""
+    command = [sys.executable, __file__, "--job", job]
+    print(f"  {job} ...", end=" ", flush=True)
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    print(f"{found['value']:.3f}, {found['peak']:.2f} GB", flush=True)
+    return found["value"], found["peak"]
+
+
+def compare(work, ours, peers):
+    value, peak = measure(ours)
+    rows = [{"work": work, "by": "kdx", "seconds": f"{value:.3g}", "x kdx": "1", "peak GB": f"{peak:.2f}"}]
+    for by, job in peers.items():
+        other, other_peak = measure(job)
+        rows.append(
+            {
+                "work": work,
+                "by": by,
+                "seconds": f"{other:.3g}",
+                "x kdx": f"{other / value:.3g}",
+                "peak GB": f"{other_peak:.2f}",
+            }
+        )
+    return rows
+
+
+def table():
+    from road import rows as road_rows
+
+    work = f"UniCAM, ResNet-50 pair, {N} images of {SIZE} px"
+    rows = compare(work, "unicam", {"the two bare forwards": "forwards", "plain autograd": "unicam_autograd"})
+    rows[1]["x kdx"] = f"{1 / measure('unicam_in_turn')[0]:.3f}"  # timed in turn
+    rows += compare(
+        "distance correlation, n = 2,000, d = 512",
+        "dcor_kdx",
+        {"torch.cdist and U-centring": "dcor_cdist", "dcor": "dcor_dcor"},
+    )
+    rows += compare("distance correlation, n = 20,000, d = 512", "dcor_kdx_large", {})
+    work = f"Grad-CAM at L1 to L4, ResNet-50, {N} images of {SIZE} px"
+    peers = {"one forward and backward": "gradcam_floor", "captum": "gradcam_captum"}
+    found = compare(work, "gradcam_kdx", peers | {"pytorch-grad-cam": "gradcam_library"})
+    found[1]["x kdx"] = f"{1 / measure('gradcam_in_turn')[0]:.3f}"
+    rows += found
+    for row in road_rows():
+        rows.append({"work": row["work"], "by": "kdx", "seconds": f"{row['ours_s']:.3g}", "x kdx": "1", "peak GB": ""})
+        rows.append(
+            {
+                "work": row["work"],
+                "by": row["peer"],
+                "seconds": f"{row['peer_s']:.3g}",
+                "x kdx": f"{row['ratio']:.3g}",
+                "peak GB": "",
+            }
+        )
+    return rows
+
+
+def machine():
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {
+        "processor": cpu,
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "measured on": time.strftime("%Y-%m-%d"),
+    }
+
+
+def store(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    if "--job" in sys.argv:
+        value = globals()[sys.argv[2]]()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"value": value, "peak": peak}))
+    else:
+        found = table()
+        widths = {key: max(len(key), *(len(row[key]) for row in found)) for key in found[0]}
+        for row in [{key: key for key in found[0]}, *found]:
+            print("  ".join(row[key].ljust(width) for key, width in widths.items()))
+        if "--write" in sys.argv:
+            store(BOOK / "benchmarks.csv", found)
+            store(BOOK / "benchmarks_machine.csv", [{"": k, "value": str(v)} for k, v in machine().items()])
