@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MODES = ("road", "mask")
-TOLERANCE = 2e-4  # of the image's range: the largest correction at which imputation stops
+TOLERANCE = 2e-4  # of the image's range: estimated error at which imputation stops
 CYCLES = 50  # the hardest masks known take 10
 LONGEST = 1024  # side of an image up to which float32 is enough: rounding errors grow with its square
-STEPS = [1 / (0.55 + 0.45 * math.cos(math.pi * (j + 0.5) / 5)) for j in range(5)]  # Chebyshev on [0.1, 1]
+STEPS = [1 / (0.55 + 0.45 * math.cos(math.pi * (j + 0.5) / 4)) for j in range(4)]  # Chebyshev on [0.1, 1]
 
 
 @torch.no_grad()
@@ -275,10 +275,9 @@ class _Solver:
             length = torch.where(running.repeat_interleave(c) & (curvature < 0), new / curvature, 0)
             x.addcmul_(length, p, value=-1)
             residual.addcmul_(length, change, value=-1)
-            # The correction z is about the error it was made for; what it leaves shrinks as z does from cycle
-            # to cycle. With margins: factor 5 where that is fast, the sum of the series where it is slow.
+            # z is about the error it corrects; where z shrinks slowly it sees only part of it, about 1 - rate.
             rate = largest / before
-            running = running & ~(largest * (5 * rate).clamp_max(1) / (1 - rate).clamp_min(0.01) <= TOLERANCE)
+            running = running & ~(largest / (1 - rate).clamp_min(0.01) <= TOLERANCE)
             power, before = new, largest.clamp_min(torch.finfo(low.dtype).tiny)
             if not running.any():
                 x.add_(mean).mul_(scale).add_(low).mul_(grid.free).add_(given)

@@ -16,6 +16,15 @@ def fresh_home(tmp_path, monkeypatch, request):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny tensors are faster without a second thread to wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def home(tmp_path):
     return tmp_path / "home"
 

@@ -11,6 +11,7 @@ import kdx
 from kdx.scores import DegenerateWarning, Interval, balanced_batches, mean_interval
 from tests.networks import Small
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 4
 
 
@@ -138,24 +139,26 @@ def test_p_is_uniform_for_untrained_networks_and_shuffled_labels(chosen):
 
 
 def test_p_of_unicam_features_shuffles_labels_before_the_maps_are_made():
-    """With maps made once, p would be small although nothing is related (the circle)."""
+    """With maps made once, p is small although nothing is related (the circle)."""
     honest, circular = [], []
-    for i in range(24):
-        images, _, embeddings = data(24, 8, seed=i)
-        labels = torch.randperm(24, generator=torch.Generator().manual_seed(i)) % CLASSES
+    for i in range(16):
+        generator = torch.Generator().manual_seed(i)
+        images, embeddings = torch.randn(48, 3, 16, 16, generator=generator), torch.randn(4, 5, generator=generator)
+        labels = torch.randperm(48, generator=generator) % CLASSES
         student, base = Small(seed=2 * i), Small(seed=2 * i + 1)
-        settings = {"batches": 2, "batch_size": 12, "seed": i}
-        table = kdx.rs(student, images, labels, embeddings, features="unicam", other=base, permutations=39, **settings)
-        honest.append(table["p"].iloc[1])
-        kept, random = [], []
-        for b, rows in enumerate(balanced_batches(labels, 2, 12, i)):
+        settings, layers = {"batches": 2, "batch_size": 24, "seed": i}, {"L1": "a"}
+        table = kdx.rs(student, images, labels, embeddings, features="unicam", other=base, permutations=19, **settings)
+        honest.append(table["p"].iloc[0])
+        kept, drawn = [], []
+        for b, rows in enumerate(balanced_batches(labels, 2, 24, i)):
             x, g = images[rows], embeddings[labels[rows]]
-            m = kdx.unicam(student, base, x, g).distilled["L2"]
-            f = torch.tensor(features(student, kdx.perturb(x, m, seed=i), "L2"))
+            maps = kdx.unicam(student, base, x, g).distilled["L1"]
+            f = torch.tensor(features(student, kdx.perturb(x, maps, seed=i), "L1"))
             kept.append(kdx.distance.distance_correlation(f, g))
-            orders = kdx.distance.random_permutations(12, 39, b)
-            random.append(torch.stack([kdx.distance.distance_correlation(f, g[o]) for o in orders]))
-        circular.append(kdx.distance.permutation_p(float(sum(kept) / 2), sum(random) / 2))
+            orders = kdx.distance.random_permutations(24, 19, b)
+            drawn.append(torch.stack([kdx.distance.distance_correlation(f, g[o]) for o in orders]))
+        assert table["value"].iloc[0] == pytest.approx(float(sum(kept) / 2), abs=1e-6)
+        circular.append(kdx.distance.permutation_p(float(sum(kept) / 2), sum(drawn) / 2))
     assert stats.kstest(honest, "uniform").pvalue > 0.01
     assert stats.kstest(circular, "uniform").pvalue < 0.01
 
@@ -175,7 +178,8 @@ def test_features_without_variance_are_nan_with_a_warning():
     nn.init.zeros_(model.b.weight)
     nn.init.ones_(model.b.bias)
     images, labels, embeddings = data()
-    with pytest.warns(DegenerateWarning, match="L2: the features of a batch do not vary"):
+    nn.init.dirac_(model.c.weight)  # and L3 passes L2 on
+    with pytest.warns(DegenerateWarning, match="L[23]: the features of a batch do not vary"):
         table = kdx.rs(model, images, labels, embeddings, **SMALL).set_index("stage")
     assert table.loc["L2", ["value", "low", "high", "p"]].isna().all()
     assert table.loc["L1"].notna().all()
