@@ -126,7 +126,8 @@ def impute(images: Tensor, kept: Tensor) -> Tensor:
 
     Raises
     ------
-    RuntimeError : a system that does not converge; wrong values are never returned.
+    ValueError : wrong shapes, values that are not finite, or an image without a kept pixel.
+    RuntimeError : the estimated error does not fall below 2e-4 of the image's range.
     """
     low, high = _range(images)
     n, c, h, w = images.shape
@@ -137,7 +138,7 @@ def impute(images: Tensor, kept: Tensor) -> Tensor:
         empty = (~some).nonzero().flatten().tolist()
         raise ValueError(f"images {empty}: no pixel is kept, so there is nothing to impute from; keep more")
     scale = (high - low).clamp_min(torch.finfo(low.dtype).tiny)
-    values = 2**20 if images.device.type == "cpu" else 2**26  # per array of a chunk: caches, memory
+    values = 2**20 if images.device.type == "cpu" else 2**24  # per array of a chunk: caches, memory
     size = max(1, values // (c * h * w))
     solver = cache(lambda n: _Solver(n, c, h, w, low))  # the last chunk may be smaller
     result = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -188,7 +189,7 @@ class _Grid:
         self.u = self.padded[1:-1, 1:-1]
         self.coarser = _Grid(n, c, (h + 1) // 2, (w + 1) // 2, like) if max(h, w) > 1 else None
         self.active = False
-        self.weight = self.total / (2 if min(h, w) == 1 else 4)
+        self.weight = self.total / (2 if min(h, w) == 1 else 4)  # of residuals on their way to the coarser grid
         if h % 2 == 0:
             self.weight[-1] *= 2
         if w % 2 == 0:

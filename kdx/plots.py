@@ -154,7 +154,7 @@ def map_grid(
         )
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
-        bar.formatter.set_powerlimits((-2, 3))
+        bar.ax.ticklabel_format(axis="x", scilimits=(-2, 3))
         bar.locator = plt.MaxNLocator(3)
         bar.update_ticks()
         first += len(kinds) + 1
@@ -191,7 +191,7 @@ def matrices(panels: Mapping[str, Tensor], borders: Sequence[float] = ()) -> Fig
         bar = figure.colorbar(drawn, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, extend="both")
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
-        bar.formatter.set_powerlimits((-2, 3))
+        bar.ax.ticklabel_format(axis="x", scilimits=(-2, 3))
         bar.locator = plt.MaxNLocator(3)
         bar.update_ticks()
     return figure

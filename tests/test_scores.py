@@ -147,7 +147,18 @@ def test_p_of_unicam_features_shuffles_labels_before_the_maps_are_made():
         labels = torch.randperm(48, generator=generator) % CLASSES
         student, base = Small(seed=2 * i), Small(seed=2 * i + 1)
         settings, layers = {"batches": 2, "batch_size": 24, "seed": i}, {"L1": "a"}
-        table = kdx.rs(student, images, labels, embeddings, features="unicam", other=base, permutations=19, **settings)
+        table = kdx.rs(
+            student,
+            images,
+            labels,
+            embeddings,
+            features="unicam",
+            other=base,
+            permutations=19,
+            layers=layers,
+            layers_other=layers,
+            **settings,
+        )
         honest.append(table["p"].iloc[0])
         kept, drawn = [], []
         for b, rows in enumerate(balanced_batches(labels, 2, 24, i)):
