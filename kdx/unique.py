@@ -267,8 +267,8 @@ def unicam(
     authors' code (their text has the class score in its place). At each stage, with activations
     :math:`A` (n, k, h, w),
 
-    .. math:: eta_{ik} = rac{1}{hw} \sum_{h,w} rac{\partial r}{\partial A_{ikhw}}, \qquad
-              \mathrm{map}_i = \mathrm{ReLU}\Big(\sum_k eta_{ik} A_{ik}\Big).
+    .. math:: \beta_{ik} = \frac{1}{hw} \sum_{h,w} \frac{\partial r}{\partial A_{ikhw}}, \qquad
+              \mathrm{map}_i = \mathrm{ReLU}\Big(\sum_k \beta_{ik} A_{ik}\Big).
 
     :math:`\partial r / \partial A` has a closed form, :math:`L A` with an n x n matrix L
     (:func:`kdx.distance.laplacian`), so one forward pass per network serves all stages and both
