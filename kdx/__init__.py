@@ -9,7 +9,7 @@ from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
 from kdx.perturb import perturb
 from kdx.runs import Run
-from kdx.saliency import agreement, capture, grad_cam
+from kdx.saliency import activations, agreement, capture, grad_cam
 from kdx.scores import fss, rs, unique_rs
 from kdx.study import cross_fit
 from kdx.tracing import stages
@@ -26,6 +26,7 @@ __all__ = [
     "Run",
     "UniCAM",
     "__version__",
+    "activations",
     "agreement",
     "build",
     "capture",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 ESTIMATORS = ("unbiased", "biased", "paper")
 STATISTICS = {"distance": 2, "partial": 3, "semipartial": 3}  # and how many samples they relate
-ROWS, ELEMENTS = 256, 2**19  # of a block
+ROWS, ELEMENTS = 256, 2**18  # of a block
 ROUND_OFF = 1e-12  # a squared norm below this fraction of what it was cut from counts as 0
 
 

@@ -16,19 +16,76 @@ from torch.func import functional_call
 
 from kdx.tracing import evaluating, stages
 
+CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
+
+
+class OverwrittenError(RuntimeError):
+    """A captured output was changed in place by a layer that follows."""
+
+
+def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
+    """Outputs of named modules, from a forward pass in evaluation mode without gradients.
+
+    Images pass in chunks that suit the caches of the device, whose results are gathered.
+
+    Parameters
+    ----------
+    images : (n, c, h, w), normalised as the network expects.
+    layers : stage -> module name, as :func:`kdx.stages` returns.
+
+    Returns
+    -------
+    dict : stage -> output of its module, (n, k, h, w) for a convolutional stage.
+    """
+    check_input(model, images)
+    at_once = CHUNK["cpu" if images.device.type == "cpu" else "gpu"]
+    chunks = images.split(max(1, at_once // math.prod(images.shape[1:])))
+    found: dict[str, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for i, chunk in enumerate(chunks):
+            captured = _forward(model, chunk, layers)
+            if len(chunks) == 1:
+                return captured
+            for stage, output in captured.items():
+                if i == 0:
+                    found[stage] = output.new_empty(len(images), *output.shape[1:])
+                found[stage][i * len(chunks[0]) :][: len(output)] = output
+    return found
+
+
+def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
+    try:
+        with capture(model, layers, copy=False) as captured:
+            model(images)
+    except OverwrittenError:
+        with capture(model, layers) as captured:
+            model(images)
+    if missing := set(layers) - set(captured):
+        raise ValueError(f"the forward pass of {type(model).__name__} never called {sorted(missing)}")
+    for stage, output in captured.items():
+        if output.ndim == 0 or len(output) != len(images):
+            raise ValueError(
+                f"{stage} ({layers[stage]}): expected a row for each of {len(images)} images, got {tuple(output.shape)}"
+            )
+    return {stage: captured[stage] for stage in layers}
+
 
 @contextmanager
-def capture(model: nn.Module, layers: Mapping[str, str], gradients: bool = False) -> Iterator[dict[str, Tensor]]:
+def capture(
+    model: nn.Module, layers: Mapping[str, str], gradients: bool = False, copy: bool = True
+) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of named modules during the forward passes inside the block.
 
-    The network goes on with a copy of each output, so in-place layers that follow leave what
-    was captured as it was. Hooks are removed when the block ends, also by an exception.
+    Hooks are removed when the block ends, also by an exception.
 
     Parameters
     ----------
     layers : stage -> module name, as :func:`kdx.stages` returns.
     gradients : make outputs that need no gradient roots of the graph, so that a network without
         trainable parameters can be differentiated from the shallowest stage on.
+    copy : the network goes on with a copy of each output, so in-place layers that follow leave
+        what was captured as it was. False saves time and memory, and raises an
+        :class:`OverwrittenError` at the end of the block if there was such a layer.
 
     Yields
     ------
@@ -39,15 +96,19 @@ def capture(model: nn.Module, layers: Mapping[str, str], gradients: bool = False
     if missing := [name for name in layers.values() if name not in modules]:
         raise ValueError(f"no modules {missing} in {type(model).__name__}; see kdx.stages(model)")
     captured: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
 
     def keep(stage: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             if not isinstance(output, Tensor):
                 raise TypeError(f"{stage} ({layers[stage]}): expected a tensor output, got {type(output).__name__}")
             if gradients and not output.requires_grad:
                 output = output.detach().requires_grad_()
             captured[stage] = output
-            return output.clone()
+            if copy:
+                return output.clone()
+            versions[stage] = output._version
+            return None
 
         return hook
 
@@ -56,6 +117,8 @@ def capture(model: nn.Module, layers: Mapping[str, str], gradients: bool = False
         for stage, name in layers.items():
             handles.append(modules[name].register_forward_hook(keep(stage)))
         yield captured
+        if changed := [stage for stage, version in versions.items() if captured[stage]._version != version]:
+            raise OverwrittenError(f"layers that work in place have changed the outputs of {', '.join(changed)}")
     finally:
         for handle in handles:
             handle.remove()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kdx import distance
 from kdx.perturb import perturb
-from kdx.saliency import capture, check_input, grad_cam
-from kdx.tracing import evaluating, stages
+from kdx.saliency import activations, grad_cam
+from kdx.tracing import stages
 from kdx.unique import DIRECTIONS, unicam
 
 FEATURES = ("raw", "grad_cam", "unicam")
@@ -347,15 +347,12 @@ def _centred(
 
     With ``maps``, a stage's features are those of the images perturbed by the stage's map.
     """
-    check_input(model, images)
     passes: Iterable[tuple[Mapping[str, str], Callable[[], Tensor]]] = [(layers, lambda: images)]
     if maps is not None:
         passes = [({s: layers[s]}, lambda s=s: perturb(images, maps[s], keep, seed=seed)) for s in layers]  # type: ignore[misc]
     found = {}
     for wanted, inputs in passes:
-        with torch.no_grad(), evaluating(model), capture(model, wanted) as captured:
-            model(inputs())
-        for stage, activation in captured.items():
+        for stage, activation in activations(model, inputs(), wanted).items():
             try:
                 found[stage] = distance.center(activation, estimator)
             except ValueError as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kdx import distance
-from kdx.saliency import agreement, capture, check_grid, check_input
-from kdx.tracing import evaluating, stages
+from kdx.saliency import activations, agreement, check_grid
+from kdx.tracing import stages
 
 METHODS = ("cam", "hires")
 NETWORKS = ("student", "base")
@@ -62,7 +62,6 @@ class Reference:
         student and base expect different inputs.
     labels : (n, m) label embeddings, one row an image (see :mod:`kdx.labels`).
     layers_student, layers_base : stage -> module name; None: :func:`kdx.stages`.
-    batch_size : images per forward pass.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Reference:
         *,
         layers_student: Mapping[str, str] | None = None,
         layers_base: Mapping[str, str] | None = None,
-        batch_size: int = 64,
     ) -> None:
         self.networks = (student, base)
         pair = _pair(images)
@@ -92,19 +90,14 @@ class Reference:
             raise ValueError(f"UniCAM needs at least 5 images to compare, got {n}")
         self.labels = _check_labels(labels, n).to(pair[0].device)
         self.images = pair[0]
-        parts = [self.features(*part) for part in zip(*(x.split(batch_size) for x in pair), strict=True)]
+        features = self.features(*pair)
         d_labels = distance.distances(self.labels)
         if not distance.u_center(d_labels).any():
             raise ValueError(
                 f"labels: the {n} embeddings are all equally far apart or coincide, so nothing can be relevant to "
                 "them; use images of at least two classes, several of each"
             )
-        self.stages = {}
-        for name in self.layers[0]:
-            found = [part.pop(name) for part in parts]
-            students, bases = zip(*found, strict=True)
-            features = found[0] if len(found) == 1 else (torch.cat(students), torch.cat(bases))
-            self.stages[name] = _Stage.of(name, features, d_labels)
+        self.stages = {name: _Stage.of(name, features[name], d_labels) for name in self.layers[0]}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,14 +110,10 @@ class Reference:
         """Stage -> activations (n, k, h, w) of student and base, from one forward pass of each."""
         captures = []
         for network, x, layers in zip(self.networks, images, self.layers, strict=True):
-            check_input(network, x)
-            with torch.no_grad(), evaluating(network), capture(network, layers) as captured:
-                network(x)
-            if missing := set(layers) - set(captured):
-                raise ValueError(f"the forward pass of {type(network).__name__} never called {sorted(missing)}")
-            for stage, activation in captured.items():
+            found = activations(network, x, layers)
+            for stage, activation in found.items():
                 check_grid(stage, layers[stage], activation)
-            captures.append(captured)
+            captures.append(found)
         return {stage: (captures[0][stage].float(), captures[1][stage].float()) for stage in self.layers[0]}
 
 
@@ -148,6 +137,10 @@ class _Stage:
         everything = torch.arange(len(d_labels), device=d.device)
         return cls(name, features, rows, d, [_Moments.of(d, m) for m in (everything, *_halves(d_labels))])
 
+    @cached_property
+    def pooled(self) -> list[Tensor]:
+        return [_pool(x) for x in self.features]
+
     def distances_to(self, features: tuple[Tensor, Tensor]) -> list[Tensor]:
         found = []
         for network, rows, x in zip(NETWORKS, self.rows, features, strict=True):
@@ -166,27 +159,26 @@ class _Stage:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Direction -> maps (q, h, w) and their stability (q,), of queries with ``features`` and
         distances ``d`` (3, q, r) to the reference, of which they are the members ``own`` (q, r)."""
+        weights = [subset.weights(d[:, :, subset.members], own[:, subset.members]) for subset in self.sets]
+        enough = min(len(half.members) for half in self.sets[1:]) >= 5
         found = {}
-        for direction, (explained, given) in DIRECTIONS.items():
+        for direction, (explained, _) in DIRECTIONS.items():
             x, y = features[explained], self.features[explained]
             if method == "cam":
-                pooled_x, pooled_y = (t.mean((2, 3)).double() for t in (x, y))
+                pooled_y = self.pooled[explained]
+                pooled_x = pooled_y if x is y else _pool(x)
             else:
                 pooled_x, pooled_y = x.flatten(1), y.flatten(1)
             drawn = []
-            for subset in self.sets:
-                rows = subset.members
-                weights = subset.weights(d[:, :, rows], own[:, rows], explained, given).to(pooled_x.dtype)
-                drawn.append(weights.sum(1, keepdim=True) * pooled_x - weights @ pooled_y[rows])  # L X
+            for subset, of_subset in zip(self.sets, weights, strict=True):
+                w = of_subset[direction].to(pooled_x.dtype)
+                drawn.append(w.sum(1, keepdim=True) * pooled_x - w @ pooled_y[subset.members])  # L X
             if method == "cam":
                 maps = torch.einsum("sqk,qkhw->sqhw", torch.stack(drawn).float(), x).relu()
             else:
                 maps = torch.stack([(gradient.view_as(x) * x).sum(1) for gradient in drawn]).relu()
-            enough = min(len(half.members) for half in self.sets[1:]) >= 5
-            found[direction] = (
-                maps[0],
-                agreement(maps[1], maps[2]) if enough else torch.full_like(d[0, :, 0], math.nan),
-            )
+            stability = agreement(maps[1], maps[2]) if enough else torch.full_like(d[0, :, 0], math.nan)
+            found[direction] = (maps[0], stability)
         return found
 
 
@@ -208,7 +200,7 @@ class _Moments:
             self.products, self.rows @ self.rows.T, self.rows.sum(1), len(self.members), "unbiased"
         )
 
-    def weights(self, d: Tensor, own: Tensor, explained: int, given: int) -> Tensor:
+    def weights(self, d: Tensor, own: Tensor) -> dict[str, Tensor]:
         r"""How a map weighs the difference from each member: M of the closed form.
 
         The query joins the set (or is a member already); with its distances, r and its gradient
@@ -221,8 +213,8 @@ class _Moments:
 
         Returns
         -------
-        (q, r) :math:`M_{qj} = 2\, (\partial r / \partial D_{qj}) / D_{qj}`, 0 where the
-        features coincide.
+        direction -> (q, r) :math:`M_{qj} = 2\, (\partial r / \partial D_{qj}) / D_{qj}`, 0 where
+        the features coincide.
         """
         joins = (~own.any(1)).double()  # (q,)
         n = len(self.members) + joins[:, None]  # (q, 1)
@@ -235,16 +227,19 @@ class _Moments:
         gram = distance.centred_products(products, row_products, totals.T, n[:, :, None], "unbiased")
 
         centred = d - (sums[:, :, None] + rows) / (n - 2) + totals[:, :, None] / ((n - 1) * (n - 2))
-        xx, zz, gg = (gram[:, i, i] for i in (explained, given, 2))
-        xz, xg, zg = gram[:, explained, given], gram[:, explained, 2], gram[:, given, 2]
-        per_z = torch.where(zz > 0, 1 / zz, 0.0)
-        unique = distance.left_over(xx, xx - xz**2 * per_z)
-        scale = torch.where((unique > 0) & (gg > 0), 1 / (unique * gg).sqrt(), 0.0)
-        ratio = torch.where(unique > 0, (xg - xz * zg * per_z) / unique, 0.0)
-        u = centred[explained] - (xz * per_z)[:, None] * centred[given]
-        g = centred[2] - (zg * per_z)[:, None] * centred[given]
-        gradient = scale[:, None] / (n * (n - 3)) * (g - ratio[:, None] * u)
-        return torch.where((d[explained] > 0) & ~own, 2 * gradient / d[explained], 0.0)
+        found = {}
+        for direction, (explained, given) in DIRECTIONS.items():
+            xx, zz, gg = (gram[:, i, i] for i in (explained, given, 2))
+            xz, xg, zg = gram[:, explained, given], gram[:, explained, 2], gram[:, given, 2]
+            per_z = torch.where(zz > 0, 1 / zz, 0.0)
+            unique = distance.left_over(xx, xx - xz**2 * per_z)
+            scale = torch.where((unique > 0) & (gg > 0), 1 / (unique * gg).sqrt(), 0.0)
+            ratio = torch.where(unique > 0, (xg - xz * zg * per_z) / unique, 0.0)
+            u = centred[explained] - (xz * per_z)[:, None] * centred[given]
+            g = centred[2] - (zg * per_z)[:, None] * centred[given]
+            gradient = scale[:, None] / (n * (n - 3)) * (g - ratio[:, None] * u)
+            found[direction] = torch.where((d[explained] > 0) & ~own, 2 * gradient / d[explained], 0.0)
+        return found
 
 
 def unicam(
@@ -284,6 +279,7 @@ def unicam(
         a map depends on its batch-mates.
     method : ``"cam"``: channel weights, as in the paper. ``"hires"``: gradient times activation
         element by element, then summed over channels (after HiResCAM, Draelos & Carin 2020).
+    batch_size : images explained at a time with a reference, whose features are held at once.
 
     Raises
     ------
@@ -293,9 +289,7 @@ def unicam(
         raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
     pair = _pair(images)
     if reference is None:
-        reference = Reference(
-            student, base, pair, labels, layers_student=layers_student, layers_base=layers_base, batch_size=batch_size
-        )
+        reference = Reference(student, base, pair, labels, layers_student=layers_student, layers_base=layers_base)
         own = torch.eye(len(reference), dtype=torch.bool, device=reference.labels.device)
         parts = [{s: stage.maps(stage.features, stage.distances, own, method) for s, stage in reference.stages.items()}]
     else:
@@ -334,6 +328,11 @@ def _halves(d_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Two disjoint halves of the rows, each with half of every class (of coincident labels)."""
     by_class = (d_labels == 0).to(torch.uint8).argmax(1).argsort(stable=True)
     return by_class[::2].sort().values, by_class[1::2].sort().values
+
+
+def _pool(x: Tensor) -> Tensor:
+    """Means over space: (n, k, h, w) -> float64 (n, k)."""
+    return x.mean((2, 3)).double()
 
 
 def _pair(images: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

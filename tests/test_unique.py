@@ -42,9 +42,7 @@ def definition(features, given, labels):
 
 
 def activations(model, images):
-    with torch.no_grad(), kdx.capture(model, kdx.stages(model, images)) as captured:
-        model(images)
-    return captured
+    return kdx.activations(model, images, kdx.stages(model, images))
 
 
 def correlation(a, b):
@@ -89,7 +87,7 @@ def test_correlations_are_those_of_the_distance_engine():
 def test_a_query_is_explained_together_with_the_reference_alone():
     student, base = Small(seed=0), Small(seed=1)
     images, labels = batch(25, 16)
-    reference = kdx.Reference(student, base, images[:24], labels[:24], batch_size=10)
+    reference = kdx.Reference(student, base, images[:24], labels[:24])
     found = kdx.unicam(student, base, images[24:], labels[24:], reference=reference)
     together = kdx.unicam(student, base, images, labels)  # the reference and the query as one batch
     for stage, maps in found.distilled.items():
