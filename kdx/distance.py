@@ -197,7 +197,10 @@ def _sample(x: Tensor) -> Tensor:
         raise ValueError(f"expected a real tensor (n, ...), got {getattr(x, 'shape', x)!r}")
     if x.device.type == "mps":  # which has no float64
         x = x.cpu()
-    return x.reshape(len(x), -1) if x.ndim > 1 else x[:, None]
+    x = x.flatten(1) if x.ndim > 1 else x[:, None]
+    if not x.shape[1]:
+        raise ValueError(f"expected at least one feature, got {tuple(x.shape)}")
+    return x
 
 
 def _finite(x: Tensor, squares: Tensor) -> None:
@@ -415,7 +418,8 @@ def dependence(
     """A statistic with a permutation p-value and a 95 % jackknife interval.
 
     The rows and columns of y's centred matrix (of its part orthogonal to z, for ``"partial"``)
-    are permuted together. Memory is O(n²); n >= 5.
+    are permuted together. The interval is approximate: for n below a hundred it may hold the truth
+    in nearer to 90 % of cases than 95 %. Memory is O(n²); n >= 5.
 
     Parameters
     ----------
@@ -448,7 +452,7 @@ def dependence(
         max(low, -1.0),
         min(high, 1.0),
         permutation_p(float(cosine(p_x, p_y)), drawn),
-        p_floor(d[1], permutations),
+        p_floor(0.0 if statistic == "partial" else tied_share(d[1]), permutations),
         n,
         permutations,
     )
@@ -480,17 +484,19 @@ def permutation_p(observed: float, drawn: Tensor) -> float:
     return (int((drawn >= observed - 1e-12).sum()) + 1) / (len(drawn) + 1)
 
 
-def p_floor(d: Tensor, permutations: int) -> float:
-    """The smallest p that a test can give when rows of the permuted sample coincide.
+def p_floor(share: float, permutations: int) -> float:
+    """The smallest p to expect where a ``share`` of all permutations changes nothing; B random ones
+    cannot give less than 1 / (B + 1)."""
+    return max(1 / (permutations + 1), share)
 
-    Permuting coincident rows among themselves changes nothing, so the share of permutations that
-    reproduce the observed value is at least :math:`\\prod_c n_c! \\,/\\, n!` over groups of
-    coincident rows; and B permutations cannot give less than 1 / (B + 1).
+
+def tied_share(d: Tensor) -> float:
+    """The share of permutations that move rows only among coincident ones and so change nothing,
+    from distances (n, n): :math:`\\prod_c n_c! \\,/\\, n!` over the groups of coincident rows.
     """
     first = (d == 0).to(torch.uint8).argmax(1)
     sizes = first.unique(return_counts=True)[1].double()
-    ties = (torch.lgamma(sizes + 1).sum() - math.lgamma(len(d) + 1)).exp()
-    return max(1 / (permutations + 1), float(ties))
+    return float((torch.lgamma(sizes + 1).sum() - math.lgamma(len(d) + 1)).exp())
 
 
 def _jackknife(d: Tensor, statistic: str, estimator: str) -> tuple[float, float]:

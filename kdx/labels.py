@@ -35,8 +35,8 @@ def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download:
     ValueError : fewer than two classes, names that repeat or that the shipped table lacks, an
         encoder that is not there.
     """
-    if len(classes) < 2 or len(set(classes)) < len(classes):
-        raise ValueError(f"expected at least two different class names, got {list(classes)}")
+    if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"expected at least two different class names, got {classes!r}")
     if encoder == "one-hot":
         return torch.eye(len(classes))
     if encoder == "shipped":

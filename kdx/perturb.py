@@ -137,7 +137,7 @@ def impute(images: Tensor, kept: Tensor) -> Tensor:
     if n and not (some := kept.flatten(1).any(1)).all():
         empty = (~some).nonzero().flatten().tolist()
         raise ValueError(f"images {empty}: no pixel is kept, so there is nothing to impute from; keep more")
-    scale = (high - low).clamp_min(torch.finfo(low.dtype).tiny)
+    scale = torch.where(high > low, high - low, 1)
     values = 2**20 if images.device.type == "cpu" else 2**24  # per array of a chunk: caches, memory
     size = max(1, values // (c * h * w))
     solver = cache(lambda n: _Solver(n, c, h, w, low))  # the last chunk may be smaller

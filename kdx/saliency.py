@@ -41,9 +41,14 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
     at_once = CHUNK["cpu" if images.device.type == "cpu" else "gpu"]
     chunks = images.split(max(1, at_once // math.prod(images.shape[1:])))
     found: dict[str, Tensor] = {}
+    copy = False
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         for i, chunk in enumerate(chunks):
-            captured = _forward(model, chunk, layers)
+            try:
+                captured = _forward(model, chunk, layers, copy)
+            except OverwrittenError:
+                copy = True
+                captured = _forward(model, chunk, layers, copy)
             if len(chunks) == 1:
                 return captured
             for stage, output in captured.items():
@@ -53,13 +58,9 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
     return found
 
 
-def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
-    try:
-        with capture(model, layers, copy=False) as captured:
-            model(images)
-    except OverwrittenError:
-        with capture(model, layers) as captured:
-            model(images)
+def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: bool) -> dict[str, Tensor]:
+    with capture(model, layers, copy=copy) as captured:
+        model(images)
     if missing := set(layers) - set(captured):
         raise ValueError(f"the forward pass of {type(model).__name__} never called {sorted(missing)}")
     for stage, output in captured.items():
@@ -105,7 +106,7 @@ def capture(
             if gradients and not output.requires_grad:
                 output = output.detach().requires_grad_()
             captured[stage] = output
-            if copy:
+            if copy or output.is_inference():
                 return output.clone()
             versions[stage] = output._version
             return None

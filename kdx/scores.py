@@ -126,7 +126,7 @@ def rs(
                 drawn = torch.stack([_cosines(perturbed(x, g[o]), distance.center(g[o], estimator)) for o in orders], 1)
             else:
                 drawn = distance.permuted_cosines(p_x, p_g, orders)
-        found.add(_cosines(p_x, p_g), drawn, distance.p_floor(distance.distances(g), count))
+        found.add(_cosines(p_x, p_g), drawn, distance.tied_share(distance.distances(g)))
     return found.table(batch_size, estimator, features, count)
 
 
@@ -184,7 +184,7 @@ def fss(
             orders = distance.random_permutations(len(rows), count, seed + b)
             pairs = zip(p_s, p_b, strict=True)
             drawn = torch.cat([distance.permuted_cosines(one[None], two, orders) for one, two in pairs])
-        found.add(_cosines(p_s, p_b), drawn, 1 / (count + 1))
+        found.add(_cosines(p_s, p_b), drawn, 0.0)
     return found.table(batch_size, estimator, features, count)
 
 
@@ -204,6 +204,10 @@ def unique_rs(
 ) -> pd.DataFrame:
     """Relevance of what only one of two networks holds, without the circle of using the labels
     twice: the semi-partial and partial correlations with the labels, of raw features.
+
+    p is for the hypothesis that the labels have nothing to do with what either network holds. It
+    does not test whether anything is unique: of two networks that hold the same and add noise of
+    their own, each relates to the labels given the other. Compare with a second base.
 
     *Distilled*: of the student's features given the base's; *residual*: of the base's given the
     student's. Parameters are those of :func:`rs`; the labels' centred matrix (its part orthogonal to
@@ -231,14 +235,13 @@ def unique_rs(
             for network, layer in zip((student, base), layers, strict=True)
         ]
         orders = distance.random_permutations(len(rows), count, seed + b) if count else None
-        floor = distance.p_floor(distance.distances(g), count)
+        tied = distance.tied_share(distance.distances(g))
         for direction, (explained, given) in DIRECTIONS.items():
             pairs = list(zip(centred[explained], centred[given], strict=True))
             unique = torch.stack([distance.project(p, q) for p, q in pairs])
-            shared = [p_g] * len(names), [distance.project(p_g, q) for _, q in pairs]
-            for statistic, targets in zip(("semipartial", "partial"), shared, strict=True):
-                values = torch.stack([distance.cosine(u, t) for u, t in zip(unique, targets, strict=True)])
-                values[~unique.flatten(1).any(1)] = torch.nan
+            labels_of = {"semipartial": [p_g] * len(names), "partial": [distance.project(p_g, q) for _, q in pairs]}
+            for statistic, targets in labels_of.items():
+                values = _cosines(unique, torch.stack(targets))
                 drawn = None
                 if orders is not None and statistic == "semipartial":
                     drawn = distance.permuted_cosines(unique, p_g, orders)
@@ -246,7 +249,7 @@ def unique_rs(
                     drawn = torch.cat(
                         [distance.permuted_cosines(u[None], t, orders) for u, t in zip(unique, targets, strict=True)]
                     )
-                found[direction, statistic].add(values, drawn, floor)
+                found[direction, statistic].add(values, drawn, tied if statistic == "semipartial" else 0.0)
     tables = [
         found[kind].table(batch_size, "unbiased", "raw", count).assign(direction=kind[0], statistic=kind[1])
         for kind in kinds
@@ -275,7 +278,8 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
     shuffled = labels.cpu()[order]
     members = shuffled[:, None] == shuffled.unique()
     rank = (members.cumsum(0) * members).sum(1)  # of an image within its class, in this order
-    balanced = order[rank.argsort(stable=True)][: batches * batch_size]
+    by_turns = (rank * len(counts) + members.int().argmax(1)).argsort()  # one image of each class after the other
+    balanced = order[by_turns][: batches * batch_size]
     return [rows.to(labels.device) for rows in balanced.split(batch_size)]
 
 
@@ -289,13 +293,13 @@ class _Found:
         self.names = names
         self.values: list[Tensor] = []  # (stages,) a batch
         self.drawn: list[Tensor] = []  # (stages, B) a batch
-        self.floor = 1.0
+        self.share = 1.0  # of permutations, drawn in every batch on its own, that change nothing
 
-    def add(self, values: Tensor, drawn: Tensor | None, floor: float) -> None:
+    def add(self, values: Tensor, drawn: Tensor | None, share: float) -> None:
         self.values.append(values.cpu())
         if drawn is not None:
             self.drawn.append(drawn.cpu())
-        self.floor = min(self.floor, floor)
+        self.share *= share
 
     def table(self, n: int, estimator: str, features: str, permutations: int) -> pd.DataFrame:
         values = torch.stack(self.values)  # (batches, stages)
@@ -303,7 +307,12 @@ class _Found:
         rows = []
         for i, stage in enumerate(self.names):
             if values[:, i].isnan().any():
-                warnings.warn(f"{stage}: the features of a batch do not vary; its score is NaN", DegenerateWarning, 3)
+                warnings.warn(
+                    f"{stage}: the score is NaN, because in a batch features do not vary or labels are all equally "
+                    "far apart; use larger batches",
+                    DegenerateWarning,
+                    3,
+                )
                 mean = Interval(np.nan, np.nan, np.nan, len(values))
             else:
                 mean = mean_interval(values[:, i].numpy())
@@ -311,7 +320,8 @@ class _Found:
             if drawn is not None and not np.isnan(mean.mean) and not drawn[i].isnan().any():
                 p = distance.permutation_p(mean.mean, drawn[i])
             rows.append({"stage": stage, "value": mean.mean, "low": mean.low, "high": mean.high, "p": p})
-        facts: dict[str, Any] = {"floor": self.floor if self.drawn else np.nan, "n": n, "batches": len(values)}
+        floor = distance.p_floor(self.share, permutations) if self.drawn else np.nan
+        facts: dict[str, Any] = {"floor": floor, "n": n, "batches": len(values)}
         facts |= {"estimator": estimator, "features": features, "permutations": permutations}
         return pd.DataFrame(rows).assign(**facts)
 

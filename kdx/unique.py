@@ -53,7 +53,7 @@ class Reference:
 
     What a map shows depends on the images it is compared with; a large, class-balanced set (256
     or more, ``dataset.limit(256)``) makes it reproducible. The features of all stages of both
-    networks stay in memory: 4 bytes each, for ResNet-50 at 224 x 224 some 6 MB an image.
+    networks stay in memory: 4 bytes each, for two ResNet-50 at 224 x 224 some 12 MB an image.
 
     Parameters
     ----------
@@ -295,8 +295,13 @@ def unicam(
     else:
         if (student, base) != reference.networks or layers_student or layers_base:
             raise ValueError("the reference was made with other networks, or has layers of its own; make one for these")
-        labels = _check_labels(labels, len(pair[0])).to(reference.labels.device)
+        labels, width = _check_labels(labels, len(pair[0])).to(reference.labels.device), reference.labels.shape[1]
+        if labels.shape[1] != width:
+            raise ValueError(f"labels: expected {width} features as in the reference, got {labels.shape[1]}")
         rows = torch.tensor([reference.members.get(digest, -1) for digest in _digests(pair[0])], device=labels.device)
+        members = (rows >= 0).nonzero()[:, 0]
+        if (wrong := members[(labels[members] != reference.labels[rows[members]]).any(1)]).numel():
+            raise ValueError(f"images {wrong.tolist()} are members of the reference, where they have other labels")
         own = rows[:, None] == torch.arange(len(reference), device=labels.device)
         parts = []
         for x_student, x_base, y, members in zip(*(t.split(batch_size) for t in (*pair, labels, own)), strict=True):
@@ -337,7 +342,7 @@ def _pool(x: Tensor) -> Tensor:
 
 def _pair(images: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     pair = (images, images) if isinstance(images, Tensor) else tuple(images)
-    if len(pair) != 2 or len(pair[0]) != len(pair[1]):
+    if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not len(pair[0]):
         raise ValueError(f"expected images, or a pair of as many, got {[tuple(x.shape) for x in pair]}")
     return pair
 

@@ -58,6 +58,8 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "bibliography",
         "executed/00_data",
         "executed/01_gradcam",
+        "executed/02_unicam",
+        "benchmarks",
     ):
         assert (html / "book" / f"{page}.html").is_file()
     assert "url=book/index.html" in (html / "index.html").read_text()  # the root leads to the landing page
@@ -67,10 +69,10 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 2 + 3 * 4
+    assert len(stamps) == 3 + 3 * 5
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 2
+    assert done.stdout.count("unchanged") == 3
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 

@@ -196,6 +196,7 @@ def test_ties_raise_the_floor_of_p():
     assert found.floor == pytest.approx(1 / math.comb(6, 3))
     assert found.p == pytest.approx(2 / math.comb(6, 3), rel=0.1)  # exchanging the classes is a tie, too
     assert dependence(normal(6, 2), y, permutations=9).floor == 0.1
+    assert dependence(normal(6, 2), y, normal(6, 3), statistic="partial", permutations=9999).floor == 1e-4
 
 
 def test_p_is_uniform_when_samples_are_independent():

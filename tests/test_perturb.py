@@ -130,8 +130,9 @@ def test_imputation_by_hand():
 
 def test_constants_and_symmetric_ramps_are_reproduced():
     kept = keep_mask(torch.rand(1, 20, 20), (20, 20), 0.2)
-    constant = torch.full((1, 3, 20, 20), 0.3)
-    torch.testing.assert_close(impute(constant, kept), constant)
+    for value in (0.3, -255.0):
+        constant = torch.full((1, 3, 20, 20), value)
+        torch.testing.assert_close(impute(constant, kept), constant)
     ramp = torch.linspace(-5, 5, 21).expand(1, 1, 9, 21)  # no weight points beyond the border along it
     kept = torch.zeros(1, 9, 21, dtype=torch.bool)
     kept[..., [0, -1]] = True

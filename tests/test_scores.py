@@ -62,6 +62,34 @@ def test_fss_paper_is_biased_on_rows_of_unit_length():
     assert table.loc["L2", "value"] == pytest.approx(np.mean(values), abs=1e-9)
 
 
+def test_ties_in_several_batches_lower_the_floor_together():
+    images, labels, _ = data(48)
+    table = kdx.rs(Small(), images, labels % 2, torch.eye(2), batches=2, batch_size=6, permutations=999)
+    assert table["floor"].tolist() == pytest.approx([1 / 20**2] * 3)  # 3! 3! / 6! in each batch
+
+
+def test_labels_all_equally_far_apart_give_nan_with_a_warning():
+    student, base = Small(), Small(seed=1)
+    images, _, _ = data(48)
+    labels, table = torch.arange(48) % 8, torch.eye(8)
+    with pytest.warns(DegenerateWarning, match="labels are all equally far apart"):
+        unique = kdx.unique_rs(student, base, images, labels, table, batches=2, batch_size=8, permutations=9)
+    with pytest.warns(DegenerateWarning, match="labels are all equally far apart"):
+        relevance = kdx.rs(student, images, labels, table, batches=2, batch_size=8, permutations=9)
+    assert unique[["value", "p"]].isna().all(None)
+    assert relevance[["value", "p"]].isna().all(None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_are_disjoint_and_balanced_to_one(seed):
+    labels = torch.randint(10, (3000,), generator=torch.Generator().manual_seed(seed))
+    found = balanced_batches(labels, 16, 128, seed)
+    assert len(torch.cat(found).unique()) == 16 * 128
+    for rows in found:
+        counts = labels[rows].bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1
+
+
 def test_fss_of_a_network_with_itself_is_one():
     model = Small()
     images, labels, embeddings = data()
@@ -188,7 +216,7 @@ def test_features_without_variance_are_nan_with_a_warning():
     nn.init.ones_(model.b.bias)
     images, labels, embeddings = data()
     nn.init.dirac_(model.c.weight)  # and L3 passes L2 on
-    with pytest.warns(DegenerateWarning, match="L[23]: the features of a batch do not vary"):
+    with pytest.warns(DegenerateWarning, match="L[23]: the score is NaN, because in a batch features do not vary"):
         table = kdx.rs(model, images, labels, embeddings, **SMALL).set_index("stage")
     assert table.loc["L2", ["value", "low", "high", "p"]].isna().all()
     assert table.loc["L1"].notna().all()
