@@ -98,7 +98,7 @@ def rs(
 
     Returns
     -------
-    DataFrame : stage, value, low, high, p, floor (the smallest p possible), n (images a batch),
+    DataFrame : stage, value, low, high, p, floor (the smallest p to expect), n (images a batch),
         batches, estimator, features, permutations. NaN, with a :class:`DegenerateWarning`, where
         the features of a batch do not vary.
     """
