@@ -4,7 +4,7 @@ Explaining knowledge distillation of PyTorch networks: data, models, training, s
 """
 
 from kdx.data import DATASETS, Dataset, fetch, folds, load_dataset
-from kdx.distill import TECHNIQUES, Recipe, evaluate, fit
+from kdx.distill import Recipe, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
 from kdx.perturb import perturb
@@ -12,6 +12,7 @@ from kdx.runs import Run
 from kdx.saliency import activations, agreement, capture, grad_cam
 from kdx.scores import fss, rs, unique_rs
 from kdx.study import cross_fit
+from kdx.techniques import TECHNIQUES
 from kdx.tracing import stages
 from kdx.unique import Reference, UniCAM, unicam
 from kdx.version import __version__

@@ -1,7 +1,7 @@
 """Training: on labels alone, or with the help of a teacher.
 
-``TECHNIQUES`` maps a name to a loss; :func:`fit` trains one network with one of them and keeps
-the result in the run store, so that the same training is never done twice.
+:func:`fit` trains one network with one of the ``TECHNIQUES``, or several joined, and keeps the
+result in the run store, so that the same training is never done twice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,71 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdx import data, models
+from kdx import data, models, techniques, tracing
 from kdx.data import Card, Dataset
 from kdx.progress import progress
 from kdx.runs import Run, code_digest, find_run, run_key, store_run
+from kdx.saliency import OverwrittenError, capture
+from kdx.techniques import Seen, Technique, find_techniques
 from kdx.tracing import evaluating
-
-TECHNIQUES: dict[str, Any] = {}
-
-
-def technique(name: str) -> Any:
-    """Class decorator: enter a distillation technique into ``TECHNIQUES``."""
-
-    def enter(cls: Any) -> Any:
-        TECHNIQUES[name] = cls
-        cls.name = name
-        return cls
-
-    return enter
-
-
-@technique("label")
-@dataclass(frozen=True)
-class Label:
-    """Cross-entropy with the labels: how teachers and bases are trained."""
-
-    needs_teacher = False
-
-    def loss(self, logits_student: Tensor, logits_teacher: Tensor | None, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits_student, labels)
-
-
-@technique("response")
-@dataclass(frozen=True)
-class Response:
-    r"""Response-based distillation (Hinton et al. 2015).
-
-    .. math:: (1-\alpha)\,\mathrm{CE}(z_s, y)
-              + \alpha T^2\, \mathrm{KL}(\mathrm{softmax}(z_t/T) \,\|\, \mathrm{softmax}(z_s/T))
-
-    Parameters
-    ----------
-    alpha : weight of the teacher, in [0, 1].
-    temperature : T > 0.
-    """
-
-    alpha: float = 0.5
-    temperature: float = 4.0
-    needs_teacher = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or not self.temperature > 0:
-            raise ValueError(
-                f"response: expected 0 <= alpha <= 1 and temperature > 0, got {self.alpha} and {self.temperature}"
-            )
-
-    def loss(self, logits_student: Tensor, logits_teacher: Tensor | None, labels: Tensor) -> Tensor:
-        assert logits_teacher is not None
-        t = self.temperature
-        soft = F.kl_div(
-            F.log_softmax(logits_student / t, 1),
-            F.log_softmax(logits_teacher / t, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return (1 - self.alpha) * F.cross_entropy(logits_student, labels) + self.alpha * t**2 * soft
 
 
 @dataclass(frozen=True)
@@ -92,6 +35,7 @@ class Recipe:
 
     Attributes
     ----------
+    epochs : passes over the training images; 0 stores the network as it was initialised.
     sizes : image sizes as fractions of the full one, each for an equal share of the steps
         (progressive resizing); ``(1.0,)`` trains at full size throughout.
     shift : augmentation by random shifts of up to this many pixels, beside mirroring.
@@ -107,8 +51,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size, self.shift))
-        if not whole or self.epochs < 1 or self.batch_size < 2 or self.shift < 0:
-            raise ValueError(f"recipe: expected whole numbers epochs >= 1, batch_size >= 2 and shift >= 0, got {self}")
+        if not whole or self.epochs < 0 or self.batch_size < 2 or self.shift < 0:
+            raise ValueError(f"recipe: expected whole numbers epochs >= 0, batch_size >= 2 and shift >= 0, got {self}")
         if not 0 < self.lr < math.inf or not 0 < self.momentum < 1 or not self.weight_decay >= 0:
             raise ValueError(f"recipe: expected 0 < lr, 0 < momentum < 1 and weight_decay >= 0, got {self}")
         if not self.sizes or not all(0 < size <= 1 for size in self.sizes):
@@ -136,8 +80,10 @@ def fit(
     Parameters
     ----------
     model, stem, width : as for :func:`kdx.build`.
-    technique, settings : a name from ``TECHNIQUES`` and its parameters.
-    teacher : the run to learn from, for every technique but ``"label"``.
+    technique, settings : a name from ``TECHNIQUES``, or several as in ``"response+attention"``,
+        and their parameters.
+    teacher : the run to learn from, for every technique but ``"label"``. It may be of another
+        width, depth or family.
     seed : of the initial weights, the order of the batches and the augmentation.
     device : ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Not part of the key.
 
@@ -146,9 +92,10 @@ def fit(
     Run : with ``.model``, and ``.history`` of loss and accuracy per epoch and split.
     """
     recipe = recipe or Recipe()
-    loss = _technique(technique, settings)
-    if loss.needs_teacher != (teacher is not None):
-        wants = "a teacher run" if loss.needs_teacher else "no teacher"
+    parts = find_techniques(technique, settings)
+    needs_teacher = any(part.needs_teacher for part in parts)
+    if needs_teacher != (teacher is not None):
+        wants = "a teacher run" if needs_teacher else "no teacher"
         raise ValueError(f"technique {technique!r} expects {wants}, got {teacher!r}")
     if len(train) < recipe.batch_size:
         raise ValueError(f"expected at least one batch of {recipe.batch_size} training images, got {len(train)}")
@@ -161,12 +108,14 @@ def fit(
         )
     torch_device = pick_device(device)
     classes = len(train.classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = models.build(model, classes, stem, width)
+    if teacher and teacher.classes != train.classes:
+        raise ValueError(
+            f"expected a teacher of the classes {', '.join(train.classes)}, got one of {', '.join(teacher.classes)}"
+        )
+    student = models.build(model, classes, stem, width, seed)
     spec = {
         "model": student.architecture,
-        "technique": {"name": technique, **asdict(loss)},
+        "technique": {"name": technique, **{k: v for part in parts for k, v in asdict(part).items()}},
         "teacher": teacher.key if teacher else None,
         "recipe": asdict(recipe),
         "seed": seed,
@@ -174,12 +123,13 @@ def fit(
         "validation": validation.fingerprint,
         "normalisation": [train.card.mean, train.card.std],
     }
-    key = run_key(spec, CODE + code_digest(type(loss)) + repr(models.MODELS[model]))
+    code = CODE + code_digest(*map(type, parts)) + TECHNIQUE_CODE * needs_teacher
+    key = run_key(spec, code + repr(models.MODELS[model]))
     if run := find_run(key):
         return run
     start = time.perf_counter()
     precision = autocast_dtype(torch_device)
-    history = _train(student, train, validation, loss, teacher, recipe, seed, torch_device)
+    history = _train(student, train, validation, parts, teacher, recipe, seed, torch_device)
     header = {
         "classes": train.classes,
         "mean": train.card.mean,
@@ -199,21 +149,11 @@ def fit(
     )
 
 
-def _technique(name: str, settings: dict[str, Any]) -> Any:
-    if name not in TECHNIQUES:
-        raise ValueError(f"unknown technique {name!r}; choose from: {', '.join(TECHNIQUES)}")
-    known = TECHNIQUES[name].__dataclass_fields__
-    if unknown := set(settings) - set(known):
-        choices = ", ".join(known) or "none"
-        raise ValueError(f"unknown settings of {name!r}: {', '.join(sorted(unknown))}; choose from: {choices}")
-    return TECHNIQUES[name](**settings)
-
-
 def _train(
-    student: models.ResNet,
+    student: models.Network,
     train: Dataset,
     validation: Dataset,
-    loss: Any,
+    parts: list[Technique],
     teacher: Run | None,
     recipe: Recipe,
     seed: int,
@@ -221,12 +161,12 @@ def _train(
 ) -> pd.DataFrame:
     student.to(device).to(memory_format=torch.channels_last)
     helper = teacher.model.to(device).to(memory_format=torch.channels_last) if teacher else None
-    card, labels = train.card, train.labels.to(device)
-    images = train.images.to(device)
+    card, labels, images = train.card, train.labels.to(device), train.images.to(device)
+    objective = _Objective(parts, student, helper, card.normalize(images[:2]), seed)
     generator = torch.Generator().manual_seed(seed)
     steps = len(train) // recipe.batch_size
     optimizer = torch.optim.SGD(
-        student.parameters(),
+        [*student.parameters(), *objective.adapters.parameters()],
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=True,
@@ -234,10 +174,10 @@ def _train(
         fused=device.type != "mps",
     )
     total = steps * recipe.epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=total)
-    role = f"{student.architecture['name']} ({loss.name})"
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
+    role = f"{student.architecture['name']} ({'+'.join(part.name for part in parts)})"
     records = []
-    with progress(total=total, desc=role, unit="batch") as bar:
+    with objective.watching(), progress(total=total, desc=role, unit="batch") as bar:
         for epoch in range(1, recipe.epochs + 1):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
@@ -246,18 +186,12 @@ def _train(
                 x = data.augment(images[rows], generator, recipe.shift)
                 x = _resize(card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
                 y = labels[rows]
-                with autocast(device):
-                    logits_teacher = None
-                    if helper is not None:
-                        with torch.no_grad():
-                            logits_teacher = helper(x).float()
-                    logits = student(x).float()
-                batch_loss = loss.loss(logits, logits_teacher, y)
+                logits, loss = objective(x, y)
                 optimizer.zero_grad()
-                batch_loss.backward()
+                loss.backward()
                 optimizer.step()
                 schedule.step()
-                seen += torch.stack([batch_loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+                seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
                 bar.update()
             train_loss, train_accuracy = (seen / (steps * recipe.batch_size)).tolist()
             if not train_loss < float("inf"):  # also NaN
@@ -271,7 +205,89 @@ def _train(
                 {"epoch": epoch, "split": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy},
             ]
     student.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    return pd.DataFrame(records)
+    return pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
+
+
+class _Objective:
+    """The loss of a student: techniques joined, and the features that they need of both networks."""
+
+    def __init__(
+        self, parts: list[Technique], student: nn.Module, teacher: nn.Module | None, images: Tensor, seed: int
+    ) -> None:
+        self.parts = parts
+        self.networks = [network for network in (student, teacher) if network is not None]
+        self.label_weight = math.prod(part.label_weight for part in parts)
+        self.taps = [[part.taps(network, images) for network in self.networks] for part in parts]
+        for part, taps in zip(parts, self.taps, strict=True):
+            if len({tuple(tap) for tap in taps}) > 1:
+                found = " and ".join(", ".join(tap) for tap in taps)
+                raise ValueError(f"{part.name}: expected the same stages in student and teacher, got {found}")
+        self.captured: list[list[dict[str, Tensor]]] = []
+        self.copy = False  # unless layers that work in place follow a tap
+        self.adapters = nn.ModuleList()
+        if teacher is None:
+            return
+        try:
+            with self.watching():
+                self._answers(images)
+        except OverwrittenError:
+            self.copy = True
+        with self.watching(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            logits = self._answers(images)
+            for i, part in enumerate(parts):
+                adapter = part.adapter(*self._seen(i, logits), self.taps[i][1])
+                self.adapters.append(adapter or nn.Identity())
+        self.adapters.to(images.device)
+
+    @torch.no_grad()
+    def _answers(self, images: Tensor) -> list[Tensor]:
+        answers = []
+        for network in self.networks:
+            with evaluating(network):
+                answers.append(network(images))
+        return answers
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Features are collected inside the block."""
+        with ExitStack() as stack:
+            self.captured = [
+                [
+                    stack.enter_context(
+                        capture(
+                            network,
+                            {stage: tap.module for stage, tap in taps.items()},
+                            copy=self.copy,
+                            inputs={stage for stage, tap in taps.items() if tap.input},
+                        )
+                    )
+                    for network, taps in zip(self.networks, both, strict=True)
+                ]
+                for both in self.taps
+            ]
+            yield
+
+    def _seen(self, i: int, logits: list[Tensor]) -> tuple[Seen, Seen]:
+        """What student and teacher made of the latest batch, as the technique i sees it, in float32."""
+        student, teacher = (
+            Seen(z, {stage: features[stage].float() for stage in taps})
+            for z, features, taps in zip(logits, self.captured[i], self.taps[i], strict=True)
+        )
+        return student, teacher
+
+    def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits of a batch, and its loss."""
+        student, *teacher = self.networks
+        with autocast(x.device):
+            logits = [student(x).float()]
+            with torch.no_grad():  # what inference mode gives could not enter the loss without a copy
+                logits += [network(x).float() for network in teacher]
+        loss = F.cross_entropy(logits[0], labels) * self.label_weight
+        if teacher:
+            for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
+                loss = loss + part.guidance(*self._seen(i, logits), adapter)
+        return logits[0], loss
 
 
 def _resize(images: Tensor, scale: float) -> Tensor:
@@ -347,7 +363,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return torch.float32
     seconds = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float32, torch.bfloat16):
             convolution = nn.Conv2d(32, 32, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
             x = torch.rand(32, 32, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -357,11 +373,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 def _step_seconds(layer: nn.Module, x: Tensor) -> float:
     start = time.perf_counter()
-    with torch.inference_mode(False), torch.enable_grad():
-        layer(x).sum().backward()
+    layer(x).sum().backward()
     return time.perf_counter() - start
 
 
 # What decides a run beside its spec, read when this module is: a later edit of a file must not
 # get the credit for what the old code in memory trains.
 CODE = code_digest(models, sys.modules[__name__], data.augment, Card.normalize)
+TECHNIQUE_CODE = code_digest(techniques, tracing)  # of whatever learns from a teacher

@@ -1,12 +1,14 @@
-"""Networks: a registry of ResNets, and checkpoints.
+"""Networks: a registry, and checkpoints.
 
-``MODELS`` maps a name to its block, blocks per stage and default width factor.
+``MODELS`` maps a name to what builds it from (classes, stem, width), and its default width factor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import mobilenetv2, resnet
 
-MODELS: dict[str, tuple[type[nn.Module], tuple[int, ...], float]] = {
-    "resnet10": (resnet.BasicBlock, (1, 1, 1, 1), 0.25),
-    "resnet18": (resnet.BasicBlock, (2, 2, 2, 2), 1.0),
-    "resnet34": (resnet.BasicBlock, (3, 4, 6, 3), 1.0),
-    "resnet50": (resnet.Bottleneck, (3, 4, 6, 3), 1.0),
-    "resnet101": (resnet.Bottleneck, (3, 4, 23, 3), 1.0),
-}
 STEMS = ("imagenet", "small")
 
 
@@ -54,13 +49,44 @@ class ResNet(resnet.ResNet):
         return super()._make_layer(block, round(planes * self._width), *args, **settings)
 
 
-def build(name: str, classes: int, stem: str = "imagenet", width: float | None = None) -> ResNet:
-    """Build a registered network with fresh weights from torch's global generator.
+class MobileNetV2(mobilenetv2.MobileNetV2):
+    """torchvision's MobileNetV2 with a width factor and a choice of stem.
+
+    The ``small`` stem takes away the first two strides, so the stages see 1, 1/2, 1/4 and 1/8 of
+    the image's resolution.
+    """
+
+    architecture: dict[str, Any]  # the arguments of `build`
+
+    def __init__(self, classes: int, stem: str, width: float) -> None:
+        super().__init__(num_classes=classes, width_mult=width)
+        if stem == "small":
+            for convolution in (self.features[0][0], self.features[2].conv[1][0]):
+                convolution.stride = (1, 1)
+
+
+Network = ResNet | MobileNetV2
+
+MODELS: dict[str, tuple[Callable[..., Network], float]] = {
+    "resnet10": (partial(ResNet, resnet.BasicBlock, (1, 1, 1, 1)), 0.25),
+    "resnet18": (partial(ResNet, resnet.BasicBlock, (2, 2, 2, 2)), 1.0),
+    "resnet34": (partial(ResNet, resnet.BasicBlock, (3, 4, 6, 3)), 1.0),
+    "resnet50": (partial(ResNet, resnet.Bottleneck, (3, 4, 6, 3)), 1.0),
+    "resnet101": (partial(ResNet, resnet.Bottleneck, (3, 4, 23, 3)), 1.0),
+    "mobilenet_v2": (MobileNetV2, 1.0),
+}
+
+
+def build(
+    name: str, classes: int, stem: str = "imagenet", width: float | None = None, seed: int | None = None
+) -> Network:
+    """Build a registered network with fresh weights.
 
     Parameters
     ----------
-    stem : ``"imagenet"`` (7x7, stride 2, max-pooling) or ``"small"`` (3x3, for ~32 px images).
-    width : factor on torchvision's channel counts (64, 128, 256, 512); None: the registry's.
+    stem : ``"imagenet"`` (torchvision's, for ~224 px images) or ``"small"`` (for ~32 px images).
+    width : factor on torchvision's channel counts; None: the registry's.
+    seed : of the weights, which leaves torch's global generator alone; None: from that generator.
 
     Returns
     -------
@@ -70,7 +96,7 @@ def build(name: str, classes: int, stem: str = "imagenet", width: float | None =
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(MODELS)}")
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; choose from: {', '.join(STEMS)}")
-    block, layers, default_width = MODELS[name]
+    make, default_width = MODELS[name]
     width = default_width if width is None else width
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
@@ -78,12 +104,15 @@ def build(name: str, classes: int, stem: str = "imagenet", width: float | None =
         raise ValueError(f"width: expected at least 1/64, got {width}")
     if name in ("resnet50", "resnet101") and (64 * width) % 1:
         raise ValueError(f"width: expected a multiple of 1/64 for {name}, got {width}")
-    model = ResNet(block, layers, classes, stem, width)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = make(classes=classes, stem=stem, width=width)
     model.architecture = {"name": name, "classes": classes, "stem": stem, "width": width}
     return model
 
 
-def save_checkpoint(path: Path, model: ResNet, header: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any]) -> None:
     """Write weights as safetensors with a JSON header: the architecture and what ``header`` adds
     (class names, normalisation, metrics)."""
     if not hasattr(model, "architecture"):
@@ -93,7 +122,7 @@ def save_checkpoint(path: Path, model: ResNet, header: Mapping[str, Any]) -> Non
     save_file(weights, path, metadata={"kdx": text})
 
 
-def load_checkpoint(path: Path | str) -> tuple[ResNet, dict[str, Any]]:
+def load_checkpoint(path: Path | str) -> tuple[Network, dict[str, Any]]:
     """The network (on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -103,7 +132,6 @@ def load_checkpoint(path: Path | str) -> tuple[ResNet, dict[str, Any]]:
         raise ValueError(f"{path}: expected a safetensors checkpoint of kdx ({error})") from error
     if header is None:
         raise ValueError(f"{path}: a safetensors file without kdx's header; was it written by save_checkpoint?")
-    with torch.random.fork_rng(devices=[]):
-        model = build(**header["architecture"])
+    model = build(**header["architecture"], seed=0)
     model.load_state_dict(weights)
     return model.eval(), header

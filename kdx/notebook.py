@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython.display import HTML
 from pandas.io.formats.style import Styler
 
+from kdx.claims import Verdict, badge
 from kdx.data import Dataset
 from kdx.distill import autocast_dtype, device_name, pick_device
 from kdx.runs import versions
+from kdx.scores import mean_interval
 
 LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}
@@ -56,6 +60,46 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
 
 
 def score_cell(row: Mapping[str, Any]) -> str:
-    """One score of a table as text: value, 95 % interval and, where there is one, p."""
-    p = "" if pd.isna(row["p"]) else f", p {'≤' if row['p'] <= row['floor'] else '='} {row['p']:.3f}"
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]{p}"
+    """One score of a table as lines of text: value, 95 % interval and, where there is one, p."""
+    p = "" if pd.isna(row["p"]) else f"\np {'≤' if row['p'] <= row['floor'] else '='} {row['p']:.3f}"
+    return f"{row['value']:.3f}\n[{row['low']:.3f}, {row['high']:.3f}]{p}"
+
+
+def interval_cell(values: pd.Series) -> str:
+    """The mean of differences with its 95 % interval; the value alone where there is one only."""
+    return f"{mean_interval(values):+.2f}" if len(values) > 1 else f"{values.iloc[0]:+.2f}"
+
+
+def multiline(table: pd.DataFrame) -> Styler:
+    """A table of text whose line breaks are kept."""
+    cell = {"selector": "td", "props": "white-space: pre; vertical-align: top"}
+    heading = {"selector": "th", "props": "vertical-align: top; text-align: left"}
+    return table.style.set_table_styles([cell, heading])
+
+
+def paper_table(name: str, dataset: str) -> pd.DataFrame:
+    """The paper's values in ``data/paper/NAME.csv`` for a dataset, by technique and stage; no rows if it has none."""
+    path = Path(__file__).parents[1] / "data" / "paper" / f"{name}.csv"
+    if not path.is_file():
+        raise ValueError(
+            f"no {path}: the paper's tables come with a checkout; install kdx from one, with pip install -e"
+        )
+    table = pd.read_csv(path)
+    return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
+
+
+def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | str:
+    """Lines with the paper's value per stage, to go below others in a table; empty where it has none."""
+    if column not in paper or technique not in paper.index.get_level_values("technique"):
+        return ""
+    return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
+
+
+def glue_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Keep verdicts in the executed notebook, where the board of claims finds them."""
+    from myst_nb import glue
+
+    for verdict in verdicts:
+        pieces = {"verdict": badge(verdict.word), "summary": verdict.summary, "effect": verdict.effect}
+        for name, text in pieces.items():
+            glue(f"claim_{verdict.number}_{name}", HTML(text), display=False)

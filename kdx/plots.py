@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from kdx.data import Dataset
 
-ROLES = {"teacher": "#555555", "base": "#2b6ca3", "student": "#d1603d", "second base": "#8a8fb5"}
+ROLES = {"teacher": "#555555", "base": "#2b6ca3", "student": "#d1603d"}
+ROLES |= {"response": ROLES["student"], "overhaul": "#7a4fa3", "attention": "#3b8f5c", "alp": "#b8862b"}
+ROLES |= {"second base": "#8a8fb5", "random teacher": "#b99b8b", "untrained": "#bbbbbb"}
 ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": ROLES["second base"]}
 MAPS = "magma"
 INK = "#222222"
@@ -29,6 +32,13 @@ def use_style() -> None:
     sns.set_theme("paper", "ticks", font_scale=1.05)
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium", "text.color": INK})
     set_matplotlib_formats("retina")
+
+
+def colours(names: Iterable[str]) -> dict[str, Any]:
+    """A colour for each name: that of its role, else one of a palette."""
+    names = list(names)
+    others = [name for name in names if name not in ROLES]
+    return ROLES | dict(zip(others, sns.color_palette("crest", len(others)), strict=True))
 
 
 def show_image(axes: Axes, image: Tensor) -> AxesImage:
@@ -75,7 +85,7 @@ def learning_curves(history: pd.DataFrame) -> Figure:
             x="epoch",
             y="accuracy",
             hue="network",
-            palette=ROLES,
+            palette=colours(history["network"].unique()),
             errorbar=("pi", 100),
             marker="o",
             ax=axes,
@@ -92,11 +102,12 @@ def learning_curves(history: pd.DataFrame) -> Figure:
 
 def accuracy_pairs(accuracy: pd.DataFrame) -> Figure:
     """Test accuracy of each fold's networks, joined by a line per fold. Index: fold."""
-    figure, axes = plt.subplots(figsize=(3.6, 3))
+    figure, axes = plt.subplots(figsize=(1.6 + len(accuracy.columns), 3))
+    palette = colours(accuracy.columns)
     for _, row in accuracy.iterrows():
         axes.plot(range(len(row)), row, color="#bbbbbb", zorder=1)
     for i, network in enumerate(accuracy.columns):
-        axes.scatter([i] * len(accuracy), accuracy[network], color=ROLES[network], zorder=2, s=36)
+        axes.scatter([i] * len(accuracy), accuracy[network], color=palette[network], zorder=2, s=36)
     axes.set(xticks=range(len(accuracy.columns)), xticklabels=accuracy.columns, ylabel="test accuracy")
     axes.set_xlim(-0.4, len(accuracy.columns) - 0.6)
     axes.yaxis.set_major_formatter("{x:.1%}")
@@ -110,6 +121,7 @@ def map_grid(
     maps: Mapping[str, Mapping[str, Tensor]],
     captions: Sequence[str],
     scales: Sequence[Sequence[str]] | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Images beside raw maps of several kinds (networks, directions), stage by stage.
 
@@ -124,9 +136,11 @@ def map_grid(
     if not len(dataset):
         raise ValueError("expected at least one image to draw, got none")
     scales = [list(maps)] if scales is None else scales
+    palette = colours(maps)
     levels = list(next(iter(maps.values())))
     n, columns = len(dataset), len(levels) * len(maps)
-    figure = plt.figure(figsize=(1.45 + 1.02 * (1 + columns), 1.02 * n + 1.15))
+    figure = plt.figure(figsize=(1.45 + 1.02 * (1 + columns), 1.02 * n + 1.15 + 0.3 * bool(title)))
+    figure.suptitle(title or "", fontsize=11)
     groups = [(stage, list(kinds)) for stage in levels for kinds in scales]
     widths = [1.0]
     for _, kinds in groups:
@@ -147,8 +161,7 @@ def map_grid(
                 drawn = axes.imshow(maps[kind][stage][row], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
                 _bare(axes)
                 if row == 0:
-                    role = next((r for r in ROLES if r in kind), "teacher")
-                    axes.set_title(f"{stage} {kind}", fontsize=9, color=ROLES[role])
+                    axes.set_title(f"{stage} {kind}", fontsize=9, color=palette[kind])
         bar = figure.colorbar(
             drawn, cax=figure.add_subplot(grid[n, first : first + len(kinds)]), orientation="horizontal", extend="max"
         )
@@ -201,11 +214,11 @@ def score_intervals(table: pd.DataFrame, hue: str, ylabel: str) -> Figure:
     """A score per stage and ``hue`` as a point with its interval. Columns: stage, value, low, high."""
     figure, axes = plt.subplots(figsize=(6.2, 3))
     levels, names = list(table["stage"].unique()), list(table[hue].unique())
-    fallback = sns.color_palette("crest", len(names))
+    palette = colours(names)
+    step = min(0.14, 0.75 / len(names))
     for i, name in enumerate(names):
         rows = table[table[hue] == name].set_index("stage").loc[levels]
-        x = [j + 0.14 * (i - (len(names) - 1) / 2) for j in range(len(levels))]
-        role = name if name in ROLES else None
+        x = [j + step * (i - (len(names) - 1) / 2) for j in range(len(levels))]
         axes.errorbar(
             x,
             rows["value"],
@@ -213,7 +226,7 @@ def score_intervals(table: pd.DataFrame, hue: str, ylabel: str) -> Figure:
             fmt="o",
             ms=5,
             capsize=2.5,
-            color=ROLES[role] if role else fallback[i],
+            color=palette[name],
             label=name,
         )
     axes.axhline(0, color="#999999", lw=0.8, zorder=0)
@@ -245,10 +258,17 @@ def growth(table: pd.DataFrame, x: str, y: str, hue: str, style: str | None, lab
 def stage_bars(table: pd.DataFrame, value: str, hue: str, ylabel: str) -> Figure:
     """A bar per stage and hue: mean of the rows, with a 95 % bootstrap interval."""
     figure, axes = plt.subplots(figsize=(5.2, 3))
-    names = sorted(table[hue].unique())
-    colours = sns.color_palette("crest", len(names))
+    names = list(table[hue].unique())
     sns.barplot(
-        table, x="stage", y=value, hue=hue, hue_order=names, palette=colours, errorbar=("ci", 95), seed=0, ax=axes
+        table,
+        x="stage",
+        y=value,
+        hue=hue,
+        hue_order=names,
+        palette=colours(names),
+        errorbar=("ci", 95),
+        seed=0,
+        ax=axes,
     )
     axes.set(xlabel=None, ylabel=ylabel)
     axes.legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

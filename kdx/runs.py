@@ -27,7 +27,7 @@ import torch
 import torchvision
 
 from kdx.data import data_home
-from kdx.models import ResNet, load_checkpoint, save_checkpoint
+from kdx.models import Network, build, load_checkpoint, save_checkpoint
 
 FORMAT = 1  # of the folder; part of every key
 
@@ -47,10 +47,25 @@ class Run:
     manifest: dict[str, Any] = field(repr=False)
     history: pd.DataFrame = field(repr=False)
 
-    @cached_property
-    def model(self) -> ResNet:
+    @property
+    def untrained(self) -> Network:
+        """The network as it was before training: its initial weights, in evaluation mode."""
+        spec = self.manifest["spec"]
+        return build(**spec["model"], seed=spec["seed"]).eval()
+
+    @property
+    def model(self) -> Network:
         """The trained network in evaluation mode; on the CPU when it is first asked for."""
-        return load_checkpoint(self.path / "model.safetensors")[0]
+        return self._checkpoint[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that the network tells apart, in the order of its logits."""
+        return tuple(self._checkpoint[1]["classes"])
+
+    @cached_property
+    def _checkpoint(self) -> tuple[Network, dict[str, Any]]:
+        return load_checkpoint(self.path / "model.safetensors")
 
 
 def run_key(spec: Mapping[str, Any], code: str) -> str:
@@ -99,7 +114,7 @@ def find_run(key: str) -> Run | None:
 
 
 def store_run(
-    key: str, spec: Mapping[str, Any], model: ResNet, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
+    key: str, spec: Mapping[str, Any], model: Network, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
 ) -> Run:
     """Write a finished run under its key, all or nothing.
 

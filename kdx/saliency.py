@@ -6,7 +6,7 @@ Maps are raw: non-negative, unscaled, at the resolution of the stage they come f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,11 @@ def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: 
 
 @contextmanager
 def capture(
-    model: nn.Module, layers: Mapping[str, str], gradients: bool = False, copy: bool = True
+    model: nn.Module,
+    layers: Mapping[str, str],
+    gradients: bool = False,
+    copy: bool = True,
+    inputs: Collection[str] = (),
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of named modules during the forward passes inside the block.
 
@@ -87,11 +91,13 @@ def capture(
     copy : the network goes on with a copy of each output, so in-place layers that follow leave
         what was captured as it was. False saves time and memory, and raises an
         :class:`OverwrittenError` at the end of the block if there was such a layer.
+    inputs : stages of which the first input of the module is collected, and not its output. If it
+        works in place, it does not inside the block.
 
     Yields
     ------
     dict : stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest
-        forward pass.
+        forward pass, and there in the module's latest call.
     """
     modules = dict(model.named_modules())
     if missing := [name for name in layers.values() if name not in modules]:
@@ -102,27 +108,41 @@ def capture(
     def keep(stage: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             if not isinstance(output, Tensor):
-                raise TypeError(f"{stage} ({layers[stage]}): expected a tensor output, got {type(output).__name__}")
+                kind = "input" if stage in inputs else "output"
+                raise TypeError(f"{stage} ({layers[stage]}): expected a tensor {kind}, got {type(output).__name__}")
             if gradients and not output.requires_grad:
                 output = output.detach().requires_grad_()
             captured[stage] = output
             if copy or output.is_inference():
+                versions.pop(stage, None)
                 return output.clone()
             versions[stage] = output._version
             return None
 
-        return hook
+        def before(module: nn.Module, args: Any) -> Any:
+            passed_on = hook(module, args, args[0] if args else None)
+            return None if passed_on is None else (passed_on, *args[1:])
+
+        return before if stage in inputs else hook
 
     handles = []
+    in_place: list[Any] = []
     try:
         for stage, name in layers.items():
-            handles.append(modules[name].register_forward_hook(keep(stage)))
+            module = modules[name]
+            if stage in inputs and getattr(module, "inplace", False):
+                in_place.append(module)
+                module.inplace = False
+            register = module.register_forward_pre_hook if stage in inputs else module.register_forward_hook
+            handles.append(register(keep(stage)))
         yield captured
         if changed := [stage for stage, version in versions.items() if captured[stage]._version != version]:
             raise OverwrittenError(f"layers that work in place have changed the outputs of {', '.join(changed)}")
     finally:
         for handle in handles:
             handle.remove()
+        for module in in_place:
+            module.inplace = True
 
 
 def grad_cam(

@@ -7,7 +7,8 @@ t interval over the batches and a permutation p-value. A table has one row per s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,30 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return Interval(x.mean(), x.mean() - half, x.mean() + half, len(x))
 
 
+def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:
+    """A score table with a column ``fold``, averaged over the folds of each group.
+
+    Returns
+    -------
+    DataFrame : the columns ``by``, in order of appearance, with value, its 95 % t interval over
+        folds (low, high), p (the largest of any fold: small if the score is there in all of them),
+        floor, folds. A group of one fold keeps its interval, which is over batches.
+    """
+    rows = []
+    for names, group in table.groupby(list(by), sort=False):
+        if group["fold"].duplicated().any():
+            raise ValueError(f"expected one row a fold and {', '.join(by)}, got {len(group)} of {names}")
+        row: dict[str, Any] = dict(zip(by, names, strict=True))
+        row |= group.iloc[0][["value", "low", "high"]].to_dict()
+        if len(group) > 1 and not group["value"].isna().any():
+            mean = mean_interval(group["value"])
+            row |= {"value": mean.mean, "low": mean.low, "high": mean.high}
+        elif len(group) > 1:
+            row |= {"value": np.nan, "low": np.nan, "high": np.nan}
+        rows.append(row | {"p": group["p"].max(skipna=False), "floor": group["floor"].max(), "folds": len(group)})
+    return pd.DataFrame(rows)
+
+
 def rs(
     model: nn.Module,
     images: Tensor,
@@ -71,6 +96,7 @@ def rs(
     layers: Mapping[str, str] | None = None,
     layers_other: Mapping[str, str] | None = None,
     seed: int = 0,
+    kept: dict[Any, Any] | None = None,
 ) -> pd.DataFrame:
     r"""Relevance score (Adhane et al. 2025, eq. 9): how a stage's features relate to the labels.
 
@@ -95,6 +121,9 @@ def rs(
     permutations : of the labels within each batch, for p. UniCAM maps are made with the labels;
         there every permutation makes the maps, imputes and runs the network anew, and p by
         default is not computed: None stands for 999, with ``"unicam"`` for 0.
+    kept : a dict of the caller, in which distance matrices are kept and found again. Calls of
+        ``rs``, ``fss`` and ``unique_rs`` that share it run each network once for the same images,
+        features and settings; the networks must not change between them.
 
     Returns
     -------
@@ -111,14 +140,16 @@ def rs(
     found = _Found(list(layers))
 
     def perturbed(x: Tensor, g: Tensor) -> Tensor:
-        maps = _maps(features, model, other, x, g, layers, layers_other)
+        assert other is not None
+        maps = unicam(model, other, x, g, layers_student=layers, layers_base=layers_other).distilled
         return _centred(model, x, layers, maps, keep, estimator, seed)
 
+    alone = _Alone(images, labels, batches, batch_size, features, keep, estimator, seed, kept)
     for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
         x, g = images[rows], table[labels[rows]].to(images.device)
         p_g = distance.center(g, estimator)
 
-        p_x = perturbed(x, g)
+        p_x = perturbed(x, g) if features == "unicam" else alone.centred(model, layers, b, rows)
         drawn = None
         if count:
             orders = distance.random_permutations(len(rows), count, seed + b)
@@ -146,6 +177,7 @@ def fss(
     layers_student: Mapping[str, str] | None = None,
     layers_base: Mapping[str, str] | None = None,
     seed: int = 0,
+    kept: dict[Any, Any] | None = None,
 ) -> pd.DataFrame:
     r"""Feature similarity score (Adhane et al. 2025, eq. 8): how alike two networks see a batch.
 
@@ -172,13 +204,17 @@ def fss(
     layers_student = stages(student, images) if layers_student is None else layers_student
     layers_base = stages(base, images) if layers_base is None else layers_base
     _check_stages(layers_student, layers_base)
+    layers_base = {s: layers_base[s] for s in layers_student}
+    alone = _Alone(images, labels, batches, batch_size, features, keep, estimator, seed, kept)
     found = _Found(list(layers_student))
     for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
-        x, g = images[rows], None if table is None else table[labels[rows]].to(images.device)
-        maps_s = _maps(features, student, base, x, g, layers_student, layers_base)
-        maps_b = _maps(features, base, student, x, g, layers_base, layers_student)
-        p_s = _centred(student, x, layers_student, maps_s, keep, estimator, seed)
-        p_b = _centred(base, x, {s: layers_base[s] for s in layers_student}, maps_b, keep, estimator, seed)
+        if table is None:
+            p_s, p_b = alone.centred(student, layers_student, b, rows), alone.centred(base, layers_base, b, rows)
+        else:
+            x, g = images[rows], table[labels[rows]].to(images.device)
+            maps = unicam(student, base, x, g, layers_student=layers_student, layers_base=layers_base)
+            p_s = _centred(student, x, layers_student, maps.distilled, keep, estimator, seed)
+            p_b = _centred(base, x, layers_base, maps.residual, keep, estimator, seed)
         drawn = None
         if count:
             orders = distance.random_permutations(len(rows), count, seed + b)
@@ -201,6 +237,7 @@ def unique_rs(
     layers_student: Mapping[str, str] | None = None,
     layers_base: Mapping[str, str] | None = None,
     seed: int = 0,
+    kept: dict[Any, Any] | None = None,
 ) -> pd.DataFrame:
     """Relevance of what only one of two networks holds, without the circle of using the labels
     twice: the semi-partial and partial correlations with the labels, of raw features.
@@ -227,11 +264,12 @@ def unique_rs(
     names = list(layers[0])
     kinds = [(direction, statistic) for direction in DIRECTIONS for statistic in ("semipartial", "partial")]
     found = {kind: _Found(names) for kind in kinds}
+    alone = _Alone(images, labels, batches, batch_size, "raw", 1.0, "unbiased", seed, kept)
     for b, rows in enumerate(balanced_batches(labels, batches, batch_size, seed)):
-        x, g = images[rows], table[labels[rows]].to(images.device)
+        g = table[labels[rows]].to(images.device)
         p_g = distance.center(g)
         centred = [
-            _centred(network, x, {s: layer[s] for s in names}, None, 1.0, "unbiased", seed)
+            alone.centred(network, {s: layer[s] for s in names}, b, rows)
             for network, layer in zip((student, base), layers, strict=True)
         ]
         orders = distance.random_permutations(len(rows), count, seed + b) if count else None
@@ -326,22 +364,33 @@ class _Found:
         return pd.DataFrame(rows).assign(**facts)
 
 
-def _maps(
-    features: str,
-    model: nn.Module,
-    other: nn.Module | None,
-    images: Tensor,
-    embeddings: Tensor | None,
-    layers: Mapping[str, str],
-    layers_other: Mapping[str, str] | None,
-) -> dict[str, Tensor] | None:
-    if features == "raw":
-        return None
-    if features == "grad_cam":
-        return grad_cam(model, images, layers=layers)
-    assert other is not None
-    assert embeddings is not None
-    return unicam(model, other, images, embeddings, layers_student=layers, layers_base=layers_other).distilled
+@dataclass(frozen=True)
+class _Alone:
+    """Distance matrices of features that one network gives by itself, and where they are kept."""
+
+    images: Tensor
+    labels: Tensor
+    batches: int
+    batch_size: int
+    features: str
+    keep: float
+    estimator: str
+    seed: int
+    kept: dict[Any, Any] | None
+
+    def centred(self, model: nn.Module, layers: Mapping[str, str], b: int, rows: Tensor) -> Tensor:
+        """Those of batch b, whose images are ``rows``: (stages, n, n)."""
+        share = 1.0 if self.features == "raw" else self.keep
+        setting = (self.batches, self.batch_size, self.features, share, self.estimator, self.seed)
+        key = (model, self.images, self.labels, tuple(layers.items()), setting, b)
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        x = self.images[rows]
+        maps = grad_cam(model, x, layers=layers) if self.features == "grad_cam" else None
+        found = _centred(model, x, layers, maps, self.keep, self.estimator, self.seed)
+        if self.kept is not None:
+            self.kept[key] = found
+        return found
 
 
 def _centred(

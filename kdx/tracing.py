@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class evaluating:  # noqa: N801
             module.training = mode
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """One call of a module during the traced forward: spatial sizes and tensors, and its place."""
 
@@ -104,6 +104,64 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
             "name its stages with modules=[...]"
         )
     return {f"L{i}": name for i, (name, _) in enumerate(found[-4:], 1)}
+
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish)
+
+
+class Tap(NamedTuple):
+    """Where features are taken: a module's output, or its input; and the batch norm before it."""
+
+    module: str
+    input: bool = False
+    norm: nn.Module | None = None
+
+
+def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
+    """The stages of a CNN before their last activation function, where they end in one.
+
+    ``norm`` is the batch norm whose output that is, or, where it is a sum of branches, the batch
+    norm at the end of the longest of them; None if there is none.
+
+    Parameters
+    ----------
+    images : (n, c, h, w), what the network takes; only the first is used.
+
+    Raises
+    ------
+    ValueError : a network without stages.
+    """
+    root, _ = _trace(model, images[:1])
+    leaves = list(_leaves(root))
+    calls = {call.name: call for call in _calls(root)}
+    taps = {}
+    for stage, name in stages(model, images).items():
+        call = calls[name]
+        inside = [call] if not call.children else list(_leaves(call))
+        last = inside[-1]
+        activated = isinstance(last.module, ACTIVATIONS) and last.output is call.output
+        tap, features = (Tap(last.name, True), last.input) if activated else (Tap(name), call.output)
+        before = leaves[: leaves.index(last) + 1]
+        norms = [c for c in before if isinstance(c.module, nn.BatchNorm2d)]
+        direct = [c for c in norms if c.output is features]
+        ends = direct or [c for c in norms if c in inside and c.module.num_features == features.shape[1]]
+        longest = max(ends, key=lambda c: len(_chain(c, inside)), default=None)
+        taps[stage] = tap._replace(norm=longest and longest.module)
+    return taps
+
+
+def _calls(call: _Call) -> Any:
+    yield call
+    for child in call.children:
+        yield from _calls(child)
+
+
+def _chain(end: _Call, calls: Sequence[_Call]) -> list[_Call]:
+    """The calls that lead to ``end`` one after the other, each taking what the one before gave."""
+    chain = [end]
+    while source := next((c for c in calls if c.output is chain[-1].input and c not in chain), None):
+        chain.append(source)
+    return chain
 
 
 def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:

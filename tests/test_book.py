@@ -59,6 +59,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/00_data",
         "executed/01_gradcam",
         "executed/02_unicam",
+        "claims",
         "benchmarks",
     ):
         assert (html / "book" / f"{page}.html").is_file()
@@ -69,7 +70,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 3 + 3 * 5
+    assert len(stamps) == 3 + 3 * 11
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("unchanged") == 3

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from kdx import data, distill, models, runs
-from kdx.distill import TECHNIQUES, Recipe, Response, evaluate, fit
+from kdx.distill import Recipe, evaluate, fit
+from kdx.techniques import TECHNIQUES, Technique, technique
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -22,27 +23,6 @@ QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
 def train(tiny_shapes, **settings):
     settings = {"recipe": QUICK, "width": 0.125, "device": "cpu"} | settings
     return fit("resnet10", tiny_shapes["train"], tiny_shapes["test"], **settings)
-
-
-def test_response_loss_by_hand():
-    student, teacher, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2 * math.log(3)]]), torch.tensor([0])
-    # at T = 2 the teacher says 1/4, 3/4 and the student 1/2, 1/2
-    divergence = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    expected = 0.7 * math.log(2) + 0.3 * 4 * divergence
-    assert Response(alpha=0.3, temperature=2).loss(student, teacher, labels).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_response_loss_limits():
-    student, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4
-    label_alone = Response(alpha=0.0).loss(student, teacher, labels)
-    torch.testing.assert_close(label_alone, F.cross_entropy(student, labels))
-    assert Response(alpha=1.0).loss(teacher, teacher, labels).abs() < 1e-6
-    # per image, whatever the batch
-    torch.testing.assert_close(Response().loss(student.repeat(3, 1), teacher.repeat(3, 1), labels.repeat(3)),
-                               Response().loss(student, teacher, labels))  # fmt: skip
-    for bad in ({"alpha": 1.5}, {"temperature": 0}):
-        with pytest.raises(ValueError, match="expected 0 <= alpha <= 1 and temperature > 0"):
-            Response(**bad)
 
 
 def test_fit_learns_and_evaluate_measures_it(tiny_shapes):
@@ -60,6 +40,14 @@ def test_fit_learns_and_evaluate_measures_it(tiny_shapes):
     )
 
 
+def test_evaluate_may_come_first(tiny_shapes):
+    """The precision is measured on first use, here inside of inference mode."""
+    distill.autocast_dtype.cache_clear()
+    network = models.build("resnet10", 10, "small", 0.125, seed=0)
+    with torch.inference_mode():
+        assert 0 <= evaluate(network, tiny_shapes["test"], "cpu").accuracy <= 1
+
+
 def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home, monkeypatch):
     state = torch.random.get_rng_state()
     first = train(tiny_shapes)
@@ -71,6 +59,30 @@ def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home,
     assert first.path != second.path
     pairs = zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_fit_of_no_epochs_stores_the_initial_weights(tiny_shapes):
+    run = train(tiny_shapes, recipe=Recipe(epochs=0, batch_size=16))
+    trained = train(tiny_shapes)
+    fresh = models.build("resnet10", 10, "small", 0.125, seed=0).state_dict()
+    for network in (run.model, run.untrained, trained.untrained):
+        assert not network.training
+        assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(trained.model.conv1.weight, fresh["conv1.weight"])
+    assert list(run.history) == list(trained.history)
+    assert not len(run.history)
+    assert run.key != trained.key
+    assert train(tiny_shapes, technique="response", teacher=run).key  # it can teach, if nothing sensible
+
+
+def test_fit_refuses_a_teacher_of_other_classes(tiny_shapes):
+    teacher = train(tiny_shapes)
+    assert teacher.classes == tiny_shapes["train"].classes
+    fewer = {split: data[data.labels < 5] for split, data in tiny_shapes.items()}
+    card = replace(tiny_shapes["train"].card, classes=teacher.classes[::-1])
+    turned = {split: replace(data, card=card) for split, data in fewer.items()}
+    with pytest.raises(ValueError, match=r"expected a teacher of the classes .*, got one of"):
+        train(turned, technique="response", teacher=teacher)
 
 
 def test_fit_never_trains_the_same_twice(tiny_shapes, monkeypatch):
@@ -110,7 +122,7 @@ def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tin
 def test_fit_names_the_choices(tiny_shapes):
     teacher = train(tiny_shapes)
     cases = {
-        "unknown technique 'hint'; choose from: label, response": {"technique": "hint"},
+        "unknown technique 'hint'; choose from: label, response, attention": {"technique": "hint"},
         "unknown settings of 'response': beta; choose from: alpha, temperature": {
             "technique": "response", "teacher": teacher, "beta": 1,
         },
@@ -127,7 +139,7 @@ def test_fit_names_the_choices(tiny_shapes):
             train(tiny_shapes, **settings)
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
         fit("vgg", tiny_shapes["train"], tiny_shapes["test"])
-    for wrong in ({"epochs": 0}, {"epochs": 1.5}, {"lr": math.inf}, {"momentum": 0}, {"sizes": ()}):
+    for wrong in ({"epochs": -1}, {"epochs": 1.5}, {"lr": math.inf}, {"momentum": 0}, {"sizes": ()}):
         with pytest.raises(ValueError, match="recipe: expected"):
             Recipe(**wrong)
 
@@ -139,25 +151,24 @@ def test_fit_that_diverges_is_an_error_and_stores_nothing(tiny_shapes, home):
 
 
 def test_techniques_can_be_added(tiny_shapes):
-    @distill.technique("agree")
+    @technique("agree")
     @dataclass(frozen=True)
-    class Agree:
+    class Agree(Technique):
         weight: float = 1.0
-        needs_teacher = True
 
-        def loss(self, logits_student, logits_teacher, labels):
-            return self.weight * F.mse_loss(logits_student, logits_teacher)
+        def guidance(self, student, teacher, adapter):
+            return self.weight * F.mse_loss(student.logits, teacher.logits)
 
     class Other(Agree):
-        def loss(self, logits_student, logits_teacher, labels):
-            return 2 * self.weight * F.mse_loss(logits_student, logits_teacher)
+        def guidance(self, student, teacher, adapter):
+            return 2 * self.weight * F.mse_loss(student.logits, teacher.logits)
 
     teacher = train(tiny_shapes)
     try:
         run = train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5)
         assert run.manifest["spec"]["technique"] == {"name": "agree", "weight": 0.5}
         assert train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5).key == run.key
-        distill.technique("agree")(Other)  # the same name, another loss
+        technique("agree")(Other)  # the same name, another loss
         assert train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5).key != run.key
     finally:
         del TECHNIQUES["agree"]
@@ -254,11 +265,11 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     job.wait()
     assert not (tmp_path / "out.ipynb").exists()
     before = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < 11
     for key in before:  # whatever lies under a key is whole
         assert runs.find_run(key).model
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     after = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
-    assert len(after) == 4  # a base and a student for each of two folds
+    assert len(after) == 11  # two bases, three students each, and the controls: a base, a teacher and its student
     assert before.items() <= after.items()  # what was finished was not trained again
     assert (tmp_path / "out.ipynb").exists()

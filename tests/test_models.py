@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
+from kdx.saliency import activations
 from kdx.tracing import stages
 
 STAGES = {
@@ -31,8 +32,14 @@ def test_stages_of_torchvision_networks(name):
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_stages_of_registered_networks_are_the_last_blocks(name, stem):
     model = build(name, classes=3, stem=stem, width=0.125)
-    last = {f"L{i}": f"layer{i}.{len(getattr(model, f'layer{i}')) - 1}" for i in range(1, 5)}
-    assert stages(model, torch.zeros(1, 3, 64, 64)) == last
+    images = torch.zeros(1, 3, 64, 64)
+    if name == "mobilenet_v2":
+        last = STAGES[name]
+    else:
+        last = [f"layer{i}.{len(getattr(model, f'layer{i}')) - 1}" for i in range(1, 5)]
+    assert list(stages(model, images).values()) == last
+    sizes = [features.shape[-1] for features in activations(model, images, stages(model, images)).values()]
+    assert sizes == ([64, 32, 16, 8] if stem == "small" else [16, 8, 4, 2])
 
 
 class Plain(nn.Module):

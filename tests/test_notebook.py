@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from kdx.notebook import check_parameters, environment
+from kdx.notebook import check_parameters, environment, interval_cell, paper_table, published, score_cell
 from kdx.scores import mean_interval
 
 
@@ -52,3 +52,23 @@ def test_mean_interval_by_hand():
     for values in ([1.0], [1.0, float("nan")], [[1.0, 2.0]]):
         with pytest.raises(ValueError, match="at least 2 values"):
             mean_interval(values)
+
+
+def test_paper_table_has_the_published_values():
+    table = paper_table("table1", "cifar10")
+    assert table.loc[("overhaul", "L4"), "layer_student"] == 0.0794
+    assert published(table, "overhaul", "layer_student")["L4"] == "\npaper: 0.0794"
+    assert len(paper_table("table1", "petimages")) == len(table) == 12
+    assert published(paper_table("table1", "shapes"), "overhaul", "layer_student") == ""
+    assert published(table, "alp", "layer_student") == published(table, "overhaul", "") == ""
+    with pytest.raises(ValueError, match="tables come with a checkout"):
+        paper_table("table9", "cifar10")
+
+
+def test_cells_of_tables():
+    row = {"value": 0.25, "low": 0.125, "high": 0.5, "p": 0.01, "floor": 0.01}
+    assert score_cell(row) == "0.250\n[0.125, 0.500]\np ≤ 0.010"
+    assert score_cell(row | {"p": 0.02}) == "0.250\n[0.125, 0.500]\np = 0.020"
+    assert score_cell(row | {"p": float("nan")}) == "0.250\n[0.125, 0.500]"
+    assert interval_cell(pd.Series([0.5])) == "+0.50"
+    assert interval_cell(pd.Series([1.0, 2.0, 3.0])) == "+2.00 [-0.48, +4.48]"

@@ -2,13 +2,15 @@ import math
 
 import dcor
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from torch import nn
 
 import kdx
-from kdx.scores import DegenerateWarning, Interval, balanced_batches, mean_interval
+from kdx import scores
+from kdx.scores import DegenerateWarning, Interval, balanced_batches, mean_interval, over_folds
 from tests.networks import Small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,3 +280,57 @@ def test_fss_and_unique_rs_refuse_stages_that_differ():
         kdx.unique_rs(Small(), Small(seed=1), images, labels, embeddings, layers_base=layers, **SMALL)
     with pytest.raises(ValueError, match="no valid permutation test"):
         kdx.fss(Small(), Small(), images, labels, features="unicam", embeddings=embeddings, **SMALL)
+
+
+@pytest.mark.parametrize("features", ["raw", "grad_cam"])
+def test_kept_matrices_change_nothing_but_the_work(features, monkeypatch):
+    student, base = Small(), Small(seed=1)
+    images, labels, embeddings = data()
+    settings = {"features": features, **SMALL}
+
+    def tables(**kept):
+        return [
+            kdx.fss(student, base, images, labels, **settings, **kept),
+            kdx.rs(student, images, labels, embeddings, **settings, **kept),
+            kdx.rs(base, images, labels, embeddings, **settings, **kept),
+            kdx.rs(base, images, labels, embeddings, **settings | {"seed": 1}, **kept),
+        ]
+
+    expected, calls = tables(), []
+    monkeypatch.setattr(scores, "_centred", lambda model, *a, f=scores._centred: (calls.append(model), f(model, *a))[1])
+    for one, other in zip(tables(kept={}), expected, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert calls.count(student) == 3  # batches
+    assert calls.count(base) == 6  # those of the other seed are others
+
+
+def test_kept_raw_matrices_serve_unique_rs(monkeypatch):
+    student, base = Small(), Small(seed=1)
+    images, labels, embeddings = data()
+    kept = {}
+    kdx.rs(base, images, labels, embeddings, kept=kept, **SMALL)
+    expected = kdx.unique_rs(student, base, images, labels, embeddings, **SMALL)
+    calls = []
+    monkeypatch.setattr(scores, "_centred", lambda model, *a, f=scores._centred: (calls.append(model), f(model, *a))[1])
+    pd.testing.assert_frame_equal(
+        kdx.unique_rs(student, base, images, labels, embeddings, kept=kept, **SMALL), expected
+    )
+    assert calls == [student] * 3
+
+
+def test_over_folds_by_hand():
+    rows = [
+        {"network": "a", "stage": "L1", "fold": fold, "value": value, "low": 0, "high": 9, "p": p, "floor": 0.1}
+        for fold, (value, p) in enumerate([(1.0, 0.1), (2.0, 0.4), (3.0, 0.2)], 1)
+    ]
+    rows += [{"network": "b", "stage": "L1", "fold": 1, "value": 5.0, "low": 4.0, "high": 6.0, "p": 0.3, "floor": 0.2}]
+    rows += [{**row, "network": "c", "value": value} for row, value in zip(rows[:2], (1.0, math.nan), strict=True)]
+    table = over_folds(pd.DataFrame(rows)).set_index("network")
+    half = stats.t.ppf(0.975, 2) / math.sqrt(3)
+    assert table.loc["a", ["value", "low", "high", "p", "floor", "folds"]].tolist() == pytest.approx(
+        [2, 2 - half, 2 + half, 0.4, 0.1, 3]
+    )
+    assert table.loc["b", ["value", "low", "high", "p", "floor", "folds"]].tolist() == [5, 4, 6, 0.3, 0.2, 1]
+    assert table.loc["c", ["value", "low", "high"]].isna().all()
+    with pytest.raises(ValueError, match="one row a fold and network, got 3 of"):
+        over_folds(pd.DataFrame(rows).assign(fold=1), ["network"])

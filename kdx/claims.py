@@ -1,0 +1,88 @@
+"""The paper's claims, judged by the numbers of a run.
+
+A claim says that effects are positive. ``book/claims.md`` lists the claims, and collects the verdicts of
+all pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from kdx.scores import mean_interval
+
+COLOURS = {"supported": "#2e7d4f", "not supported": "#b3372f", "undecided": "#77736a"}
+
+
+def effects(differences: pd.DataFrame) -> pd.DataFrame:
+    """What a claim says to be positive: mean over folds, with intervals.
+
+    Parameters
+    ----------
+    differences : one row a fold, one column an effect.
+
+    Returns
+    -------
+    DataFrame : index effect; value, low and high (95 % t interval over folds), ceiling (upper end of
+        the interval that holds for all the effects at once, by Bonferroni's correction), folds.
+        NaN where a fold has no value.
+    """
+    rows = {}
+    for name, values in differences.items():
+        if values.isna().any():
+            rows[name] = [float("nan")] * 4 + [len(values)]
+            continue
+        mean = mean_interval(values)
+        at_once = mean_interval(values, level=1 - 0.05 / differences.shape[1])
+        rows[name] = [mean.mean, mean.low, mean.high, at_once.high, len(values)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "ceiling", "folds"])
+
+
+def judge(table: pd.DataFrame) -> str:
+    """The verdict on a claim from its :func:`effects`.
+
+    *Supported*: every effect is certainly positive (low > 0). *Not supported*: some effect is
+    certainly negative (ceiling < 0; corrected, since one of many is negative by chance sooner or
+    later). Else *undecided*, at the precision of the run.
+    """
+    if (table["low"] > 0).all():
+        return "supported"
+    return "not supported" if (table["ceiling"] < 0).any() else "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim's number, what its effects are, and their table."""
+
+    number: int
+    effect: str
+    table: pd.DataFrame
+    form: str = "{:+.3f}"
+
+    @property
+    def word(self) -> str:
+        return judge(self.table)
+
+    @property
+    def summary(self) -> str:
+        """The smallest of the effects with its interval, which decides, and how many are certain."""
+        if self.table["value"].isna().any():
+            return "an effect could not be measured"
+        last = self.table.loc[self.table["value"].idxmin()]
+        value, low, high = (self.form.format(last[column]) for column in ("value", "low", "high"))
+        certain = int((self.table["low"] > 0).sum())
+        which = "" if len(self.table) == 1 else f"{last.name}: "
+        return f"{certain} of {len(self.table)} certainly positive; smallest {which}{value} [{low}, {high}]"
+
+    def show(self) -> Styler:
+        """The effects as a table under the claim and its verdict."""
+        named = self.table.rename(columns={"low": "95 % from", "high": "to", "ceiling": "to, corrected"})
+        style = named.style.format({c: self.form.format for c in named if c != "folds"})
+        return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word}")
+
+
+def badge(word: str) -> str:
+    """A verdict as HTML."""
+    return f'<b style="color: {COLOURS[word]}">{word}</b>'
