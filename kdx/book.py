@@ -122,11 +122,12 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
 
 
 def page_key(page: Page) -> str:
-    """Digest of everything that decides what a page shows: its cells, parameters and the package."""
+    """Digest of what decides what a page shows: its cells, parameters, the package and the paper's tables."""
     cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
     package = sorted(Path(__file__).parent.glob("*.py"))
     code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
-    text = json.dumps([cells, page.parameters, code], sort_keys=True, default=str)
+    tables = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("data/paper/*.csv"))]
+    text = json.dumps([cells, page.parameters, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -47,6 +47,8 @@ def judge(table: pd.DataFrame) -> str:
     certainly negative (ceiling < 0; corrected, since one of many is negative by chance sooner or
     later). Else *undecided*, at the precision of the run.
     """
+    if not len(table):
+        raise ValueError("expected at least one effect to judge, got none")
     if (table["low"] > 0).all():
         return "supported"
     return "not supported" if (table["ceiling"] < 0).any() else "undecided"
@@ -67,14 +69,16 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """The smallest of the effects with its interval, which decides, and how many are certain."""
+        """How many effects are certainly positive, and the one that decides, with its interval."""
         if self.table["value"].isna().any():
             return "an effect could not be measured"
-        last = self.table.loc[self.table["value"].idxmin()]
-        value, low, high = (self.form.format(last[column]) for column in ("value", "low", "high"))
+        bound, upper = ("ceiling", "ceiling") if self.word == "not supported" else ("low", "high")
+        last = self.table.loc[self.table[bound].idxmin()]
+        value, low, high = (self.form.format(last[column]) for column in ("value", "low", upper))
         certain = int((self.table["low"] > 0).sum())
         which = "" if len(self.table) == 1 else f"{last.name}: "
-        return f"{certain} of {len(self.table)} certainly positive; smallest {which}{value} [{low}, {high}]"
+        corrected = ", upper end corrected" if upper == "ceiling" and len(self.table) > 1 else ""
+        return f"{certain} of {len(self.table)} certainly positive; least {which}{value} [{low}, {high}]{corrected}"
 
     def show(self) -> Styler:
         """The effects as a table under the claim and its verdict."""

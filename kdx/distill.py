@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchdistill.losses.mid_level import ATLoss
 
 from kdx import data, models, techniques, tracing
 from kdx.data import Card, Dataset
@@ -177,22 +178,23 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
     role = f"{student.architecture['name']} ({'+'.join(part.name for part in parts)})"
     records = []
-    with objective.watching(), progress(total=total, desc=role, unit="batch") as bar:
+    with progress(total=total, desc=role, unit="batch") as bar:
         for epoch in range(1, recipe.epochs + 1):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
             order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
-            for step, rows in enumerate(order.to(device).split(recipe.batch_size), (epoch - 1) * steps):
-                x = data.augment(images[rows], generator, recipe.shift)
-                x = _resize(card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
-                y = labels[rows]
-                logits, loss = objective(x, y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-                bar.update()
+            with objective.watching():
+                for step, rows in enumerate(order.to(device).split(recipe.batch_size), (epoch - 1) * steps):
+                    x = data.augment(images[rows], generator, recipe.shift)
+                    x = _resize(card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
+                    y = labels[rows]
+                    logits, loss = objective(x, y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+                    bar.update()
             train_loss, train_accuracy = (seen / (steps * recipe.batch_size)).tolist()
             if not train_loss < float("inf"):  # also NaN
                 raise FloatingPointError(
@@ -311,16 +313,23 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, device: str | torch.device = "auto", batch_size: int = 100
+    model: nn.Module,
+    dataset: Dataset,
+    device: str | torch.device = "auto",
+    batch_size: int = 100,
+    scale: float = 1.0,
 ) -> Evaluation:
-    """Run a network over a dataset in evaluation mode; the network stays on ``device``."""
+    """Run a network over a dataset in evaluation mode; the network stays on ``device``.
+
+    ``scale`` shrinks the images to that fraction of their size, as in ``Recipe.sizes``.
+    """
     device = pick_device(device)
     model.to(device).to(memory_format=torch.channels_last)
     logits = []
     with torch.inference_mode(), evaluating(model), autocast(device):
         for images in dataset.images.split(batch_size):
             x = dataset.card.normalize(images.to(device))
-            logits.append(model(_resize(x, 1.0)).float().cpu())
+            logits.append(model(_resize(x, scale)).float().cpu())
     z = torch.cat(logits).clone()
     loss = F.cross_entropy(z, dataset.labels).item()
     accuracy = (z.argmax(1) == dataset.labels).double().mean().item()
@@ -380,4 +389,4 @@ def _step_seconds(layer: nn.Module, x: Tensor) -> float:
 # What decides a run beside its spec, read when this module is: a later edit of a file must not
 # get the credit for what the old code in memory trains.
 CODE = code_digest(models, sys.modules[__name__], data.augment, Card.normalize)
-TECHNIQUE_CODE = code_digest(techniques, tracing)  # of whatever learns from a teacher
+TECHNIQUE_CODE = code_digest(techniques, tracing, capture, ATLoss)  # of whatever learns from a teacher

@@ -50,7 +50,7 @@ class ResNet(resnet.ResNet):
 
 
 class MobileNetV2(mobilenetv2.MobileNetV2):
-    """torchvision's MobileNetV2 with a width factor and a choice of stem.
+    """torchvision's MobileNetV2 with a width factor and a choice of stem, without dropout.
 
     The ``small`` stem takes away the first two strides, so the stages see 1, 1/2, 1/4 and 1/8 of
     the image's resolution.
@@ -59,7 +59,7 @@ class MobileNetV2(mobilenetv2.MobileNetV2):
     architecture: dict[str, Any]  # the arguments of `build`
 
     def __init__(self, classes: int, stem: str, width: float) -> None:
-        super().__init__(num_classes=classes, width_mult=width)
+        super().__init__(num_classes=classes, width_mult=width, dropout=0.0)
         if stem == "small":
             for convolution in (self.features[0][0], self.features[2].conv[1][0]):
                 convolution.stride = (1, 1)
@@ -86,7 +86,7 @@ def build(
     ----------
     stem : ``"imagenet"`` (torchvision's, for ~224 px images) or ``"small"`` (for ~32 px images).
     width : factor on torchvision's channel counts; None: the registry's.
-    seed : of the weights, which leaves torch's global generator alone; None: from that generator.
+    seed : of the weights, which leaves torch's global CPU generator alone; None: from that generator.
 
     Returns
     -------

@@ -95,11 +95,18 @@ def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | s
     return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
 
 
-def glue_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Keep verdicts in the executed notebook, where the board of claims finds them."""
+def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int]) -> None:
+    """Keep verdicts in the executed notebook, where the board of claims finds them.
+
+    ``numbers`` are the claims that the page tests; those without a verdict are shown as not tested.
+    """
     from myst_nb import glue
 
-    for verdict in verdicts:
-        pieces = {"verdict": badge(verdict.word), "summary": verdict.summary, "effect": verdict.effect}
+    known = {verdict.number: verdict for verdict in verdicts}
+    for number in numbers:
+        pieces = {"verdict": "not tested", "effects": "not with the parameters of this build"}
+        if number in known:
+            verdict = known[number]
+            pieces = {"verdict": badge(verdict.word), "effects": f"{verdict.effect}: {verdict.summary}"}
         for name, text in pieces.items():
-            glue(f"claim_{verdict.number}_{name}", HTML(text), display=False)
+            glue(f"claim_{number}_{name}", HTML(text), display=False)

@@ -32,14 +32,14 @@ def cross_fit(
     ----------
     techniques : names as for :func:`kdx.fit`; a student is trained with each.
     settings : of any technique; each gets those that it has.
-    k : folds; the networks of a fold are trained on all the others.
+    k : folds; the networks of a fold are trained on all the others, from seeds of their own.
     watched : held-out images on which each epoch is measured; 0: all.
     controls : folds, from the first on, that also get
 
-        - a *second base*: trained as the base, from ``seed + 1``. How it differs from the base is
+        - a *second base*: trained as the base, from another seed. How it differs from the base is
           what the seed alone explains.
-        - a student of a *random teacher*: trained with the first technique, by a teacher of random
-          weights that knows nothing.
+        - a student of a *random teacher*: trained with the first technique, by the teacher as it was
+          before its training, which knows nothing.
     training : stem, width, device of :func:`kdx.fit`.
 
     Returns
@@ -50,7 +50,8 @@ def cross_fit(
     """
     if not 0 <= controls <= k:
         raise ValueError(f"controls: expected 0 to {k} folds, got {controls}")
-    if not techniques or len(set(techniques)) < len(techniques) or "label" in techniques:
+    named = all(isinstance(name, str) for name in techniques)
+    if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
         raise ValueError(f"techniques: expected different ways to learn from a teacher, got {list(techniques)}")
     recipe, settings = recipe or Recipe(), settings or {}
     own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in techniques}
@@ -58,23 +59,24 @@ def cross_fit(
         raise ValueError(f"settings: no technique has {', '.join(unknown)}")
     first, runs = techniques[0], {}
     for fold, (rows, held_out) in enumerate(folds(train.labels, k, seed), 1):
+        one, two = seed + 2 * (fold - 1), seed + 2 * (fold - 1) + 1
         images = train[rows]
         watch = train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)
         common: dict[str, Any] = {"recipe": recipe, **training}
 
-        guide = fit(teacher, images, watch, seed=seed, **common)
+        guide = fit(teacher, images, watch, seed=one, **common)
         if teacher != student:
             runs["teacher", fold] = guide
-        runs["base", fold] = fit(student, images, watch, seed=seed, **common)
+        runs["base", fold] = fit(student, images, watch, seed=one, **common)
         for name in techniques:
             runs[name, fold] = fit(
-                student, images, watch, technique=name, teacher=guide, seed=seed, **own[name], **common
+                student, images, watch, technique=name, teacher=guide, seed=one, **own[name], **common
             )
         if fold <= controls:
-            runs["second base", fold] = fit(student, images, watch, seed=seed + 1, **common)
+            runs["second base", fold] = fit(student, images, watch, seed=two, **common)
             unlearned = common | {"recipe": replace(recipe, epochs=0)}
-            ignorant = fit(teacher, images, watch, seed=seed + 1, **unlearned)
+            ignorant = fit(teacher, images, watch, seed=one, **unlearned)
             runs["random teacher", fold] = fit(
-                student, images, watch, technique=first, teacher=ignorant, seed=seed, **own[first], **common
+                student, images, watch, technique=first, teacher=ignorant, seed=one, **own[first], **common
             )
     return runs

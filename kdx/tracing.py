@@ -121,7 +121,8 @@ def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
     """The stages of a CNN before their last activation function, where they end in one.
 
     ``norm`` is the batch norm whose output that is, or, where it is a sum of branches, the batch
-    norm at the end of the longest of them; None if there is none.
+    norm at the end of the longest of them; None if there is none. An activation that a network
+    computes outside of modules cannot be seen: its stage is taken after it.
 
     Parameters
     ----------

@@ -48,7 +48,11 @@ def test_evaluate_may_come_first(tiny_shapes):
         assert 0 <= evaluate(network, tiny_shapes["test"], "cpu").accuracy <= 1
 
 
-def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home, monkeypatch):
+@pytest.mark.parametrize("model", ["resnet10", "mobilenet_v2"])
+def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home, monkeypatch, model):
+    def train(data):
+        return fit(model, data["train"], data["test"], recipe=QUICK, width=0.125, device="cpu")
+
     state = torch.random.get_rng_state()
     first = train(tiny_shapes)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -172,6 +176,14 @@ def test_techniques_can_be_added(tiny_shapes):
         assert train(tiny_shapes, technique="agree", teacher=teacher, weight=0.5).key != run.key
     finally:
         del TECHNIQUES["agree"]
+
+
+def test_key_of_a_student_covers_the_code_of_the_techniques(tiny_shapes, monkeypatch):
+    base = train(tiny_shapes)
+    student = train(tiny_shapes, technique="response", teacher=base)
+    monkeypatch.setattr(distill, "TECHNIQUE_CODE", "another")
+    assert train(tiny_shapes).key == base.key
+    assert train(tiny_shapes, technique="response", teacher=base).key != student.key
 
 
 def test_fit_key_covers_the_code_that_trains():

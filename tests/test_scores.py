@@ -294,6 +294,8 @@ def test_kept_matrices_change_nothing_but_the_work(features, monkeypatch):
             kdx.rs(student, images, labels, embeddings, **settings, **kept),
             kdx.rs(base, images, labels, embeddings, **settings, **kept),
             kdx.rs(base, images, labels, embeddings, **settings | {"seed": 1}, **kept),
+            kdx.rs(base, images, labels, embeddings, **settings | {"keep": 0.3, "estimator": "biased"}, **kept),
+            kdx.rs(base, images.clone(), labels, embeddings, **settings, **kept),
         ]
 
     expected, calls = tables(), []
@@ -301,7 +303,7 @@ def test_kept_matrices_change_nothing_but_the_work(features, monkeypatch):
     for one, other in zip(tables(kept={}), expected, strict=True):
         pd.testing.assert_frame_equal(one, other)
     assert calls.count(student) == 3  # batches
-    assert calls.count(base) == 6  # those of the other seed are others
+    assert calls.count(base) == 12  # other seeds, settings and images give others
 
 
 def test_kept_raw_matrices_serve_unique_rs(monkeypatch):
