@@ -136,12 +136,10 @@ def test_overhaul_by_hand():
     for regressor in adapter.eval().values():
         regressor.layers[0].weight.data.fill_(2.0)
     student = seen(torch.zeros(2, 3), L1=torch.full((2, 1, 1, 1), 0.5), L2=torch.full((2, 1, 1, 1), 0.5))
-    # the regressor makes 1 of 0.5 (but for the 1e-5 in batch norm). L1: (1 - 3)² for two images, halved; L2: the margin -0.798 stands
-    # for -9, (1 + 0.798)² twice
+    # The regressor makes 1 of 0.5, but for the 1e-5 in batch norm. L1: (1 - 3)² for two images,
+    # halved; L2: the margin -0.798 stands for -9, (1 + 0.798)² twice.
     expected = 10 * (2 * 4 / 2 + 2 * (1 + math.sqrt(2 / math.pi)) ** 2) / 2
-    assert part.guidance(student, teacher, adapter).item() == pytest.approx(
-        expected, rel=1e-4
-    )  # batch norm adds 1e-5 to the variance
+    assert part.guidance(student, teacher, adapter).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_overhaul_needs_a_batch_norm_in_the_teacher():
