@@ -40,7 +40,7 @@ def test_judge(columns, verdict):
 
 
 def test_one_negative_effect_of_many_has_to_be_clearer():
-    slightly = [-1.0, -0.4, -0.9]  # its 95 % interval ends below zero
+    slightly = [-1.0, -0.5, -0.9]  # its 95 % interval ends below zero
     alone = table(slightly)
     assert alone["high"].item() < 0
     assert judge(alone) == "not supported"
