@@ -72,8 +72,9 @@ def interval_cell(values: pd.Series) -> str:
 
 def multiline(table: pd.DataFrame) -> Styler:
     """A table of text whose line breaks are kept."""
-    cell = {"selector": "td", "props": "white-space: pre; vertical-align: top"}
-    heading = {"selector": "th", "props": "vertical-align: top; text-align: left"}
+    narrow = "font-size: 0.8em; padding: 2px 6px; vertical-align: top; text-align: left"
+    cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
+    heading = {"selector": "th", "props": narrow}
     return table.style.set_table_styles([cell, heading])
 
 

@@ -139,8 +139,10 @@ def map_grid(
     palette = colours(maps)
     levels = list(next(iter(maps.values())))
     n, columns = len(dataset), len(levels) * len(maps)
-    figure = plt.figure(figsize=(1.45 + 1.02 * (1 + columns), 1.02 * n + 1.15 + 0.3 * bool(title)))
-    figure.suptitle(title or "", fontsize=11)
+    width = 1.45 + 1.02 * (1 + columns)
+    size = min(max(9.0, width), 13.0)  # points; a page shrinks a wide figure and its letters
+    figure = plt.figure(figsize=(width, 1.02 * n + 1.3 + 0.3 * bool(title)))
+    figure.suptitle(title or "", fontsize=size + 2)
     groups = [(stage, list(kinds)) for stage in levels for kinds in scales]
     widths = [1.0]
     for _, kinds in groups:
@@ -150,7 +152,8 @@ def map_grid(
         axes = figure.add_subplot(grid[row, 0])
         show_image(axes, dataset.images[row])
         _bare(axes)
-        axes.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+        fits = min(size, 58 / len(caption.splitlines()))
+        axes.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=fits, labelpad=6)
     first = 2
     for stage, kinds in groups:
         drawn_values = torch.cat([maps[kind][stage].flatten() for kind in kinds])
@@ -161,13 +164,15 @@ def map_grid(
                 drawn = axes.imshow(maps[kind][stage][row], cmap=MAPS, vmin=0, vmax=top, interpolation="nearest")
                 _bare(axes)
                 if row == 0:
-                    axes.set_title(f"{stage} {kind}", fontsize=9, color=palette[kind])
+                    above = stage if j == 0 else ""
+                    axes.set_title(f"{above}\n{kind}", fontsize=size, color=palette[kind])
         bar = figure.colorbar(
             drawn, cax=figure.add_subplot(grid[n, first : first + len(kinds)]), orientation="horizontal", extend="max"
         )
-        bar.ax.tick_params(labelsize=8)
+        bar.ax.tick_params(labelsize=size - 1)
         bar.outline.set_visible(False)
         bar.ax.ticklabel_format(axis="x", scilimits=(-2, 3))
+        bar.ax.xaxis.get_offset_text().set_fontsize(size - 1)
         bar.locator = plt.MaxNLocator(3)
         bar.update_ticks()
         first += len(kinds) + 1
