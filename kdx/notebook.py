@@ -72,10 +72,11 @@ def interval_cell(values: pd.Series) -> str:
 
 def multiline(table: pd.DataFrame) -> Styler:
     """A table of text whose line breaks are kept."""
-    narrow = "font-size: 0.8em; padding: 2px 6px; vertical-align: top; text-align: left"
+    narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
     cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
     heading = {"selector": "th", "props": narrow}
-    return table.style.set_table_styles([cell, heading])
+    caption = {"selector": "caption", "props": "white-space: normal"}
+    return table.style.set_table_styles([cell, heading, caption])
 
 
 def paper_table(name: str, dataset: str) -> pd.DataFrame:
