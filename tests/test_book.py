@@ -77,7 +77,7 @@ def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_page_key_covers_cells_metadata_parameters_and_package(tmp_path, monkeypatch):
+def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, monkeypatch):
     page = book.load_pages(ROOT, "smoke")[1]
     key = book.page_key(page)
     assert book.page_key(page) == key
@@ -91,8 +91,13 @@ def test_page_key_covers_cells_metadata_parameters_and_package(tmp_path, monkeyp
     nbformat.write(changed, tmp_path / "tags.ipynb")
     assert book.page_key(replace(page, notebook=tmp_path / "tags.ipynb")) != key
     package = shutil.copytree(ROOT / "kdx", tmp_path / "kdx")
+    tables = shutil.copytree(ROOT / "data" / "paper", tmp_path / "data" / "paper")
     monkeypatch.setattr(book, "__file__", str(package / "book.py"))
     assert book.page_key(page) == key
+    table = (tables / "table1.csv").read_text()
+    (tables / "table1.csv").write_text(table.replace("0.0794", "0.0795"))
+    assert book.page_key(page) != key
+    (tables / "table1.csv").write_text(table)
     (package / "scores.py").write_text((package / "scores.py").read_text() + "\nLEVEL = 0.9\n")
     assert book.page_key(page) != key
 
