@@ -59,11 +59,11 @@ def cross_fit(
         raise ValueError(f"settings: no technique has {', '.join(unknown)}")
     first, runs = techniques[0], {}
     for fold, (rows, held_out) in enumerate(folds(train.labels, k, seed), 1):
-        one, two = seed + 2 * (fold - 1), seed + 2 * (fold - 1) + 1
+        one = seed + 2 * (fold - 1)
+        two = one + 1
         images = train[rows]
         watch = train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)
         common: dict[str, Any] = {"recipe": recipe, **training}
-
         guide = fit(teacher, images, watch, seed=one, **common)
         if teacher != student:
             runs["teacher", fold] = guide

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import ATLoss
 
-from kdx.tracing import Tap, pre_activations, stages
+from kdx.tracing import Tap, outputs, pre_activations
 
 TECHNIQUES: dict[str, type[Technique]] = {}
 
@@ -166,7 +166,7 @@ class Attention(Technique):
         _check_weight(self.attention_weight, "attention_weight")
 
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
-        return {stage: Tap(name) for stage, name in stages(model, images).items()}
+        return outputs(model, images)
 
     def guidance(self, student: Seen, teacher: Seen, adapter: nn.Module | None) -> Tensor:
         transfer = ATLoss({}).compute_at_loss
@@ -247,7 +247,7 @@ class AttentionLayerProjection(Technique):
         _check_weight(self.alp_weight, "alp_weight")
 
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
-        return {stage: Tap(name) for stage, name in stages(model, images).items()}
+        return outputs(model, images)
 
     def adapter(self, student: Seen, teacher: Seen, teacher_taps: Mapping[str, Tap]) -> nn.Module:
         width = sum(features.shape[1] for features in teacher.features.values())

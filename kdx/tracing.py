@@ -117,6 +117,11 @@ class Tap(NamedTuple):
     norm: nn.Module | None = None
 
 
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tap]:
+    """The stages of a CNN as they are, for what can also take :func:`pre_activations`."""
+    return {stage: Tap(name) for stage, name in stages(model, images).items()}
+
+
 def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
     """The stages of a CNN before their last activation function, where they end in one.
 
