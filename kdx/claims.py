@@ -31,9 +31,6 @@ def effects(differences: pd.DataFrame) -> pd.DataFrame:
     """
     rows = {}
     for name, values in differences.items():
-        if values.isna().any():
-            rows[name] = [float("nan")] * 4 + [len(values)]
-            continue
         mean = mean_interval(values)
         at_once = mean_interval(values, level=1 - 0.05 / differences.shape[1])
         rows[name] = [mean.mean, mean.low, mean.high, at_once.high, len(values)]

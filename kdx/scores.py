@@ -44,14 +44,14 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Mean of ``values`` (n,) with Student's t interval.
+    """Mean of ``values`` (n,) with Student's t interval; all NaN if one of them is.
 
     Over folds of one data set the values share training images, so the interval is too narrow
     for a statement about new data; say so where it is shown.
     """
     x = np.asarray(values, dtype=float)
-    if x.ndim != 1 or len(x) < 2 or np.isnan(x).any():
-        raise ValueError(f"expected at least 2 values (n,) without NaN, got {x.shape} with {np.isnan(x).sum()} NaN")
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"expected at least 2 values (n,), got {x.shape}")
     half = stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)
     return Interval(x.mean(), x.mean() - half, x.mean() + half, len(x))
 
@@ -71,11 +71,9 @@ def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) ->
             raise ValueError(f"expected one row a fold and {', '.join(by)}, got {len(group)} of {names}")
         row: dict[str, Any] = dict(zip(by, names, strict=True))
         row |= group.iloc[0][["value", "low", "high"]].to_dict()
-        if len(group) > 1 and not group["value"].isna().any():
+        if len(group) > 1:
             mean = mean_interval(group["value"])
             row |= {"value": mean.mean, "low": mean.low, "high": mean.high}
-        elif len(group) > 1:
-            row |= {"value": np.nan, "low": np.nan, "high": np.nan}
         rows.append(row | {"p": group["p"].max(skipna=False), "floor": group["floor"].max(), "folds": len(group)})
     return pd.DataFrame(rows)
 
@@ -351,9 +349,7 @@ class _Found:
                     DegenerateWarning,
                     3,
                 )
-                mean = Interval(np.nan, np.nan, np.nan, len(values))
-            else:
-                mean = mean_interval(values[:, i].numpy())
+            mean = mean_interval(values[:, i].numpy())
             p = np.nan
             if drawn is not None and not np.isnan(mean.mean) and not drawn[i].isnan().any():
                 p = distance.permutation_p(mean.mean, drawn[i])

@@ -49,7 +49,10 @@ def test_mean_interval_by_hand():
     assert interval.mean == 2
     assert interval.high - 2 == pytest.approx(4.302653 / 3**0.5)  # t quantile 0.975 with 2 degrees of freedom
     assert interval.n == 3
-    for values in ([1.0], [1.0, float("nan")], [[1.0, 2.0]]):
+    *unknown, n = mean_interval([1.0, 2.0, float("nan")])  # never a mean of the others
+    assert pd.isna(unknown).all()
+    assert n == 3
+    for values in ([1.0], [[1.0, 2.0]]):
         with pytest.raises(ValueError, match="at least 2 values"):
             mean_interval(values)
 
