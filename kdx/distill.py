@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +39,7 @@ class Recipe:
     epochs : passes over the training images; 0 stores the network as it was initialised.
     sizes : image sizes as fractions of the full one, each for an equal share of the steps
         (progressive resizing); ``(1.0,)`` trains at full size throughout.
-    shift : augmentation by random shifts of up to this many pixels, beside mirroring.
+    augmentation : of training images, see :func:`kdx.data.augment`; None: that of the dataset's card.
     """
 
     epochs: int = 4
@@ -47,13 +47,13 @@ class Recipe:
     lr: float = 0.3  # the peak of the cycle
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    shift: int = 0
+    augmentation: Mapping[str, Mapping[str, Any]] | None = None
     sizes: tuple[float, ...] = (0.5, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size, self.shift))
-        if not whole or self.epochs < 0 or self.batch_size < 2 or self.shift < 0:
-            raise ValueError(f"recipe: expected whole numbers epochs >= 0, batch_size >= 2 and shift >= 0, got {self}")
+        whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size))
+        if not whole or self.epochs < 0 or self.batch_size < 2:
+            raise ValueError(f"recipe: expected whole numbers epochs >= 0 and batch_size >= 2, got {self}")
         if not 0 < self.lr < math.inf or not 0 < self.momentum < 1 or not self.weight_decay >= 0:
             raise ValueError(f"recipe: expected 0 < lr, 0 < momentum < 1 and weight_decay >= 0, got {self}")
         if not self.sizes or not all(0 < size <= 1 for size in self.sizes):
@@ -102,11 +102,11 @@ def fit(
         raise ValueError(f"expected at least one batch of {recipe.batch_size} training images, got {len(train)}")
     if not len(validation):
         raise ValueError("expected at least one validation image, got none")
-    side = min(train.card.size[1:])
-    if recipe.shift >= side or side * min(recipe.sizes) < 8:
-        raise ValueError(
-            f"recipe: expected shift < {side} and images of 8 pixels or more for {train.card.name}, got {recipe}"
-        )
+    if min(train.card.size[1:]) * min(recipe.sizes) < 8:
+        raise ValueError(f"recipe: expected images of 8 pixels or more for {train.card.name}, got {recipe}")
+    if recipe.augmentation is None:
+        recipe = replace(recipe, augmentation=train.card.augmentation)
+    data.compose(recipe.augmentation or {}, train.card.size[1:])  # a clear error before the work begins
     torch_device = pick_device(device)
     classes = len(train.classes)
     if teacher and teacher.classes != train.classes:
@@ -122,7 +122,7 @@ def fit(
         "seed": seed,
         "train": train.fingerprint,
         "validation": validation.fingerprint,
-        "normalisation": [train.card.mean, train.card.std],
+        "input": {"size": train.card.size, "mean": train.card.mean, "std": train.card.std},
     }
     code = CODE + code_digest(*map(type, parts)) + TECHNIQUE_CODE * needs_teacher
     key = run_key(spec, code + repr(models.MODELS[model]))
@@ -178,14 +178,15 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
     role = f"{student.architecture['name']} ({'+'.join(part.name for part in parts)})"
     records = []
-    with progress(total=total, desc=role, unit="batch") as bar:
+    with progress(total=total, desc=role, unit="batch") as bar, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the augmentation
         for epoch in range(1, recipe.epochs + 1):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
             order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
             with objective.watching():
                 for step, rows in enumerate(order.to(device).split(recipe.batch_size), (epoch - 1) * steps):
-                    x = data.augment(images[rows], generator, recipe.shift)
+                    x = data.augment(images[rows], recipe.augmentation or {})
                     x = _resize(card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
                     y = labels[rows]
                     logits, loss = objective(x, y)
@@ -388,5 +389,5 @@ def _step_seconds(layer: nn.Module, x: Tensor) -> float:
 
 # What decides a run beside its spec, read when this module is: a later edit of a file must not
 # get the credit for what the old code in memory trains.
-CODE = code_digest(models, sys.modules[__name__], data.augment, Card.normalize)
+CODE = code_digest(models, sys.modules[__name__], data.augment, data.compose, Card.normalize)
 TECHNIQUE_CODE = code_digest(techniques, tracing, capture, ATLoss)  # of whatever learns from a teacher

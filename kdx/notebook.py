@@ -13,8 +13,8 @@ from pandas.io.formats.style import Styler
 from kdx.claims import Verdict, badge
 from kdx.data import Dataset
 from kdx.distill import autocast_dtype, device_name, pick_device
+from kdx.intervals import mean_interval
 from kdx.runs import versions
-from kdx.scores import mean_interval
 
 LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}

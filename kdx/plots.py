@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -52,24 +54,73 @@ def _bare(axes: Axes) -> None:
 
 
 def samples(dataset: Dataset, per_class: int = 3, seed: int = 0) -> Figure:
-    """A column of random images per class; below each, its mask where the dataset has one."""
-    masks = dataset.masks is not None
-    step = 2 if masks else 1
-    classes = len(dataset.classes)
+    """A column of random images per class, up to ten classes side by side; below each image, its mask
+    where the dataset has masks."""
+    step = 2 if dataset.masked.any() else 1
+    across = min(10, len(dataset.classes))
+    blocks = -(-len(dataset.classes) // across)
     generator = torch.Generator().manual_seed(seed)
-    figure, grid = plt.subplots(per_class * step, classes, figsize=(classes, per_class * step + 0.25), squeeze=False)
-    for column, name in enumerate(dataset.classes):
-        rows = (dataset.labels == column).nonzero()[:, 0]
-        chosen = rows[torch.randperm(len(rows), generator=generator)[:per_class]]
-        for i, row in enumerate(chosen):
-            show_image(grid[i * step, column], dataset.images[row])
-            if dataset.masks is not None:
-                grid[i * step + 1, column].imshow(
-                    dataset.masks[row], vmin=0, vmax=2, cmap="cividis", interpolation="nearest"
-                )
-        grid[0, column].set_title(name, fontsize=9)
+    names = [textwrap.fill(name, 12) for name in dataset.classes]
+    lines = max(name.count("\n") for name in names)
+    figure, grid = plt.subplots(
+        per_class * step * blocks,
+        across,
+        figsize=(across, blocks * (per_class * step + 0.25 + 0.15 * lines)),
+        squeeze=False,
+    )
     for axes in grid.flat:
         _bare(axes)
+    for label, name in enumerate(names):
+        rows = (dataset.labels == label).nonzero()[:, 0]
+        if (with_mask := rows[dataset.masked[rows]]).numel():
+            rows = with_mask
+        chosen = rows[torch.randperm(len(rows), generator=generator)[:per_class]]
+        top, column = label // across * per_class * step, label % across
+        for i, row in enumerate(chosen):
+            show_image(grid[top + i * step, column], dataset.images[row])
+            if dataset.masks is not None and dataset.masked[row]:
+                grid[top + i * step + 1, column].imshow(
+                    dataset.masks[row], vmin=0, vmax=2, cmap="cividis", interpolation="nearest"
+                )
+        grid[top, column].set_title(name, fontsize=9)
+    for axes in grid.flat:
+        axes.set_visible(axes.has_data())
+    return figure
+
+
+def overlays(dataset: Dataset, maps: Mapping[str, Mapping[str, Tensor]], captions: Sequence[str]) -> Figure:
+    """Raw maps drawn over the images, with the outline of the object where there is a mask.
+
+    Parameters
+    ----------
+    dataset : the n images, one row each.
+    maps : kind -> stage -> raw map (n, h, w), spread bilinearly over the whole image. Kinds share a
+        scale at each stage, which ends at the 99th percentile; the smaller a value, the clearer.
+    captions : n lines of text left of the images.
+    """
+    levels = list(next(iter(maps.values())))
+    tops = {s: float(torch.cat([maps[k][s].flatten() for k in maps]).double().quantile(0.99)) or 1.0 for s in levels}
+    panels = {
+        (kind, stage): F.interpolate(of[stage][:, None] / tops[stage], dataset.images.shape[2:], mode="bilinear")[:, 0]
+        for kind, of in maps.items()
+        for stage in levels
+    }
+    palette = colours(maps)
+    shape = (len(dataset), 1 + len(panels))
+    figure, grid = plt.subplots(*shape, figsize=(1.45 + 1.05 * shape[1], 1.05 * shape[0] + 0.5), squeeze=False)
+    for i in range(shape[0]):
+        for axes in grid[i]:
+            show_image(axes, dataset.images[i])
+            _bare(axes)
+        grid[i, 0].set_ylabel(captions[i], rotation=0, ha="right", va="center", fontsize=11, labelpad=6)
+        for axes, ((kind, stage), spread) in zip(grid[i, 1:], panels.items(), strict=True):
+            strength = spread[i].clamp(0, 1)
+            axes.imshow(strength, cmap="autumn_r", vmin=0, vmax=1, alpha=0.8 * strength.numpy())
+            if dataset.masked[i]:
+                assert dataset.masks is not None
+                axes.contour(dataset.masks[i] > 0, levels=[0.5], colors="white", linewidths=0.8)
+            if i == 0:
+                axes.set_title(f"{stage}\n{kind}", fontsize=11, color=palette[kind])
     return figure
 
 

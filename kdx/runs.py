@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 import torchvision
 
-from kdx.data import data_home
+from kdx.home import data_home
 from kdx.models import Network, build, load_checkpoint, save_checkpoint
 
 FORMAT = 1  # of the folder; part of every key

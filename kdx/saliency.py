@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kdx.folders import UNKNOWN
 from kdx.tracing import evaluating, stages
 
 CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
@@ -209,6 +211,33 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
     a, b = ((m - m.mean(1, keepdim=True)) for m in (first.double().flatten(1), second.double().flatten(1)))
     scale = a.norm(dim=1) * b.norm(dim=1)
     return torch.where(scale > 0, (a * b).sum(1) / scale, math.nan)
+
+
+def mass_on(maps: Tensor, masks: Tensor) -> Tensor:
+    """The share of each map's mass that lies on the object: (n,) in [0, 1].
+
+    Every cell of a map counts by the share of its area that the object covers. A map of ones gives
+    the share of the image that the object covers: what to compare with.
+
+    Parameters
+    ----------
+    maps : raw maps (n, h, w) >= 0.
+    masks : uint8 (n, H, W), 0 where there is no object; 255 throughout for an unknown mask.
+
+    Returns
+    -------
+    Tensor : float64; NaN where a map is 0 everywhere, and for images without an object or a mask.
+    """
+    if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks) or masks.dtype != torch.uint8:
+        raise ValueError(
+            f"expected maps (n, h, w) and uint8 masks (n, H, W), got {tuple(maps.shape)} and {masks.dtype} "
+            f"{tuple(masks.shape)}"
+        )
+    object_ = ((masks > 0) & (masks < UNKNOWN)).double()
+    covered = F.interpolate(object_[:, None], size=maps.shape[1:], mode="area")[:, 0].flatten(1)
+    mass = maps.double().flatten(1)
+    known = (mass.sum(1) > 0) & (covered.sum(1) > 0)
+    return torch.where(known, (mass * covered).sum(1) / mass.sum(1), math.nan)
 
 
 def check_input(model: nn.Module, images: Tensor) -> None:

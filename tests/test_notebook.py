@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
+from kdx.intervals import mean_interval
 from kdx.notebook import check_parameters, environment, interval_cell, paper_table, published, score_cell
-from kdx.scores import mean_interval
 
 
 def namespace(**values):

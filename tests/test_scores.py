@@ -10,7 +10,8 @@ from torch import nn
 
 import kdx
 from kdx import scores
-from kdx.scores import DegenerateWarning, Interval, balanced_batches, mean_interval, over_folds
+from kdx.intervals import Interval, mean_interval, over_folds
+from kdx.scores import DegenerateWarning, balanced_batches
 from tests.networks import Small
 
 pytestmark = pytest.mark.usefixtures("one_thread")

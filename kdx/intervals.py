@@ -1,0 +1,65 @@
+"""Means with intervals, over batches or over folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """A mean with the ends of its interval, and the number of values behind it."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean of ``values`` (n,) with Student's t interval; all NaN if one of them is.
+
+    Over folds of one data set the values share training images, so the interval is too narrow
+    for a statement about new data; say so where it is shown.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"expected at least 2 values (n,), got {x.shape}")
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)
+    return Interval(x.mean(), x.mean() - half, x.mean() + half, len(x))
+
+
+def mean_of_known(values: ArrayLike) -> Interval:
+    """:func:`mean_interval` of those values that are not NaN; all NaN if fewer than two are left."""
+    x = np.asarray(values, dtype=float)
+    known = x[~np.isnan(x)]
+    return mean_interval(known) if len(known) > 1 else Interval(np.nan, np.nan, np.nan, len(known))
+
+
+def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:
+    """A score table with a column ``fold``, averaged over the folds of each group.
+
+    Returns
+    -------
+    DataFrame : the columns ``by``, in order of appearance, with value, its 95 % t interval over
+        folds (low, high), p (the largest of any fold: small if the score is there in all of them),
+        floor, folds. A group of one fold keeps its interval, which is over batches.
+    """
+    rows = []
+    for names, group in table.groupby(list(by), sort=False):
+        if group["fold"].duplicated().any():
+            raise ValueError(f"expected one row a fold and {', '.join(by)}, got {len(group)} of {names}")
+        row: dict[str, Any] = dict(zip(by, names, strict=True))
+        row |= group.iloc[0][["value", "low", "high"]].to_dict()
+        if len(group) > 1:
+            mean = mean_interval(group["value"])
+            row |= {"value": mean.mean, "low": mean.low, "high": mean.high}
+        rows.append(row | {"p": group["p"].max(skipna=False), "floor": group["floor"].max(), "folds": len(group)})
+    return pd.DataFrame(rows)
