@@ -332,14 +332,12 @@ def adopt(name: str, origin: Path) -> Path:
 
 def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
     facts = prepared.card
-    masked = int((prepared.files["mask"] == "True").sum())
+    with_masks = f"; {facts['masks']:,} images have a mask" if facts["masks"] else ""
     preparation = {
-        "prepared": "shorter side resized, middle square cut out" + f"; {masked:,} images have a mask" * bool(masked),
-        "split": str(facts["split"])
-        if isinstance(facts["split"], str)
-        else ", ".join(f"{k} {v}" for k, v in facts["split"].items()),
+        "prepared": f"shorter side resized, middle square cut out{with_masks}",
+        "split": facts["split"],
         "files refused": f"{facts['refused']:,}",
-        "files converted": f"{facts['converted']:,}",
+        "files with a note": f"{facts['noted']:,}",
     }
     if missing := [name for name in card.classes if name not in facts["classes"]]:
         preparation["classes without files"] = f"{len(missing)} of {len(card.classes)}"
@@ -420,7 +418,7 @@ def _fetch(card: Card, raw: Path, folder: Path) -> Path:
             f"found {free / 1e6:.0f} MB; free some space or point KDX_HOME at another disk"
         )
     failures = []
-    downloads = raw / "downloads"
+    downloads = raw / ".downloads"
     for source, get in card.sources.items():
         log.info("%s: %.0f MB from %s", name, card.download_bytes / 1e6, source)
         with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=raw) as scratch:

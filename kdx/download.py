@@ -22,7 +22,7 @@ from kdx.progress import progress
 TRIES = 4  # in a row that bring nothing new
 PAUSE = 1.0  # seconds after the first of them, twice as long after each further one
 TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
-PIECE = 1 << 20  # bytes
+PIECE = 1 << 16  # bytes; what a cut connection may lose
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
@@ -115,7 +115,7 @@ def _sha256(path: Path) -> str:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip or tar archive; members that would lie outside of ``folder`` are an error or left out."""
     try:
-        if zipfile.is_zipfile(archive):
+        if archive.suffix == ".zip" or zipfile.is_zipfile(archive):
             shutil.unpack_archive(archive, folder, "zip")
         else:
             shutil.unpack_archive(archive, folder, filter="data")

@@ -88,9 +88,10 @@ class Prepared:
 
     Attributes
     ----------
-    card : classes, counts per split, size, mean, std, source, seed and share of the split.
+    card : classes, counts per split, size, mean, std, number of masks, seed and share of the split, source,
+        numbers of files refused and noted.
     files : one row a file: file, class, split, mask (whether there is one), note. RefusedError files
-        have no split, and the note says why; the others come in the order of the images.
+        have no split, and the note says why; the others come in the order of ``images.bin``.
     """
 
     folder: Path
@@ -100,15 +101,20 @@ class Prepared:
     def files(self) -> pd.DataFrame:
         return pd.read_csv(self.folder / "files.csv", keep_default_na=False)
 
-    def read(self, split: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images uint8 (n, 3, size, size), labels int64 (n,) and masks uint8 (n, size, size) or None."""
+    def rows(self, split: str) -> pd.DataFrame:
+        """The rows of ``files`` of a split, in the order of :meth:`read`: random, but always the same. The index
+        is the place in ``images.bin``."""
         files = self.files
         used = files[files["split"] != ""].reset_index(drop=True)
-        rows = np.flatnonzero(used["split"] == split)
-        labels = used["class"].map(self.card["classes"].index).to_numpy()[rows]
-        images = torch.from_numpy(self._array("images.bin", 3)[rows])
-        masks = torch.from_numpy(self._array("masks.bin", 1)[rows, 0]) if self.card["masks"] else None
-        return images, torch.from_numpy(labels), masks
+        return used[used["split"] == split].sample(frac=1, random_state=SPLIT_SEED)
+
+    def read(self, split: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images uint8 (n, 3, size, size), labels int64 (n,) and masks uint8 (n, size, size) or None."""
+        rows = self.rows(split)
+        labels = torch.tensor(rows["class"].map(self.card["classes"].index).to_numpy())
+        images = torch.from_numpy(self._array("images.bin", 3)[rows.index])
+        masks = torch.from_numpy(self._array("masks.bin", 1)[rows.index, 0]) if self.card["masks"] else None
+        return images, labels, masks
 
     def _array(self, name: str, channels: int) -> np.ndarray:
         shape = (sum(self.card["counts"].values()), channels, self.card["size"], self.card["size"])
@@ -166,10 +172,10 @@ def _roots(source: Path, layout: Layout) -> Iterator[tuple[Path, str]]:
         if folder.is_dir() and any(layout.class_name(f.name) for f in folder.iterdir() if f.is_dir()):
             yield folder, ""
             return
-    expected = " or ".join((source / root / "<class>" / "<image>").as_posix() for root in layout.roots)
+    expected = " or ".join((Path(root) / "<class>" / "<image>").as_posix() for root in layout.roots)
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in source.iterdir())
     found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
-    raise DataError(f"expected images as {expected}; found {found or 'nothing'} in {source}")
+    raise DataError(f"expected images as {expected}, found {found or 'nothing'} in {source}")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -209,7 +215,7 @@ def digest(source: Path, layout: Layout, size: int) -> str:
     if layout.mask_of:
         paths += [mask for item in items if (mask := layout.mask_of(item.path)).is_file()]
     facts = [(_printable(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps([FORMAT, size, facts, refused]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([FORMAT, TEST_SHARE, SPLIT_SEED, size, facts, refused]).encode()).hexdigest()[:12]
 
 
 # --- one image ---------------------------------------------------------------------------------------
@@ -329,11 +335,10 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
     _check_counts(files["class"], classes, refused, source)
     if not files["split"].all():
         files["split"] = _split(files)
-    per_split = pd.crosstab(files["class"], files["split"]).reindex(columns=["train", "test"], fill_value=0)
-    if (per_split == 0).to_numpy().any():
-        missing = ", ".join(f"{name} ({part})" for name, part in per_split[per_split == 0].stack().index)
-        raise DataError(f"expected images of each class for train and test, got none of {missing} in {source}")
-    masked = bool(files["mask"].any())
+    filled = set(zip(files["class"], files["split"], strict=True))
+    if empty := [f"{name} ({split})" for name in classes for split in ("train", "test") if (name, split) not in filled]:
+        raise DataError(f"expected images of each class for train and test, got none of {', '.join(empty)} in {source}")
+    masked = int(files["mask"].sum())
     if not masked:
         (folder / "masks.bin").unlink()
     bad = pd.DataFrame([(file, "", "", False, reason) for file, reason in refused.items()], columns=files.columns)
@@ -352,7 +357,7 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
         "split": "as the folders say" if items[0].split else f"test share {TEST_SHARE}, seed {SPLIT_SEED}",
         "source": source.resolve().as_posix(),
         "refused": len(refused),
-        "converted": int((files["note"] != "").sum()),
+        "noted": int((files["note"] != "").sum()),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 

@@ -54,36 +54,32 @@ def _bare(axes: Axes) -> None:
 
 
 def samples(dataset: Dataset, per_class: int = 3, seed: int = 0) -> Figure:
-    """A column of random images per class, up to ten classes side by side; below each image, its mask
-    where the dataset has masks."""
+    """Random images of each class under its name, ten columns at most and ``per_class`` rows; below each
+    image, its mask where the dataset has masks. Few classes get several columns each."""
+    classes = len(dataset.classes)
     step = 2 if dataset.masked.any() else 1
-    across = min(10, len(dataset.classes))
-    blocks = -(-len(dataset.classes) // across)
+    wide = max(1, 10 // classes)  # columns of a class
+    across = min(10 // wide, classes)  # classes side by side
+    names = [textwrap.fill(name, 12 * wide) for name in dataset.classes]
+    above = 0.25 + 0.15 * max(name.count("\n") for name in names)  # inches
+    blocks = -(-classes // across)
+    size = (across * wide, blocks * (per_class * step + above))
+    figure, grid = plt.subplots(blocks * per_class * step, across * wide, figsize=size, squeeze=False)
     generator = torch.Generator().manual_seed(seed)
-    names = [textwrap.fill(name, 12) for name in dataset.classes]
-    lines = max(name.count("\n") for name in names)
-    figure, grid = plt.subplots(
-        per_class * step * blocks,
-        across,
-        figsize=(across, blocks * (per_class * step + 0.25 + 0.15 * lines)),
-        squeeze=False,
-    )
-    for axes in grid.flat:
-        _bare(axes)
     for label, name in enumerate(names):
         rows = (dataset.labels == label).nonzero()[:, 0]
-        if (with_mask := rows[dataset.masked[rows]]).numel():
+        if len(with_mask := rows[dataset.masked[rows]]):
             rows = with_mask
-        chosen = rows[torch.randperm(len(rows), generator=generator)[:per_class]]
-        top, column = label // across * per_class * step, label % across
+        chosen = rows[torch.randperm(len(rows), generator=generator)[: per_class * wide]]
+        top, left = label // across * per_class * step, label % across * wide
         for i, row in enumerate(chosen):
-            show_image(grid[top + i * step, column], dataset.images[row])
+            y, x = top + i // wide * step, left + i % wide
+            show_image(grid[y, x], dataset.images[row])
             if dataset.masks is not None and dataset.masked[row]:
-                grid[top + i * step + 1, column].imshow(
-                    dataset.masks[row], vmin=0, vmax=2, cmap="cividis", interpolation="nearest"
-                )
-        grid[top, column].set_title(name, fontsize=9)
+                grid[y + 1, x].imshow(dataset.masks[row], vmin=0, vmax=2, cmap="cividis", interpolation="nearest")
+        grid[top, left].set_title(name, fontsize=9)
     for axes in grid.flat:
+        _bare(axes)
         axes.set_visible(axes.has_data())
     return figure
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -234,10 +233,19 @@ def mass_on(maps: Tensor, masks: Tensor) -> Tensor:
             f"{tuple(masks.shape)}"
         )
     object_ = ((masks > 0) & (masks < UNKNOWN)).double()
-    covered = F.interpolate(object_[:, None], size=maps.shape[1:], mode="area")[:, 0].flatten(1)
+    down, across = (_cells(fine, coarse) for fine, coarse in zip(masks.shape[1:], maps.shape[1:], strict=True))
+    covered = (down @ object_ @ across.T).flatten(1)
     mass = maps.double().flatten(1)
     known = (mass.sum(1) > 0) & (covered.sum(1) > 0)
     return torch.where(known, (mass * covered).sum(1) / mass.sum(1), math.nan)
+
+
+def _cells(fine: int, coarse: int) -> Tensor:
+    """(coarse, fine): which share of each cell of a coarse grid each cell of a fine one makes up."""
+    edges = torch.arange(coarse + 1, dtype=torch.float64)[:, None] * fine / coarse
+    left = torch.arange(fine, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)
+    return overlap.clamp(min=0) * coarse / fine
 
 
 def check_input(model: nn.Module, images: Tensor) -> None:

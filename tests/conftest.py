@@ -11,7 +11,8 @@ import kdx
 def fresh_home(tmp_path, monkeypatch, request):
     """Every test has a data home of its own, but those marked real_data."""
     if "real_data" not in request.keywords:
-        monkeypatch.setenv("KDX_DATA", str(tmp_path / "home"))
+        monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))
+        monkeypatch.delenv("KDX_DATA", raising=False)
     torch.manual_seed(0)
 
 
@@ -41,6 +42,15 @@ def cifar10():
         return kdx.fetch("cifar10")
     except kdx.data.DataError as error:
         _unless_ci(f"CIFAR-10 could not be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Name -> the folder of real petimages and plantvillage files, from the places that KDX_DATA lists."""
+    found = {name: kdx.data.find_source(kdx.DATASETS[name]) for name in ("petimages", "plantvillage")}
+    if missing := [name for name, folder in found.items() if folder is None]:
+        _unless_ci(f"KDX_DATA names no place of {' and '.join(missing)}")
+    return found
 
 
 @pytest.fixture(scope="session")

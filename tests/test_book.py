@@ -3,6 +3,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from urllib.parse import urlparse
 
 import nbformat
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from kdx import book
@@ -33,7 +36,7 @@ def copy_sources(folder):
 
 def kdx(*arguments, home):
     command = [sys.executable, "-m", "kdx.cli", *map(str, arguments)]
-    environment = os.environ | {"KDX_DATA": str(home)}
+    environment = os.environ | {"KDX_HOME": str(home), "KDX_DATA": ""}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -59,6 +62,10 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/00_data",
         "executed/01_gradcam",
         "executed/02_unicam",
+        "executed/petimages_gradcam",
+        "executed/petimages_unicam",
+        "executed/plantvillage_gradcam",
+        "executed/plantvillage_unicam",
         "claims",
         "benchmarks",
     ):
@@ -67,14 +74,27 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
 
 
 @pytest.mark.book
+def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
+    html = smoke_book[0] / "book" / "_build" / "html" / "book"
+    page = re.sub("<[^>]+>", "", (html / "executed" / "plantvillage_unicam.html").read_text())
+    assert "Plant leaves: what only one of two networks holds" in page
+    assert "Not built here, because PlantVillage is not on this machine" in page
+    assert "kdx data get plantvillage" in page
+    assert (html / "claims.html").read_text().count("not built here") == 2 + 2 * 6
+
+
+@pytest.mark.book
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 3 + 3 * 11
+    assert len(stamps) == 7 + 3 * 11
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("unchanged") == 3
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
+    assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
+        path: stamp for path, stamp in stamps.items() if path not in written_anew
+    }
 
 
 def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, monkeypatch):
@@ -105,10 +125,10 @@ def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, 
 @pytest.mark.book
 def test_book_rebuild_restores_a_lost_picture(smoke_book):
     root, _ = smoke_book
-    picture = root / "book" / "executed" / "overview.png"
+    picture = root / "book" / "executed" / "01_gradcam_overview.png"
     content = picture.read_bytes()
     picture.unlink()
-    assert not any(book.execute_page(page) for page in book.load_pages(root, "smoke"))
+    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:3]} == {"unchanged"}
     assert picture.read_bytes() == content
 
 
@@ -238,11 +258,31 @@ def test_publish_saves_the_one_picture_of_a_cell(tmp_path):
     notebook.cells = [cell]
     nbformat.write(notebook, tmp_path / "n.ipynb")
     book._publish(tmp_path / "n.ipynb")
-    assert (tmp_path / "figure.png").read_bytes() == b"picture"
+    assert (tmp_path / "n_figure.png").read_bytes() == b"picture"
     cell.outputs = []
     nbformat.write(notebook, tmp_path / "n.ipynb")
     with pytest.raises(book.BookError, match=r"expected one picture to publish as figure.png, got 0"):
         book._publish(tmp_path / "n.ipynb")
+
+
+@pytest.mark.real_data
+@pytest.mark.book
+def test_appendix_page_on_real_leaves(photographs, tmp_path, monkeypatch):
+    """The page of the same notebook, from real photographs with masks; it has a title of its own."""
+    monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KDX_DATA", str(photographs["plantvillage"].parent))
+    (tmp_path / "root").mkdir()
+    root = copy_sources(tmp_path / "root")
+    (page,) = [page for page in book.load_pages(root, "smoke") if page.name == "plantvillage_unicam"]
+    assert book.execute_page(page) == "executed"
+    cells = nbformat.read(page.executed, as_version=4).cells
+    assert cells[0].source.startswith("# Plant leaves: what only one of two networks holds\n")
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    quotes = {o.metadata["scrapbook"]["name"]: o.data for o in outputs if "scrapbook" in o.metadata}
+    assert "beyond its area" in quotes["claim_8_effects"]["application/papermill.record/text/html"]
+    text = " ".join(o.data.get("text/markdown", "") + o.data.get("text/html", "") for o in outputs if "data" in o)
+    assert "Share of the mass on the object" in text
+    assert book.execute_page(page) == "unchanged"
 
 
 def test_parse_parameter_follows_the_declared_type():
@@ -252,13 +292,13 @@ def test_parse_parameter_follows_the_declared_type():
 
 
 def test_execute_passes_the_data_home_on(tmp_path, monkeypatch):
-    path = write_notebook(tmp_path / "n" / "n.ipynb", "x: int = 1  # a number", "import os; os.environ['KDX_DATA']")
+    path = write_notebook(tmp_path / "n" / "n.ipynb", "x: int = 1  # a number", "import os; os.environ['KDX_HOME']")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("KDX_DATA", "relative")
+    monkeypatch.setenv("KDX_HOME", "relative")
     book.execute(path, tmp_path / "out.ipynb", {})
     (output,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
     assert output.data["text/plain"] == repr(str(tmp_path / "relative"))
-    assert os.environ["KDX_DATA"] == "relative"
+    assert os.environ["KDX_HOME"] == "relative"
 
 
 def test_plain_papermill_refuses_unknown_parameters(tmp_path):
@@ -271,7 +311,7 @@ def test_plain_papermill_refuses_unknown_parameters(tmp_path):
         str(tmp_path / "o.ipynb"),
     ]
     for arguments, message in {
-        ("-p", "epoch", "2"): "unknown parameters: epoch; choose from: dataset, limit",
+        ("-p", "epoch", "2"): "unknown parameters: epoch; choose from: dataset, size",
         ("-p", "epochs", "two"): "parameter epochs: expected int, got 'two'",
     }.items():
         done = subprocess.run([*papermill, *arguments], capture_output=True, text=True)
@@ -295,12 +335,29 @@ def test_cli_helps_and_lists(cli):
     assert cli("data", "get", "shapes").output == "shapes: generated when loaded\n"
 
 
+def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    for i in range(25):
+        (tmp_path / "photos" / "one" / f"bad\n{i:02}.jpg").touch()
+    output = cli("data", "prepare", str(tmp_path / "photos"), "--size", "16").output
+    assert "16 good images of 2 classes (11 train, 5 test; test share 0.3, seed 0), 16 x 16 px" in output
+    assert "refused: 25\n  'one/bad\\n00.jpg': empty file\n" in output
+    assert "and 5 more, all in" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["data", "get", "mnist"], "unknown dataset 'mnist'; choose from: cifar10, shapes"),
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
-        (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, limit"),
+        (["data", "prepare", "shapes"], "shapes needs no preparation"),
+        (["data", "prepare", "petimages"], "petimages is not on this machine at 96 px: get it with `kdx data get"),
+        (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found table1.csv in"),
+        (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, size"),
         (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
         (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),
         (["run", "01_gradcam", "-p", "epochs=[2"], "-p epochs=[2: expected int"),

@@ -56,7 +56,7 @@ def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home,
     state = torch.random.get_rng_state()
     first = train(tiny_shapes)
     assert torch.equal(torch.random.get_rng_state(), state)
-    monkeypatch.setenv("KDX_DATA", str(home) + "-other")
+    monkeypatch.setenv("KDX_HOME", str(home) + "-other")
     torch.manual_seed(99)
     second = train(tiny_shapes)
     assert first.key == second.key
@@ -136,7 +136,9 @@ def test_fit_names_the_choices(tiny_shapes):
         "unknown device 'gpu'": {"device": "gpu"},
         "at least one batch of 500 training images, got 80": {"recipe": Recipe(batch_size=500)},
         "images of 8 pixels or more": {"recipe": Recipe(batch_size=16, sizes=(0.1,))},
-        "expected shift < 64": {"recipe": Recipe(batch_size=16, shift=64)},
+        "expected names from torchvision.transforms.v2, got 'Flip'": {
+            "recipe": Recipe(batch_size=16, augmentation={"Flip": {}})
+        },
     }  # fmt: skip
     for message, settings in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -187,10 +189,10 @@ def test_key_of_a_student_covers_the_code_of_the_techniques(tiny_shapes, monkeyp
 
 
 def test_fit_key_covers_the_code_that_trains():
-    parts = [models, distill, data.augment, data.Card.normalize]
+    parts = [models, distill, data.augment, data.compose, data.Card.normalize]
     assert runs.code_digest(*parts) == distill.CODE
     without = {runs.code_digest(*parts[:i], *parts[i + 1 :]) for i in range(len(parts))}
-    assert len(without | {distill.CODE}) == 5  # each of them counts
+    assert len(without | {distill.CODE}) == len(parts) + 1  # each of them counts
 
 
 # --- the store --------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
         str(tmp_path / "out.ipynb"),
     ]
     command += ["-p", "epochs=6", "-p", "limit=400"]
-    environment = os.environ | {"KDX_DATA": str(home)}
+    environment = os.environ | {"KDX_HOME": str(home)}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     store = home / "runs"
     deadline = time.monotonic() + 240

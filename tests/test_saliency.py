@@ -10,7 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 import kdx
-from kdx import activations, agreement, capture, grad_cam, saliency
+from kdx import activations, agreement, capture, grad_cam, mass_on, saliency
 from kdx.models import build
 from kdx.saliency import OverwrittenError
 
@@ -292,3 +292,23 @@ def test_agreement_by_hand():
     assert math.isnan(agreement(a, torch.ones(1, 2, 2)).item())
     with pytest.raises(ValueError, match="of one shape"):
         agreement(a, torch.ones(1, 2, 3))
+
+
+def test_mass_on_by_hand():
+    maps = torch.tensor([[[1.0, 3.0], [0.0, 4.0]]]).repeat(4, 1, 1)
+    maps[2] = 0
+    masks = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    masks[0, :, 2:] = 1  # the right half: both cells in full
+    masks[0, 3, 3] = 2  # a part of the object is the object
+    masks[1, 0, 0] = 1  # a quarter of the first cell
+    masks[2] = 1
+    masks[3] = 255
+    assert mass_on(maps, masks)[:2].tolist() == [7 / 8, 0.25 / 8]
+    assert mass_on(maps, masks)[2:].isnan().all()  # an empty map, an unknown mask
+    assert mass_on(maps[:1], torch.zeros(1, 4, 4, dtype=torch.uint8)).isnan().all()  # no object
+    uniform = mass_on(torch.ones(4, 3, 3), masks)
+    assert uniform[:3].tolist() == pytest.approx([0.5, 1 / 16, 1])
+    with pytest.raises(ValueError, match=r"expected maps \(n, h, w\) and uint8 masks"):
+        mass_on(maps, masks[:3])
+    with pytest.raises(ValueError, match=r"got .* torch.float32"):
+        mass_on(maps, masks.float())

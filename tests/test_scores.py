@@ -10,7 +10,7 @@ from torch import nn
 
 import kdx
 from kdx import scores
-from kdx.intervals import Interval, mean_interval, over_folds
+from kdx.intervals import Interval, mean_interval, mean_of_known, over_folds
 from kdx.scores import DegenerateWarning, balanced_batches
 from tests.networks import Small
 
@@ -337,3 +337,9 @@ def test_over_folds_by_hand():
     assert table.loc["c", ["value", "low", "high"]].isna().all()
     with pytest.raises(ValueError, match="one row a fold and network, got 3 of"):
         over_folds(pd.DataFrame(rows).assign(fold=1), ["network"])
+
+
+def test_mean_of_known_leaves_nan_out_and_says_how_many_are_left():
+    assert mean_of_known([1.0, math.nan, 3.0, 5.0]) == mean_interval([1.0, 3.0, 5.0])
+    assert math.isnan(mean_of_known([1.0, math.nan]).mean)
+    assert mean_of_known([1.0, math.nan]).n == 1

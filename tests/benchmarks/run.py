@@ -22,9 +22,11 @@ from statistics import median
 
 import torch
 import torchvision
+from torchvision.transforms import v2
 
 import kdx
 from kdx import distance
+from kdx.data import find_source
 from kdx.distill import autocast
 
 N, SIZE = 16, 224
@@ -53,7 +55,7 @@ def cifar_like():
 
 def fit_kdx():
     with tempfile.TemporaryDirectory() as home:
-        os.environ["KDX_DATA"] = home
+        os.environ["KDX_HOME"] = home
         train = cifar_like()
         recipe = kdx.Recipe(epochs=1, batch_size=BATCH, sizes=(1.0,))
         few = train[torch.arange(BATCH)]
@@ -225,6 +227,43 @@ def gradcam_library():
     return seconds(work)
 
 
+# --- an epoch of photographs: from the prepared cache, and from their files ---------------------
+
+
+def photographs():
+    """The folder of PlantVillage's JPEG files, or None if it is not on this machine."""
+    return find_source(kdx.DATASETS["plantvillage"])
+
+
+def epoch_cache():
+    """Batches of 64 normalised images of 96 px from memory, as `fit` makes them but not augmented."""
+    train = kdx.load_dataset("plantvillage", "train")
+
+    def work():
+        for rows in torch.randperm(len(train)).split(64):
+            train.card.normalize(train.images[rows])
+
+    work()
+    return seconds(work, 7) / len(train) * 1000
+
+
+def epoch_files():
+    """The same from the JPEG files, by torchvision's ImageFolder and a loader with two processes."""
+    card = kdx.DATASETS["plantvillage"]
+    steps = [v2.Resize(96), v2.CenterCrop(96), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps += [v2.Normalize([0.5] * 3, [0.2] * 3)]
+    files = torchvision.datasets.ImageFolder(find_source(card) / "color", v2.Compose(steps))
+    few = torch.utils.data.Subset(files, torch.randperm(len(files))[:1000].tolist())
+    loader = torch.utils.data.DataLoader(few, 64, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def work():
+        for _ in loader:
+            pass
+
+    work()
+    return seconds(work, 3) / len(few) * 1000
+
+
 # --- the table -------------------------------------------------------------------------------
 
 
@@ -277,6 +316,11 @@ def table():
         {"the bare loop": "fit_bare"},
         turns=5,
     )
+    if photographs():
+        work = "an epoch over 1,000 photographs (JPEG, 256 px) at 96 px"
+        rows += compare(work, "epoch_cache", {"decoding the files": "epoch_files"}, turns=3)
+    else:
+        print("PlantVillage is not on this machine: no rows about decoding photographs")
     for row in road_rows():
         rows.append({"work": row["work"], "by": "kdx", "seconds": f"{row['ours_s']:.3g}", "x kdx": "1", "peak GB": ""})
         rows.append(
