@@ -14,22 +14,23 @@ MOST_IMAGES = 10_000  # that the forest is trained on
 RESAMPLES = 1000
 
 
-def background_control(train: Dataset, test: Dataset, seed: int = 0) -> tuple[float, Tensor]:
+def background_control(train: Dataset, test: Dataset, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Which test images a random forest classifies rightly from eight pixels of their border.
 
-    The four corners and the middles of the four sides, as in Noyan (2022, arXiv:2206.04374).
+    The four corners and the middles of the four sides, as in Noyan (2022, arXiv:2206.04374). The forest
+    sees at most 10,000 training images.
 
     Returns
     -------
-    chance, correct : the accuracy of naming the commonest class of the training images each time, and
-        bool (n,) over the test images.
+    chance, correct : bool (n,) over the test images: whether naming the commonest class of the training
+        images each time is right, and whether the forest is.
     """
     train = train.limit(min(MOST_IMAGES, len(train)), seed)
     forest = RandomForestClassifier(n_estimators=200, random_state=seed, n_jobs=-1)
     forest.fit(_border(train.images), train.labels.numpy())
     answers = torch.from_numpy(forest.predict(_border(test.images)))
     commonest = train.labels.bincount().argmax()
-    return float((test.labels == commonest).double().mean()), answers == test.labels
+    return test.labels == commonest, answers == test.labels
 
 
 def _border(images: Tensor) -> np.ndarray:
@@ -40,32 +41,32 @@ def _border(images: Tensor) -> np.ndarray:
     return images[:, :, rows, columns].flatten(1).numpy()
 
 
-def explained_share(control: Tensor, correct: Tensor, chance: float, seed: int = 0) -> Interval:
+def explained_share(control: Tensor, correct: Tensor, chance: Tensor, seed: int = 0) -> Interval:
     r"""The share of a network's accuracy above chance that a control reaches as well.
 
     .. math:: (a_\text{control} - a_\text{chance}) / (a - a_\text{chance})
 
     Parameters
     ----------
-    control, correct : bool (n,), whether the control and the network are right on each test image.
-    chance : accuracy of no knowledge at all.
+    control, correct, chance : bool (n,), whether the control, the network and an answer without any
+        knowledge are right on each test image.
 
     Returns
     -------
-    Interval : with a 95 % bootstrap interval over the images; all NaN where the network is not above
+    Interval : with a 95 % bootstrap interval over the images; NaN where the network is not above
         chance, and ends of NaN where that happens in a resample.
     """
-    if control.shape != correct.shape or control.ndim != 1:
-        raise ValueError(f"expected two vectors (n,), got {tuple(control.shape)} and {tuple(correct.shape)}")
-
-    pair = torch.stack([control, correct]).double().numpy()
+    if not control.shape == correct.shape == chance.shape or control.ndim != 1:
+        shapes = ", ".join(str(tuple(one.shape)) for one in (control, correct, chance))
+        raise ValueError(f"expected three vectors (n,), got {shapes}")
+    three = torch.stack([control, correct, chance]).double().numpy()
     drawn = np.random.default_rng(seed).integers(len(control), size=(RESAMPLES, len(control)))
-    share, resampled = (_share(a, chance) for a in (pair.mean(1), np.stack([a[drawn].mean(1) for a in pair])))
+    share, resampled = (_share(a) for a in (three.mean(1), np.stack([a[drawn].mean(1) for a in three])))
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Interval(float(share), float(low), float(high), len(control))
 
 
-def _share(accuracies: np.ndarray, chance: float) -> np.ndarray:
-    """Of (control, network) along the first axis."""
-    above = accuracies - chance
+def _share(accuracies: np.ndarray) -> np.ndarray:
+    """Of (control, network, chance) along the first axis."""
+    above = accuracies[:2] - accuracies[2]
     return above[0] / np.where(above[1] > 0, above[1], np.nan)

@@ -27,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
 from kdx.data import Card, available, find_card, how_to_get
-from kdx.home import data_home
+from kdx.home import data_home, places
 from kdx.progress import TERMINAL, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
@@ -110,7 +110,11 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_suffix(".failed.ipynb")
     # The kernel runs in the notebook's folder, and without a terminal of its own.
-    passed_on = {"KDX_HOME": str(data_home()), TERMINAL: terminal() or ""}
+    passed_on = {
+        "KDX_HOME": str(data_home()),
+        "KDX_DATA": os.pathsep.join(map(str, places()[1:])),
+        TERMINAL: terminal() or "",
+    }
     before = {name: os.environ.get(name) for name in passed_on}
     os.environ.update(passed_on)
     try:
@@ -149,7 +153,9 @@ def execute_page(page: Page) -> str:
     stamp = page.executed.with_suffix(".key")
     dataset = page.parameters.get("dataset")
     if dataset and available(dataset, page.parameters.get("size")) is None:
-        stamp.unlink(missing_ok=True)
+        if stamp.is_file():
+            stamp.unlink()
+            os.replace(page.executed, page.executed.with_suffix(".last.ipynb"))  # it may have taken hours
         _write_placeholder(page, find_card(dataset))
         return f"not built, {dataset} is not here"
     key = page_key(page)

@@ -55,6 +55,8 @@ def data_list() -> None:
 def data_get(name: Annotated[str, typer.Argument(help="a name from `kdx data list`")]) -> None:
     """Download a dataset into data/raw and verify it; at once if it is there already."""
     with _errors():
+        if find_card(name).source:
+            raise ValueError(f"{name} is a folder of your own; `kdx data prepare {name}` checks and decodes it")
         folder = fetch(name)
         ready = "generated when loaded" if not find_card(name).sources else f"ready in {folder}"
         typer.echo(f"{name}: {ready}")
@@ -84,7 +86,7 @@ def data_prepare(
             if len(rows):
                 typer.echo(f"{title}: {len(rows):,}")
             for file, note in rows[["file", "note"]].head(LISTED).itertuples(index=False):
-                typer.echo(f"  {file if file.isprintable() else repr(file)}: {note}")
+                typer.echo(f"  {file}: {note}")
             if len(rows) > LISTED:
                 typer.echo(f"  and {len(rows) - LISTED:,} more, all in {prepared.folder / 'files.csv'}")
 
@@ -110,6 +112,8 @@ def run(
             raise ValueError(f"no notebook {path}; choose from: {', '.join(found) or 'none'}")
         parameters = dict(pages[notebook].parameters) if notebook in pages else {}
         parameters |= dict(book.parse_parameter(path, item) for item in parameter or [])
+        if (name := parameters.get("dataset")) and name not in DATASETS and Path(name).expanduser().is_dir():
+            parameters["dataset"] = str(Path(name).expanduser().resolve())  # the notebook runs in another folder
         output = output or data_home() / "notebooks" / f"{Path(notebook).stem}.ipynb"
         with _seconds(path.stem):
             book.execute(path, output, parameters)

@@ -171,6 +171,17 @@ class Dataset:
             raise ValueError(f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}")
         return self[self._proportional(seed)[:n].sort().values]
 
+    def only(self, classes: Sequence[str]) -> Dataset:
+        """The images of some of the classes, in the order of these names."""
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise ValueError(f"no classes {', '.join(unknown)}; choose from: {', '.join(self.classes)}")
+        if len(set(classes)) < max(len(classes), 2):
+            raise ValueError(f"expected at least two different classes, got {list(classes)}")
+        place = torch.full((len(self.classes),), -1)
+        place[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
+        part = self[(place[self.labels] >= 0).nonzero()[:, 0]]
+        return replace(part, labels=place[part.labels], card=replace(self.card, classes=tuple(classes)))
+
     def split(self, *sizes: int, seed: int = 0) -> list[Dataset]:
         """Disjoint random parts of these sizes, and what is left, each with the class proportions
         of the whole."""
@@ -194,8 +205,8 @@ def find_card(name: str) -> Card:
         return DATASETS[name]
     if (folder := Path(name).expanduser()).is_dir():
         return Card(
-            name=folder.resolve().name,
-            title=folder.resolve().name,
+            name=folders.printable(folder.resolve().name),
+            title=folders.printable(folder.resolve().name),
             description="Images in folders, one a class.",
             classes=(),
             size=(3, 96, 96),
@@ -224,7 +235,8 @@ def load_dataset(
         with such folders for training and testing (``train/``, and ``test/`` or ``val/``).
     limit : keep this many images, with the class proportions of the whole.
     seed : draws the subset of ``limit``, and the images of a generated dataset.
-    size : pixels a side; None: the card's.
+    size : pixels a side; None: the card's. Photographs are decoded anew for it, and have statistics of
+        their own; images of a fixed size are resized, and keep the card's.
     normalisation : (means, standard deviations) of the channels on the scale 0..1; None: the card's.
 
     Raises
@@ -262,7 +274,7 @@ def prepare(name: str, size: int | None = None) -> Prepared:
     size = card.size[1] if size is None else size
     home = data_home() / "prepared"
     if source := find_source(card):
-        return folders.prepare(card.name, source, card.layout, size, home)
+        return folders.prepare(f"folder-{card.name}" if card.source else card.name, source, card.layout, size, home)
     found = sorted(home.glob(f"{card.name}-{size}px-*")) if not card.source else []
     if len(found) == 1:
         return folders.open_prepared(found[0])
@@ -290,14 +302,22 @@ def available(name: str, size: int | None = None) -> str | None:
     size = size or card.size[1]
     if source := find_source(card):
         return folders.digest(source, card.layout, size)
-    found = sorted(path.name for path in (data_home() / "prepared").glob(f"{card.name}-{size}px-*"))
-    return " ".join(found) or None
+    found = [path.name for path in (data_home() / "prepared").glob(f"{card.name}-{size}px-*")]
+    return found[0] if len(found) == 1 else None
 
 
 def find_source(card: Card) -> Path | None:
     """The folder with the files of a dataset that comes as folders: the first of ``places()`` that has one."""
-    candidates = [card.source] if card.source else [place / card.name for place in places()]
-    return next((folder for folder in candidates if folder.is_dir()), None)
+    if card.source or card.layout is None:
+        return card.source
+    for folder in (place / card.name for place in places()):
+        if folder.is_dir():
+            try:
+                folders.find_roots(folder, card.layout)
+                return folder
+            except DataError as error:
+                log.warning("%s: passed over: %s", card.name, error)
+    return None
 
 
 def adopt(name: str, origin: Path) -> Path:
@@ -312,7 +332,9 @@ def adopt(name: str, origin: Path) -> Path:
         raise ValueError(f"{name}: only registered datasets of images in folders can be taken from elsewhere")
     folder = data_home() / "raw" / name
     if folder.is_dir() and not folder.is_symlink():
-        raise DataError(f"{folder} is there already; move or delete it before another source takes its place")
+        raise DataError(
+            f"{folder} is there already; leave out --from to use it, or delete it before another source takes its place"
+        )
     origin = origin.expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=folder.parent) as scratch:
@@ -363,7 +385,8 @@ def _resize(whole: Dataset, size: int | None) -> Dataset:
     images = v2.functional.resize(whole.images, [size, size], antialias=True)
     nearest = v2.InterpolationMode.NEAREST
     masks = None if whole.masks is None else v2.functional.resize(whole.masks, [size, size], nearest)
-    return Dataset(images, whole.labels, replace(whole.card, size=(whole.card.size[0], size, size)), masks)
+    card = replace(whole.card, size=(whole.card.size[0], size, size), checksums=None)
+    return Dataset(images, whole.labels, card, masks)
 
 
 def _check_normalisation(
@@ -393,8 +416,11 @@ def fetch(name: str) -> Path:
     if not card.sources:
         return folder
     for place in places():
-        if (place / name).exists() and _refusal(card, place / name) is None:
-            return place / name
+        if (place / name).exists():
+            if (refusal := _refusal(card, place / name)) is None:
+                return place / name
+            if place != folder.parent:
+                log.warning("%s: passed over %s: %s", name, place / name, refusal)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
         return _fetch(card, folder.parent, folder)
@@ -402,8 +428,8 @@ def fetch(name: str) -> Path:
 
 def _fetch(card: Card, raw: Path, folder: Path) -> Path:
     name = card.name
-    if folder.is_symlink() and not folder.exists():
-        log.warning("%s: its link to %s leads nowhere; fetching it anew", name, os.readlink(folder))
+    if folder.is_symlink() and _refusal(card, folder):
+        log.warning("%s: its link to %s leads to no such data; fetching them", name, os.readlink(folder))
         folder.unlink()
     if folder.exists():
         refusal = _refusal(card, folder)
@@ -439,7 +465,8 @@ def _fetch(card: Card, raw: Path, folder: Path) -> Path:
     raise DataError(
         f"{name}: no source could be reached or trusted.\n  "
         + "\n  ".join(failures)
-        + f"\nCheck the connection, or put the original files into {folder}."
+        + "\nCheck the connection; "
+        + (how_to_get(card) if card.layout else f"or put the original files into {folder}.")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
@@ -54,8 +55,9 @@ def download(url: str, path: Path, sha256: str) -> Path:
                 why = f"the disk of {path.parent} is full"
             else:
                 why = f"the download was interrupted: {one_line(error)}"
-            kept = partial.stat().st_size / 1e6 if partial.exists() else 0
-            raise DataError(f"{url}: {why}; {kept:.1f} MB are kept, the next attempt goes on from there") from error
+            raise DataError(
+                f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, the next attempt goes on from there"
+            ) from error
         if (got := _sha256(partial)) != sha256:
             size = partial.stat().st_size
             partial.unlink()
@@ -66,16 +68,15 @@ def download(url: str, path: Path, sha256: str) -> Path:
 
 def _transfer(url: str, partial: Path) -> bool:
     """Bring ``partial`` to its full length; True if it was continued and not begun anew."""
-    resumed, failures = partial.exists() and partial.stat().st_size > 0, 0
+    resumed, failures, most = _size(partial) > 0, 0, _size(partial)
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
         try:
-            return _request(url, partial, before) and resumed
+            return _request(url, partial, _size(partial)) and resumed
         except requests.HTTPError:
             raise
         except requests.RequestException:
-            after = partial.stat().st_size if partial.exists() else 0
-            failures = 0 if after > before else failures + 1
+            failures = 0 if _size(partial) > most else failures + 1
+            most = max(most, _size(partial))
             if failures >= TRIES:
                 raise
             time.sleep(PAUSE * 2 ** max(failures - 1, 0))
@@ -88,23 +89,42 @@ def _request(url: str, partial: Path, start: int) -> bool:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         if answer.status_code == 416:  # nothing after `start`: complete, or of another file
             return True
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise requests.ConnectionError(f"{answer.status_code} {answer.reason}")  # may pass
         answer.raise_for_status()
         continued = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if answer.status_code == 206 and not continued:
             raise requests.HTTPError(f"expected bytes from {start}, got {answer.headers.get('Content-Range')!r}")
-        start = start if continued else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        with (
-            partial.open("ab" if continued else "wb") as file,
-            progress(desc=partial.stem, total=total, initial=start, unit="B", unit_scale=True) as bar,
-        ):
-            for piece in answer.iter_content(PIECE):
-                file.write(piece)
-                bar.update(len(piece))
-        if total is not None and (size := partial.stat().st_size) < total:
-            raise requests.ConnectionError(f"got {size:,} of {total:,} bytes")
-    return continued
+        if continued:
+            _write(answer, partial, start)
+            return True
+        whole = partial.with_suffix(".whole") if start else partial
+        try:
+            _write(answer, whole, 0)
+        except BaseException:
+            if _size(whole) > start:  # else what had arrived before is worth more
+                os.replace(whole, partial)
+            raise
+        os.replace(whole, partial)
+    return False
+
+
+def _write(answer: requests.Response, path: Path, start: int) -> None:
+    length = answer.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    with (
+        path.open("ab" if start else "wb") as file,
+        progress(desc=path.stem, total=total, initial=start, unit="B", unit_scale=True) as bar,
+    ):
+        for piece in answer.iter_content(PIECE):
+            file.write(piece)
+            bar.update(len(piece))
+    if total is not None and _size(path) < total:
+        raise requests.ConnectionError(f"got {_size(path):,} of {total:,} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _sha256(path: Path) -> str:
@@ -113,14 +133,29 @@ def _sha256(path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive; members that would lie outside of ``folder`` are an error or left out."""
+    """Unpack a zip or tar archive; nothing is written outside of ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
     try:
-        if archive.suffix == ".zip" or zipfile.is_zipfile(archive):
-            shutil.unpack_archive(archive, folder, "zip")
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as packed:
+                _check_space(archive, sum(member.file_size for member in packed.infolist()), free)
+                packed.extractall(folder)
         else:
-            shutil.unpack_archive(archive, folder, filter="data")
-    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            with tarfile.open(archive) as packed_tar:
+                _check_space(archive, sum(member.size for member in packed_tar), free)
+                packed_tar.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise DataError(f"the disk of {folder} is full; nothing of {archive} was kept") from error
         raise DataError(f"{archive}: expected a whole zip or tar archive; {one_line(error)}") from error
+
+
+def _check_space(archive: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise DataError(f"{archive} needs {needed / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free; free some space")
 
 
 def archive_source(url: str, sha256: str, name: str | None = None) -> Callable[[Path, Path], None]:

@@ -34,15 +34,20 @@ from torchvision.transforms import v2
 from kdx.home import DataError, one_line
 from kdx.progress import progress
 
-FORMAT = 1  # of a prepared set; part of its digest
+FORMAT = 2  # of a prepared set; part of its digest
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # others may run programs of their own
 SIZES = (16, 1024)  # pixels a side of a prepared image, least and most
 LEAST_SIDE = 8  # pixels of an original
-MOST_PIXELS = 100_000_000
+MOST_PIXELS = 50_000_000  # of an original; several are held decoded at a time
+WORKERS = min(8, os.cpu_count() or 1)
 LEAST_IMAGES = 8  # of a class
 TEST_SHARE = 0.3  # of each class, where the folders do not say what is for testing
 SPLIT_SEED = 0
-SPLITS = {"train", "test", "val", "valid", "validation"}  # folders above those of the classes
+SPLITS = {  # names of folders above those of the classes
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+}
 BACKGROUND = 10  # of 255: darker is no leaf in a segmented picture, but for JPEG noise
 UNKNOWN = 255  # in a mask
 BLOCK = 256  # images decoded at a time
@@ -90,7 +95,7 @@ class Prepared:
     ----------
     card : classes, counts per split, size, mean, std, number of masks, seed and share of the split, source,
         numbers of files refused and noted.
-    files : one row a file: file, class, split, mask (whether there is one), note. RefusedError files
+    files : one row a file: file, class, split, mask (whether there is one), note. Refused files
         have no split, and the note says why; the others come in the order of ``images.bin``.
     """
 
@@ -99,7 +104,8 @@ class Prepared:
 
     @property
     def files(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "files.csv", keep_default_na=False)
+        text = dict.fromkeys(("file", "class", "split", "note"), str)  # also for a class called 0 or True
+        return pd.read_csv(self.folder / "files.csv", keep_default_na=False, dtype=text)
 
     def rows(self, split: str) -> pd.DataFrame:
         """The rows of ``files`` of a split, in the order of :meth:`read`: random, but always the same. The index
@@ -135,47 +141,66 @@ def scan(source: Path, layout: Layout) -> tuple[list[Item], dict[str, str]]:
     DataError : no folders of classes where the layout expects them.
     """
     source = source.resolve()
-    if not source.is_dir():
-        raise DataError(f"expected a folder of images, found no folder {source}")
     items: list[Item] = []
     refused: dict[str, str] = {}
-    for root, split in _roots(source, layout):
-        for folder in sorted(root.iterdir()):
-            inside = _printable(folder.relative_to(source))
-            if not folder.is_dir():
-                continue
-            if (name := layout.class_name(folder.name)) is None:
+    for root, split in find_roots(source, layout):
+        for entry in sorted(root.iterdir()):
+            inside = printable(entry.relative_to(source))
+            if not entry.is_dir():
+                refused[inside] = "not in the folder of a class"
+            elif (name := layout.class_name(entry.name)) is None:
                 refused[f"{inside}/"] = "no class of this dataset"
-            elif _leads_out(folder, source):
+            elif not _inside(entry, source):
                 refused[f"{inside}/"] = "a link out of the folder"
             else:
-                for path in _walk(folder):
-                    file = _printable(path.relative_to(source))
+                for path in _walk(entry):
+                    file = printable(path.relative_to(source))
                     try:
                         _check_place(path, source)
-                        items.append(Item(path, file, name, split))
+                        items.append(Item(path, file, printable(name), split))
                     except RefusedError as reason:
                         refused[file] = str(reason)
     return items, refused
 
 
-def _roots(source: Path, layout: Layout) -> Iterator[tuple[Path, str]]:
-    """Folders that hold those of the classes, with the split they are for (empty: not said)."""
-    names = {folder.name for folder in source.iterdir() if folder.is_dir() and layout.class_name(folder.name)}
-    if layout == Layout() and "train" in names and names <= SPLITS:
-        held_out = next((part for part in ("test", *sorted(names)) if part in names - {"train"}), None)
-        for part in sorted(names):
-            yield source / part, "" if not held_out else "test" if part == held_out else "train"
-        return
+def find_roots(source: Path, layout: Layout) -> list[tuple[Path, str]]:
+    """Folders that hold those of the classes, each with the split it is for (empty: not said)."""
+    if not source.is_dir():
+        raise DataError(f"expected a folder of images, found no folder {printable(source)}")
+    roots = _split_roots(source) if layout == Layout() else []
     for root in layout.roots:
         folder = source / root
-        if folder.is_dir() and any(layout.class_name(f.name) for f in folder.iterdir() if f.is_dir()):
-            yield folder, ""
-            return
-    expected = " or ".join((Path(root) / "<class>" / "<image>").as_posix() for root in layout.roots)
-    entries = sorted(entry.name + "/" * entry.is_dir() for entry in source.iterdir())
-    found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
-    raise DataError(f"expected images as {expected}, found {found or 'nothing'} in {source}")
+        if not roots and folder.is_dir() and any(layout.class_name(f.name) for f in folder.iterdir() if f.is_dir()):
+            roots = [(folder, "")]
+    if not roots:
+        expected = " or ".join((Path(root) / "<class>" / "<image>").as_posix() for root in layout.roots)
+        entries = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in source.iterdir())
+        found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
+        raise DataError(f"expected images as {expected}, found {found or 'nothing'} in {printable(source)}")
+    for folder, _ in roots:
+        if not _inside(folder, source.resolve()):
+            raise DataError(
+                f"{printable(folder)} is a link out of the folder of the images; give the folder it leads to"
+            )
+    return roots
+
+
+def _split_roots(source: Path) -> list[tuple[Path, str]]:
+    """Folders named as the parts of a data set, if that is what they are, and not classes."""
+    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir() and _as_it_is(folder.name))
+    parts = {name: SPLITS[name.lower()] for name in names if name.lower() in SPLITS}
+    kinds = set(parts.values())
+    if kinds == {"train"} and len(names) == 1:
+        return [(source / names[0], "")]
+    if "train" not in kinds or len(kinds) == 1:
+        return []
+    if others := [printable(name) for name in names if name not in parts]:
+        raise DataError(
+            f"expected folders of classes, or of parts such as train and test, found both ({', '.join(parts)}; "
+            f"{', '.join(others[:5])}) in {printable(source)}"
+        )
+    held_out = "test" if "test" in kinds else "val"
+    return [(source / name, "test" if kind == held_out else "train") for name, kind in parts.items()]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -188,17 +213,18 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield Path(where, name)
 
 
-def _printable(path: Path) -> str:
-    """A path as text, also where its name is no valid Unicode."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+def printable(path: Path | str) -> str:
+    """A path or name as text that can be shown and stored, whatever bytes it is made of."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _leads_out(path: Path, source: Path) -> bool:
-    return path.is_symlink() and not path.resolve().is_relative_to(source)
+def _inside(path: Path, source: Path) -> bool:
+    return path.resolve().is_relative_to(source)
 
 
 def _check_place(path: Path, source: Path) -> None:
-    if _leads_out(path, source):
+    if path.is_symlink() and not _inside(path, source):
         raise RefusedError("a link out of the folder")
     if path.is_symlink() and path.is_dir():
         raise RefusedError("a link to a folder")
@@ -211,11 +237,19 @@ def _check_place(path: Path, source: Path) -> None:
 def digest(source: Path, layout: Layout, size: int) -> str:
     """12 hex digits of the names, sizes and dates of all files of a source, and of the image size."""
     items, refused = scan(source, layout)
-    paths = [item.path for item in items]
+    facts = [(item.file, *_stat(item.path)) for item in items]
     if layout.mask_of:
-        paths += [mask for item in items if (mask := layout.mask_of(item.path)).is_file()]
-    facts = [(_printable(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+        facts += [("mask", *_stat(layout.mask_of(item.path))) for item in items]
     return hashlib.sha256(json.dumps([FORMAT, TEST_SHARE, SPLIT_SEED, size, facts, refused]).encode()).hexdigest()[:12]
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    """Size and date of a file; nothing where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns
 
 
 # --- one image ---------------------------------------------------------------------------------------
@@ -238,14 +272,21 @@ def decode(path: Path) -> tuple[Image.Image, str]:
                 raise RefusedError(f"more than 8 bits a channel (mode {picture.mode})")
             picture.load()
             note = "" if picture.mode == "RGB" else f"converted from {picture.mode}"
-            return ImageOps.exif_transpose(picture).convert("RGB"), note
-    except RefusedError:
+            upright = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                layer = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+                note = f"{note or 'transparent'}, laid on white"
+            return upright.convert("RGB"), note
+    except (RefusedError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise RefusedError("not an image") from error
     except Image.DecompressionBombError as error:
         raise RefusedError(f"far more than {MOST_PIXELS:,} pixels") from error
     except Exception as error:  # a decoder may fail in any way on what it did not expect
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's fault, not the file's
         raise RefusedError(f"unreadable: {one_line(error)}") from error
 
 
@@ -256,8 +297,10 @@ def _prepare_image(item: Item, layout: Layout, size: int) -> tuple[np.ndarray, n
     except RefusedError as reason:
         return reason
     mask = np.full((1, size, size), UNKNOWN, np.uint8)
-    if layout.mask_of and (path := layout.mask_of(item.path)).is_file() and not path.is_symlink():
+    if layout.mask_of and _stat(path := layout.mask_of(item.path)):
         try:
+            if path.resolve() != path or not path.is_file():
+                raise RefusedError("not a regular file of its own")
             segmented, _ = decode(path)
             if segmented.size != picture.size:
                 raise RefusedError(
@@ -271,8 +314,9 @@ def _prepare_image(item: Item, layout: Layout, size: int) -> tuple[np.ndarray, n
 
 
 def _resize(picture: Image.Image, size: int, interpolation: v2.InterpolationMode) -> np.ndarray:
-    """The middle square, ``size`` pixels a side, as (channels, size, size)."""
-    transform = v2.Compose([v2.Resize(size, interpolation), v2.CenterCrop(size), v2.PILToTensor()])
+    """The middle square, resized to ``size`` pixels a side, as (channels, size, size)."""
+    square = v2.CenterCrop(min(picture.size))
+    transform = v2.Compose([square, v2.Resize((size, size), interpolation), v2.PILToTensor()])
     return transform(picture).numpy()
 
 
@@ -282,7 +326,7 @@ def _resize(picture: Image.Image, size: int, interpolation: v2.InterpolationMode
 def prepare(name: str, source: Path, layout: Layout, size: int, home: Path) -> Prepared:
     """Decode a source into ``home / "<name>-<size>px-<digest>"``, or open what is there already.
 
-    Images are resized to ``size`` pixels on their shorter side and cut to their middle square.
+    Images are cut to their middle square and resized to ``size`` pixels a side.
     Where the folders do not name the splits, three tenths of each class are kept for testing, drawn by
     a fixed seed. Of files with the same pixels, only the first is used.
 
@@ -324,7 +368,9 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
     items, refused = scan(source, layout)
     classes = sorted({item.name for item in items})
     if len(classes) < 2:
-        raise DataError(f"expected images of at least two classes, got {', '.join(classes) or 'none'} in {source}")
+        raise DataError(
+            f"expected images of at least two classes, got {', '.join(classes) or 'none'} in {printable(source)}"
+        )
     needed, free = len(items) * (3 + bool(layout.mask_of)) * size**2, shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
@@ -337,7 +383,9 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
         files["split"] = _split(files)
     filled = set(zip(files["class"], files["split"], strict=True))
     if empty := [f"{name} ({split})" for name in classes for split in ("train", "test") if (name, split) not in filled]:
-        raise DataError(f"expected images of each class for train and test, got none of {', '.join(empty)} in {source}")
+        raise DataError(
+            f"expected images of each class for train and test, got none of {', '.join(empty)} in {printable(source)}"
+        )
     masked = int(files["mask"].sum())
     if not masked:
         (folder / "masks.bin").unlink()
@@ -346,7 +394,7 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
     images = np.memmap(folder / "images.bin", np.uint8, "r", shape=(len(files), 3, size, size))
     mean, std = _statistics(images, np.flatnonzero(files["split"] == "train"))
     if not min(std) > 0:
-        raise DataError(f"some channel of the training images of {source} is constant: standard deviations {std}")
+        raise DataError(f"a channel of the training images of {printable(source)} is constant: deviations {std}")
     card = {
         "classes": classes,
         "counts": {split: int((files["split"] == split).sum()) for split in ("train", "test")},
@@ -355,7 +403,7 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
         "std": std,
         "masks": masked,
         "split": "as the folders say" if items[0].split else f"test share {TEST_SHARE}, seed {SPLIT_SEED}",
-        "source": source.resolve().as_posix(),
+        "source": printable(source.resolve()),
         "refused": len(refused),
         "noted": int((files["note"] != "").sum()),
     }
@@ -370,7 +418,7 @@ def _decode_all(folder: Path, items: list[Item], refused: dict[str, str], layout
         (folder / "images.bin").open("wb") as images,
         (folder / "masks.bin").open("wb") as masks,
         progress(total=len(items), desc="decoding", unit="image") as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(WORKERS) as pool,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files: what cannot be read is refused
@@ -398,11 +446,11 @@ def _check_counts(names: pd.Series, classes: list[str], refused: dict[str, str],
     examples = "; ".join(f"{file}: {reason}" for file, reason in list(refused.items())[:3])
     because = f" ({len(refused)} refused, such as {examples})" if refused else ""
     if not len(names):
-        raise DataError(f"no readable image in {source}{because}")
+        raise DataError(f"no readable image in {printable(source)}{because}")
     if counts.min() < LEAST_IMAGES:
         few = ", ".join(f"{n} of {name}" for name, n in counts[counts < LEAST_IMAGES].items())
         raise DataError(
-            f"expected at least {LEAST_IMAGES} readable images of each class, got {few} in {source}{because}"
+            f"expected at least {LEAST_IMAGES} readable images of each class, got {few} in {printable(source)}{because}"
         )
 
 

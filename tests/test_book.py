@@ -299,6 +299,28 @@ def test_execute_passes_the_data_home_on(tmp_path, monkeypatch):
     (output,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
     assert output.data["text/plain"] == repr(str(tmp_path / "relative"))
     assert os.environ["KDX_HOME"] == "relative"
+    assert "KDX_DATA" not in os.environ
+
+
+def test_page_is_kept_aside_when_its_data_are_gone_and_made_anew_when_they_change(tmp_path, monkeypatch):
+    (tmp_path / "root" / "book" / "executed").mkdir(parents=True)
+    notebook = write_notebook(tmp_path / "n" / "n.ipynb", 'dataset: str = "petimages"  # a name', "1 + 1")
+    executed = tmp_path / "root" / "book" / "executed" / "pets.ipynb"
+    page = book.Page("pets", notebook, {"dataset": "petimages", "size": 32}, executed, "Pets")
+    del page.parameters["size"]
+    for kind in ("Cat", "Dog"):
+        (tmp_path / "place" / "petimages" / "PetImages" / kind).mkdir(parents=True)
+        (tmp_path / "place" / "petimages" / "PetImages" / kind / "1.jpg").write_bytes(b"x")
+    monkeypatch.setenv("KDX_DATA", str(tmp_path / "place"))
+    assert book.execute_page(page) == "executed"
+    assert book.execute_page(page) == "unchanged"
+    (tmp_path / "place" / "petimages" / "PetImages" / "Cat" / "2.jpg").write_bytes(b"x")
+    key = book.page_key(page)
+    assert executed.with_suffix(".key").read_text() != key
+    monkeypatch.delenv("KDX_DATA")
+    assert book.execute_page(page) == "not built, petimages is not here"
+    assert "Not built here" in executed.read_text()
+    assert "Not built here" not in executed.with_suffix(".last.ipynb").read_text()
 
 
 def test_plain_papermill_refuses_unknown_parameters(tmp_path):

@@ -102,6 +102,41 @@ def test_download_from_a_server_without_ranges_begins_anew(server, tmp_path):
     assert one.asked == [None, "bytes=300000-"]
 
 
+def test_download_gives_up_on_a_server_that_always_begins_anew(server, tmp_path):
+    """What arrives again is no progress; the most that ever arrived is kept."""
+    one = server()
+    one.ranges, one.cuts = False, [500, 400] * 20
+    with pytest.raises(DataError, match="the next attempt goes on from there"):
+        download.download(one.url, tmp_path / "data.zip", SHA256)
+    assert len(one.asked) == 1 + download.TRIES
+    assert (tmp_path / "data.zip.partial").stat().st_size == 500
+
+
+def test_download_waits_for_a_server_that_is_busy(server, tmp_path):
+    one = server()
+    one.statuses = [503, 429]
+    assert download.download(one.url, tmp_path / "data.zip", SHA256).read_bytes() == CONTENT
+    assert len(one.asked) == 3
+
+
+def test_download_killed_in_its_middle_goes_on(server, tmp_path, monkeypatch):
+    one = server()
+    whole = requests.Response.iter_content
+
+    def interrupted(self, size):
+        for i, piece in enumerate(whole(self, 100_000)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(requests.Response, "iter_content", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.download(one.url, tmp_path / "data.zip", SHA256)
+    monkeypatch.undo()
+    assert download.download(one.url, tmp_path / "data.zip", SHA256).read_bytes() == CONTENT
+    assert one.asked[-1] == "bytes=300000-"
+
+
 def test_download_of_a_complete_partial_file_asks_for_nothing_more(server, tmp_path):
     one = server()
     (tmp_path / "data.zip.partial").write_bytes(CONTENT)
@@ -223,7 +258,8 @@ def test_unpack_writes_nothing_outside_of_its_folder(tmp_path):
     (tmp_path / "hostile.tar").write_bytes(_tar_of(files))
     with pytest.raises(DataError, match="outside the destination"):
         unpack(tmp_path / "hostile.tar", tmp_path / "in" / "tar")
-    assert not list(tmp_path.rglob("outside.jpg"))
+    outside = [path for path in tmp_path.rglob("outside.jpg") if path.parent != tmp_path / "in" / "zip"]
+    assert not outside  # the zip's has lost its way up
 
 
 def _tar_of(files):
@@ -234,6 +270,16 @@ def _tar_of(files):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def test_unpack_keeps_names_with_dots_and_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "data.zip").write_bytes(zip_of({"a/x..jpg": b"image"}))
+    unpack(tmp_path / "data.zip", tmp_path / "folder")
+    assert (tmp_path / "folder" / "a" / "x..jpg").exists()
+    (tmp_path / "bomb.zip").write_bytes(zip_of({"a/x.jpg": bytes(10_000)}))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: download.shutil._ntuple_diskusage(9, 9, 9_000))
+    with pytest.raises(DataError, match=r"bomb.zip needs 0 MB, found 0 MB free; free some space"):
+        unpack(tmp_path / "bomb.zip", tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", [PETS[:-30], b"no archive"])

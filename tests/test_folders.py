@@ -3,6 +3,7 @@
 import errno
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,33 @@ def test_a_class_may_be_called_train(tmp_path):
     assert ready(tmp_path / "photos").card["classes"] == ["bus", "train"]
 
 
+def test_names_of_classes_stay_text(tmp_path):
+    root = fill(tmp_path / "photos", ("0", "01", "1", "True", "NA", "null"))
+    prepared = ready(root)
+    assert prepared.card["classes"] == ["0", "01", "1", "NA", "True", "null"]
+    assert sorted(prepared.read("train")[1].bincount().tolist()) == [5, 5, 5, 6, 6, 6]
+
+
+@pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "testing"), ("TRAIN", "valid")])
+def test_parts_are_known_by_other_spellings(tmp_path, parts):
+    for part, each in zip(parts, (9, 2), strict=True):
+        fill(tmp_path / "photos" / part, each=each, start=10 * each)
+    assert ready(tmp_path / "photos").card["counts"] == {"train": 18, "test": 4}
+
+
+def test_prepare_by_many_at_once_decodes_once(root, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        sets = list(pool.map(lambda _: ready(root), range(4)))
+    assert len({one.folder for one in sets}) == 1
+    assert len([path for path in (tmp_path / "prepared").iterdir() if path.is_dir()]) == 1
+
+
+def test_prepared_images_are_found_again_where_the_folder_has_moved(root, tmp_path):
+    first = ready(root)
+    moved = root.rename(tmp_path / "moved")
+    assert folders.prepare("photos", moved, Layout(), 32, tmp_path / "prepared").folder == first.folder
+
+
 def test_prepare_is_done_once_and_again_when_a_file_changes(root):
     first = ready(root)
     stamp = (first.folder / "images.bin").stat().st_mtime_ns
@@ -121,9 +149,19 @@ def bomb(path, side=40_000):
     )
 
 
+def strip(path):
+    """A narrow picture that would be millions of pixels wide if its shorter side were enlarged."""
+    Image.new("RGB", (1_000_000, 8), "red").save(path)
+
+
 def test_hostile_content_is_refused_file_by_file(root, tmp_path):
     one = root / "one"
     (one / "text.jpg").write_text("not a picture")
+    (root / "stray.png").write_bytes((one / "0.png").read_bytes())
+    strip(one / "strip.png")
+    (Path(os.fsdecode(os.fsencode(root) + b"/cl\xff"))).mkdir()
+    for i in range(8):
+        picture(900 + i).save(Path(os.fsdecode(os.fsencode(root) + b"/cl\xff")) / f"{i}.png")
     (one / "empty.jpg").touch()
     (one / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 50)
     bomb(one / "bomb.png")
@@ -145,11 +183,13 @@ def test_hostile_content_is_refused_file_by_file(root, tmp_path):
     (Path(os.fsdecode(os.fsencode(one) + b"/bad\xff.jpg"))).write_text("")
     picture(77).save(one / "имя с пробелом 🐈.png")
     prepared = ready(root)
+    assert prepared.card["classes"] == ["cl\\xff", "one", "two"]
     assert reasons(prepared) == {
+        "stray.png": "not in the folder of a class",
         "one/Thumbs.db": "not an image",
         "one/bad\\xff.jpg": "empty file",
-        "one/big.png": "more than 100,000,000 pixels: 10500 x 10500",
-        "one/bomb.png": "far more than 100,000,000 pixels",
+        "one/big.png": "more than 50,000,000 pixels: 10500 x 10500",
+        "one/bomb.png": "far more than 50,000,000 pixels",
         "one/copy.png": "the same pixels as one/0.png",
         "one/cut.jpg": reasons(prepared)["one/cut.jpg"],
         "one/dangling.png": "no regular file",
@@ -166,8 +206,8 @@ def test_hostile_content_is_refused_file_by_file(root, tmp_path):
     }
     assert "unreadable: image file is truncated" in reasons(prepared)["one/cut.jpg"]
     assert "one/имя с пробелом 🐈.png" in set(prepared.files.loc[prepared.files["split"] != "", "file"])
-    assert sum(prepared.card["counts"].values()) == 21
-    assert prepared.card["refused"] == 17
+    assert sum(prepared.card["counts"].values()) == 30  # 8 of the new class, the strip, the photograph of a cat
+    assert prepared.card["refused"] == 18
 
 
 def test_other_colours_are_converted_and_noted(root):
@@ -182,7 +222,7 @@ def test_other_colours_are_converted_and_noted(root):
     prepared = ready(root)
     noted = prepared.files[prepared.files["note"] != ""].set_index("file")["note"].to_dict()
     assert noted == {
-        "two/alpha.png": "converted from RGBA",
+        "two/alpha.png": "converted from RGBA, laid on white",
         "two/grey.png": "converted from L",
         "two/ink.png": "converted from 1",
         "two/palette.png": "converted from P",
@@ -213,7 +253,7 @@ def test_wrong_folders_are_clear_errors_and_leave_nothing(tmp_path):
         root.mkdir()
         make(root)
         with pytest.raises(DataError, match=message):
-            folders.prepare("photos", root, Layout(), 32, tmp_path / "prepared")
+            folders.prepare("photos", next(root.glob("photos"), root), Layout(), 32, tmp_path / "prepared")
 
     check(r"expected images as <class>/<image>, found nothing in", lambda root: None)
     check(
@@ -222,9 +262,13 @@ def test_wrong_folders_are_clear_errors_and_leave_nothing(tmp_path):
     )
     check(r"expected images of at least two classes, got one in", lambda root: fill(root, ("one",)))
     check(r"at least 8 readable images of each class, got 3 of few in", one_class_of_three_images)
+    check(
+        r"found both \(test, train; extra\) in", lambda root: [fill(root / part) for part in ("train", "test", "extra")]
+    )
+    check(r"photos/train is a link out of the folder", train_is_a_link)
     check(r"no readable image in .* \(2 refused, such as a/x.jpg: not an image; b/x.jpg", unreadable)
     check(r"train and test, got none of three \(test\) in", split_without_a_class)
-    check(r"some channel of the training images .* is constant", grey_world)
+    check(r"a channel of the training images .* is constant", grey_world)
     with pytest.raises(DataError, match="found no folder"):
         folders.prepare("photos", tmp_path / "nowhere", Layout(), 32, tmp_path / "prepared")
     with pytest.raises(ValueError, match="size: expected 16 to 1024 pixels, got 4000"):
@@ -236,6 +280,17 @@ def unreadable(root):
     for name in ("a", "b"):
         (root / name).mkdir()
         (root / name / "x.jpg").write_text("x")
+
+
+def parts_beside_a_class(root):
+    for part in ("train", "test", "extra"):
+        fill(root / part)
+
+
+def train_is_a_link(root):
+    fill(root / "elsewhere")
+    fill(root / "photos" / "test", each=2)
+    (root / "photos" / "train").symlink_to(root / "elsewhere", target_is_directory=True)
 
 
 def one_class_of_three_images(root):
@@ -311,6 +366,34 @@ def test_load_dataset_says_where_it_looked_for_a_folder(tmp_path):
         load_dataset(str(tmp_path / "nowhere"))
 
 
+def test_a_folder_of_ones_own_is_not_taken_for_a_registered_dataset(tmp_path, home):
+    fill(tmp_path / "petimages")
+    assert load_dataset(str(tmp_path / "petimages"), size=96).classes == ("one", "two")
+    assert available("petimages") is None
+    with pytest.raises(DataError, match="petimages is not on this machine"):
+        load_dataset("petimages")
+
+
+def test_a_place_without_the_data_is_passed_over(tmp_path, home, monkeypatch, caplog):
+    (home / "raw" / "petimages").mkdir(parents=True)
+    pets(tmp_path / "place" / "petimages")
+    monkeypatch.setenv("KDX_DATA", str(tmp_path / "place"))
+    assert load_dataset("petimages", size=32).classes == ("cat", "dog")
+    assert "petimages: passed over: expected images as PetImages/<class>/<image>" in caplog.text
+
+
+def test_only_keeps_some_classes_in_the_order_asked_for(tmp_path):
+    whole = load_dataset(str(fill(tmp_path / "photos", ("a", "b", "c"))), "train", size=32)
+    part = whole.only(["c", "a"])
+    assert part.classes == ("c", "a")
+    assert part.labels.bincount().tolist() == [whole.labels.bincount()[2], whole.labels.bincount()[0]]
+    assert torch.equal(part.images[part.labels == 1], whole.images[whole.labels == 0])
+    with pytest.raises(ValueError, match="no classes d; choose from: a, b, c"):
+        whole.only(["a", "d"])
+    with pytest.raises(ValueError, match="at least two different classes"):
+        whole.only(["a", "a"])
+
+
 def pets(root, each=8):
     return fill(root / "PetImages", ("Cat", "Dog"), each)
 
@@ -349,7 +432,7 @@ def test_adopt_links_a_folder_and_unpacks_an_archive(tmp_path, home):
     adopt("petimages", tmp_path / "pets.zip")
     assert not (home / "raw" / "petimages").is_symlink()
     assert sum(prepare("petimages", 32).card["counts"].values()) == 18
-    with pytest.raises(DataError, match="is there already; move or delete it"):
+    with pytest.raises(DataError, match="is there already; leave out --from to use it"):
         adopt("petimages", folder)
     assert len(list(folder.rglob("*.png"))) == 16  # the user's own files are untouched
 

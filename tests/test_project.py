@@ -1,11 +1,14 @@
 """The frame of the project is in step with itself."""
 
+import ast
 import tomllib
 from itertools import chain
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -75,3 +78,33 @@ def test_pages_set_only_parameters_that_exist(profile):
     toc = (ROOT / "_toc.yml").read_text()
     assert all(f"book/executed/{page.name}" in toc for page in pages)
     assert {page.notebook for page in pages} == set(NOTEBOOKS)
+
+
+PUBLISHED = [  # images of each class of PlantVillage, in the order of its card
+    630, 621, 275, 1645, 1502, 1052, 854, 513, 1192, 985, 1162, 1180, 1383, 1076, 423, 5507, 2297, 360, 997, 1478,
+    1000, 1000, 152, 371, 5090, 1835, 1109, 456, 2127, 1000, 1909, 952, 1771, 1676, 1404, 5357, 373, 1591,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("profile", "size_of_sample"), [("smoke", 150), ("quick", 150), ("quick", None), ("paper", None)]
+)
+def test_pages_of_photographs_have_images_enough(profile, size_of_sample):
+    """With the whole of the data, and with 150 images of each of 7 plants and 500 of each animal."""
+    for page in book.load_pages(ROOT, profile):
+        parameters = {name: ast.literal_eval(found["default"]) for name, found in
+                      papermill.inspect_notebook(str(page.notebook)).items()} | page.parameters  # fmt: skip
+        if page.parameters.get("dataset") not in ("petimages", "plantvillage"):
+            continue
+        card = kdx.DATASETS[parameters["dataset"]]
+        counts = PUBLISHED if card.name == "plantvillage" else [12_490] * 2
+        if size_of_sample:
+            counts = [size_of_sample] * 38 if card.name == "plantvillage" else [500] * 2
+        labels = torch.cat([torch.full((round(0.3 * n),), c) for c, n in enumerate(counts)])
+        test = kdx.Dataset(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, card)
+        test = test.only(parameters["classes"]) if parameters["classes"] else test
+        test = test.limit(min(parameters["test_limit"] or len(test), len(test)))
+        if "reference" in parameters:
+            assert parameters["explained"] >= 2 * len(test.classes)
+            *_, test = test.split(parameters["reference"], parameters["explained"])
+        assert kdx.scores.balanced_batches(test.labels, parameters["batches"], parameters["scored"])

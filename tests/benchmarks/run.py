@@ -28,6 +28,7 @@ import kdx
 from kdx import distance
 from kdx.data import find_source
 from kdx.distill import autocast
+from kdx.folders import find_roots
 
 N, SIZE = 16, 224
 BOOK = Path(__file__).resolve().parents[2] / "book"
@@ -252,7 +253,8 @@ def epoch_files():
     card = kdx.DATASETS["plantvillage"]
     steps = [v2.Resize(96), v2.CenterCrop(96), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     steps += [v2.Normalize([0.5] * 3, [0.2] * 3)]
-    files = torchvision.datasets.ImageFolder(find_source(card) / "color", v2.Compose(steps))
+    root = find_roots(photographs(), card.layout)[0][0]
+    files = torchvision.datasets.ImageFolder(root, v2.Compose(steps))
     few = torch.utils.data.Subset(files, torch.randperm(len(files))[:1000].tolist())
     loader = torch.utils.data.DataLoader(few, 64, shuffle=True, num_workers=2, persistent_workers=True)
 
