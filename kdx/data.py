@@ -356,7 +356,7 @@ def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
     facts = prepared.card
     with_masks = f"; {facts['masks']:,} images have a mask" if facts["masks"] else ""
     preparation = {
-        "prepared": f"shorter side resized, middle square cut out{with_masks}",
+        "prepared": f"middle square cut out and resized{with_masks}",
         "split": facts["split"],
         "files refused": f"{facts['refused']:,}",
         "files with a note": f"{facts['noted']:,}",

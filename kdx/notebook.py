@@ -74,7 +74,7 @@ def multiline(table: pd.DataFrame) -> Styler:
     """A table of text whose line breaks are kept."""
     narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
     cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
-    heading = {"selector": "th", "props": narrow}
+    heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
     caption = {"selector": "caption", "props": "white-space: normal"}
     return table.style.set_table_styles([cell, heading, caption])
 
