@@ -333,7 +333,7 @@ def test_plain_papermill_refuses_unknown_parameters(tmp_path):
         str(tmp_path / "o.ipynb"),
     ]
     for arguments, message in {
-        ("-p", "epoch", "2"): "unknown parameters: epoch; choose from: dataset, size",
+        ("-p", "epoch", "2"): "unknown parameters: epoch; choose from: dataset, classes",
         ("-p", "epochs", "two"): "parameter epochs: expected int, got 'two'",
     }.items():
         done = subprocess.run([*papermill, *arguments], capture_output=True, text=True)
@@ -367,7 +367,7 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (tmp_path / "photos" / "one" / f"bad\n{i:02}.jpg").touch()
     output = cli("data", "prepare", str(tmp_path / "photos"), "--size", "16").output
     assert "16 good images of 2 classes (11 train, 5 test; test share 0.3, seed 0), 16 x 16 px" in output
-    assert "refused: 25\n  'one/bad\\n00.jpg': empty file\n" in output
+    assert "refused: 25\n  one/bad\\n00.jpg: empty file\n" in output
     assert "and 5 more, all in" in output
 
 
@@ -379,7 +379,7 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (["data", "prepare", "shapes"], "shapes needs no preparation"),
         (["data", "prepare", "petimages"], "petimages is not on this machine at 96 px: get it with `kdx data get"),
         (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found table1.csv in"),
-        (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, size"),
+        (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, classes"),
         (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
         (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),
         (["run", "01_gradcam", "-p", "epochs=[2"], "-p epochs=[2: expected int"),
