@@ -4,7 +4,8 @@ Explaining knowledge distillation of PyTorch networks: data, models, training, s
 """
 
 from kdx.background import background_control, explained_share
-from kdx.data import DATASETS, Dataset, fetch, folds, load_dataset, prepare
+from kdx.cards import DATASETS
+from kdx.data import Dataset, folds, load_dataset, prepare
 from kdx.distill import Recipe, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
@@ -12,6 +13,7 @@ from kdx.perturb import perturb
 from kdx.runs import Run
 from kdx.saliency import activations, agreement, capture, grad_cam, mass_on
 from kdx.scores import fss, rs, unique_rs
+from kdx.sources import fetch
 from kdx.study import cross_fit
 from kdx.techniques import TECHNIQUES
 from kdx.tracing import stages

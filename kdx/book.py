@@ -26,9 +26,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
-from kdx.data import Card, available, find_card, how_to_get
+from kdx.cards import Card, find_card
+from kdx.data import available
 from kdx.home import data_home, places
 from kdx.progress import TERMINAL, terminal
+from kdx.sources import how_to_get
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 PROFILES = ("smoke", "quick", "paper")

@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
-from kdx.data import DATASETS, adopt, fetch, find_card, find_source, prepare
+from kdx.cards import DATASETS, find_card
+from kdx.data import prepare
 from kdx.home import data_home
+from kdx.sources import adopt, fetch, find_source
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import lzma
 import os
-import shutil
 import tarfile
 import time
 import zipfile
@@ -17,7 +16,7 @@ from pathlib import Path
 import requests
 from filelock import FileLock
 
-from kdx.home import DataError, one_line
+from kdx.home import DataError, check_space, one_line
 from kdx.progress import progress
 
 TRIES = 4  # in a row that bring nothing new
@@ -135,27 +134,21 @@ def _sha256(path: Path) -> str:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip or tar archive; nothing is written outside of ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
-                _check_space(archive, sum(member.file_size for member in packed.infolist()), free)
+                check_space(archive.name, sum(member.file_size for member in packed.infolist()), folder)
                 packed.extractall(folder)
         else:
             with tarfile.open(archive) as packed_tar:
-                _check_space(archive, sum(member.size for member in packed_tar), free)
+                check_space(archive.name, sum(member.size for member in packed_tar), folder)
                 packed_tar.extractall(folder, filter="data")
+    except DataError:
+        raise
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise DataError(f"the disk of {folder} is full; nothing of {archive} was kept") from error
         raise DataError(f"{archive}: expected a whole zip or tar archive; {one_line(error)}") from error
-
-
-def _check_space(archive: Path, needed: int, free: int) -> None:
-    if needed > free:
-        raise DataError(f"{archive} needs {needed / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free; free some space")
 
 
 def archive_source(url: str, sha256: str, name: str | None = None) -> Callable[[Path, Path], None]:

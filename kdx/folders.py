@@ -31,7 +31,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdx.home import DataError, one_line
+from kdx.home import DataError, check_space, one_line
 from kdx.progress import progress
 
 FORMAT = 2  # of a prepared set; part of its digest
@@ -371,12 +371,7 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
         raise DataError(
             f"expected images of at least two classes, got {', '.join(classes) or 'none'} in {printable(source)}"
         )
-    needed, free = len(items) * (3 + bool(layout.mask_of)) * size**2, shutil.disk_usage(folder).free
-    if free < needed:
-        raise DataError(
-            f"needs {needed / 1e6:.0f} MB free in {folder.parent}, found {free / 1e6:.0f} MB; free some space or "
-            "point KDX_HOME at another disk"
-        )
+    check_space(source.name, len(items) * (3 + bool(layout.mask_of)) * size**2, folder.parent)
     files = _decode_all(folder, items, refused, layout, size)
     _check_counts(files["class"], classes, refused, source)
     if not files["split"].all():

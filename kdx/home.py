@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -28,6 +29,15 @@ def places() -> list[Path]:
     lists (separated as in ``$PATH``), which are only read."""
     further = [part for part in os.environ.get("KDX_DATA", "").split(os.pathsep) if part]
     return [data_home() / "raw", *(Path(part).expanduser().absolute() for part in further)]
+
+
+def check_space(what: str, needed: int, folder: Path) -> None:
+    """Raise DataError if the disk of ``folder`` has fewer than ``needed`` bytes free."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise DataError(
+            f"{what}: needs {needed / 1e6:,.0f} MB free in {folder}, found {free / 1e6:,.0f} MB; free some space or "
+            "point KDX_HOME at another disk"
+        )
 
 
 def one_line(error: Exception) -> str:

@@ -85,7 +85,7 @@ def _encode(classes: Sequence[str], encoder: str, download: bool) -> Tensor:
 def _write_table(encoder: str, name: str) -> None:
     import transformers
 
-    from kdx.data import DATASETS
+    from kdx.cards import DATASETS
 
     names = sorted({name for card in DATASETS.values() for name in card.classes})
     rows = label_embeddings(names, encoder)

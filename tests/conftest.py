@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import kdx
+from kdx.home import DataError
+from kdx.sources import find_source
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +42,14 @@ def cifar10():
     """The folder of the real CIFAR-10, fetched if it is not there."""
     try:
         return kdx.fetch("cifar10")
-    except kdx.data.DataError as error:
+    except DataError as error:
         _unless_ci(f"CIFAR-10 could not be had: {error}")
 
 
 @pytest.fixture(scope="session")
 def photographs():
     """Name -> the folder of real petimages and plantvillage files, from the places that KDX_DATA lists."""
-    found = {name: kdx.data.find_source(kdx.DATASETS[name]) for name in ("petimages", "plantvillage")}
+    found = {name: find_source(kdx.DATASETS[name]) for name in ("petimages", "plantvillage")}
     if missing := [name for name, folder in found.items() if folder is None]:
         _unless_ci(f"KDX_DATA names no place of {' and '.join(missing)}")
     return found

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kdx.background import _border, background_control, explained_share
-from kdx.data import DATASETS, Dataset
+from kdx.cards import DATASETS
+from kdx.data import Dataset
 
 
 def images_of(labels, border, seed=0):

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import kdx
-from kdx import cifar, data, shapes
-from kdx.data import DATASETS, DataError, augment, fingerprint, folds, load_dataset
+from kdx import cifar, shapes
+from kdx.cards import DATASETS
+from kdx.data import augment, folds, load_dataset
+from kdx.home import DataError, data_home, places
+from kdx.sources import fingerprint
 
 # --- a small dataset whose files are bytes: n images of 1 x 2 x 2 pixels, then n labels ---------
 
@@ -90,7 +93,7 @@ def test_fetch_refuses_damaged_data_and_fetches_anew(register, damage, caplog):
     assert path.read_bytes() == PIXELS
     assert "fetching it anew" in caplog.text
     (aside,) = path.parent.parent.glob("bytes.refused-*")  # what lay there is kept
-    assert (aside / "train.bin").read_bytes() == damage(PIXELS)
+    assert (aside / "bytes" / "train.bin").read_bytes() == damage(PIXELS)
 
 
 def test_fetch_keeps_nothing_when_interrupted(register, home):
@@ -326,15 +329,15 @@ def test_augment_names_what_it_does_not_know(augmentation, message):
 
 def test_data_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("KDX_HOME", str(tmp_path / "elsewhere"))
-    assert data.data_home() == tmp_path / "elsewhere"
+    assert data_home() == tmp_path / "elsewhere"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDX_HOME", "relative")
-    assert data.data_home() == tmp_path / "relative"
+    assert data_home() == tmp_path / "relative"
 
 
 def test_places_are_raw_and_then_those_of_kdx_data(monkeypatch, tmp_path, home):
     monkeypatch.setenv("KDX_DATA", f"{tmp_path / 'one'}{os.pathsep}{tmp_path / 'two'}")
-    assert data.places() == [home / "raw", tmp_path / "one", tmp_path / "two"]
+    assert places() == [home / "raw", tmp_path / "one", tmp_path / "two"]
 
 
 def test_fetch_finds_verified_data_in_further_places(register, tmp_path, monkeypatch, home):

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -11,9 +12,10 @@ import pytest
 import requests
 
 from kdx import download
-from kdx.data import DATASETS, fetch
+from kdx.cards import DATASETS
 from kdx.download import archive_source, unpack
 from kdx.home import DataError
+from kdx.sources import fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -277,8 +279,8 @@ def test_unpack_keeps_names_with_dots_and_refuses_what_does_not_fit(tmp_path, mo
     unpack(tmp_path / "data.zip", tmp_path / "folder")
     assert (tmp_path / "folder" / "a" / "x..jpg").exists()
     (tmp_path / "bomb.zip").write_bytes(zip_of({"a/x.jpg": bytes(10_000)}))
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: download.shutil._ntuple_diskusage(9, 9, 9_000))
-    with pytest.raises(DataError, match=r"bomb.zip needs 0 MB, found 0 MB free; free some space"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9_000))
+    with pytest.raises(DataError, match=r"bomb.zip: needs 0 MB free in .*, found 0 MB; free some space"):
         unpack(tmp_path / "bomb.zip", tmp_path / "other")
 
 

@@ -13,9 +13,11 @@ from PIL import Image
 
 import kdx
 from kdx import folders, plantvillage
-from kdx.data import DATASETS, adopt, available, load_dataset, prepare
+from kdx.cards import DATASETS
+from kdx.data import available, load_dataset, prepare
 from kdx.folders import Layout
 from kdx.home import DataError
+from kdx.sources import adopt
 
 
 def picture(seed, size=(40, 32), mode="RGB"):

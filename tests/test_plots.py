@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kdx import plots
-from kdx.data import DATASETS, Dataset
+from kdx.cards import DATASETS
+from kdx.data import Dataset
 from kdx.folders import UNKNOWN
 
 

@@ -26,9 +26,9 @@ from torchvision.transforms import v2
 
 import kdx
 from kdx import distance
-from kdx.data import find_source
 from kdx.distill import autocast
 from kdx.folders import find_roots
+from kdx.sources import find_source
 
 N, SIZE = 16, 224
 BOOK = Path(__file__).resolve().parents[2] / "book"
