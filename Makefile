@@ -21,7 +21,7 @@ test: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 clean: # keeps the data and the trained networks
 	rm -rf .venv book/_build book/executed

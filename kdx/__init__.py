@@ -6,7 +6,7 @@ Explaining knowledge distillation of PyTorch networks: data, models, training, s
 from kdx.background import background_control, explained_share
 from kdx.cards import DATASETS
 from kdx.data import Dataset, folds, load_dataset, prepare
-from kdx.distill import Recipe, evaluate, fit
+from kdx.distill import Recipe, distill_chain, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
 from kdx.perturb import perturb
@@ -14,7 +14,8 @@ from kdx.runs import Run
 from kdx.saliency import activations, agreement, capture, grad_cam, mass_on
 from kdx.scores import fss, rs, unique_rs
 from kdx.sources import fetch
-from kdx.study import cross_fit
+from kdx.study import cross_chains, cross_fit
+from kdx.teachers import complexity, fidelity, rank_teachers
 from kdx.techniques import TECHNIQUES
 from kdx.tracing import stages
 from kdx.unique import Reference, UniCAM, unicam
@@ -35,10 +36,14 @@ __all__ = [
     "background_control",
     "build",
     "capture",
+    "complexity",
+    "cross_chains",
     "cross_fit",
+    "distill_chain",
     "evaluate",
     "explained_share",
     "fetch",
+    "fidelity",
     "fit",
     "folds",
     "fss",
@@ -49,6 +54,7 @@ __all__ = [
     "mass_on",
     "perturb",
     "prepare",
+    "rank_teachers",
     "rs",
     "save_checkpoint",
     "stages",

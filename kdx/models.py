@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -84,14 +85,21 @@ def build(
 
     Parameters
     ----------
+    name : from ``MODELS``; ``"resnet10@0.125"`` carries its width with it.
     stem : ``"imagenet"`` (torchvision's, for ~224 px images) or ``"small"`` (for ~32 px images).
-    width : factor on torchvision's channel counts; None: the registry's.
+    width : factor on torchvision's channel counts, where the name carries none; None: the registry's.
     seed : of the weights, which leaves torch's global CPU generator alone; None: from that generator.
 
     Returns
     -------
     The network; ``.architecture`` holds the arguments that rebuild it.
     """
+    name, at, own_width = name.partition("@")
+    if at:
+        try:
+            width = float(own_width)
+        except ValueError as error:
+            raise ValueError(f"expected a model such as resnet10@0.125, got {name}@{own_width}") from error
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(MODELS)}")
     if stem not in STEMS:
@@ -100,7 +108,7 @@ def build(
     width = default_width if width is None else width
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
-    if round(64 * width) < 1:
+    if not 1 / 128 < width < math.inf:  # 64 channels times width, rounded, are one or more
         raise ValueError(f"width: expected at least 1/64, got {width}")
     if name in ("resnet50", "resnet101") and (64 * width) % 1:
         raise ValueError(f"width: expected a multiple of 1/64 for {name}, got {width}")

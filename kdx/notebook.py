@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,21 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
     return table.style.set_table_styles([{"selector": "td", "props": "text-align: left"}])
 
 
-def score_cell(row: Mapping[str, Any]) -> str:
+def score_cell(row: Mapping[str, Any], form: str = ".3f") -> str:
     """One score of a table as lines of text: value, 95 % interval and, where there is one, p."""
-    p = "" if pd.isna(row["p"]) else f"\np {'≤' if row['p'] <= row['floor'] else '='} {row['p']:.3f}"
-    return f"{row['value']:.3f}\n[{row['low']:.3f}, {row['high']:.3f}]{p}"
+    p = row.get("p", math.nan)
+    last = "" if pd.isna(p) else f"\np {'≤' if p <= row['floor'] else '='} {p:.3f}"
+    return f"{row['value']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]{last}"
 
 
-def interval_cell(values: pd.Series) -> str:
-    """The mean of differences with its 95 % interval; the value alone where there is one only."""
-    return f"{mean_interval(values):+.2f}" if len(values) > 1 else f"{values.iloc[0]:+.2f}"
+def interval_cell(values: pd.Series, form: str = "+.2f") -> str:
+    """The mean with its 95 % interval; the value alone where there is one only."""
+    return f"{mean_interval(values):{form}}" if len(values) > 1 else f"{values.iloc[0]:{form}}"
+
+
+def rank_cell(row: Mapping[str, Any]) -> str:
+    """The ranks that a network may have, of :func:`kdx.teachers.rank`."""
+    return f"{row['best']}" if row["best"] == row["worst"] else f"{row['best']} to {row['worst']}"
 
 
 def multiline(table: pd.DataFrame) -> Styler:
@@ -79,14 +86,17 @@ def multiline(table: pd.DataFrame) -> Styler:
     return table.style.set_table_styles([cell, heading, caption])
 
 
-def paper_table(name: str, dataset: str) -> pd.DataFrame:
-    """The paper's values in ``data/paper/NAME.csv`` for a dataset, by technique and stage; no rows if it has none."""
+def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
+    """The paper's values in ``data/paper/NAME.csv``, by stage; those of a table that names its data, for a
+    dataset, by technique and stage, and no rows if it has none."""
     path = Path(__file__).parents[1] / "data" / "paper" / f"{name}.csv"
     if not path.is_file():
         raise ValueError(
             f"no {path}: the paper's tables come with a checkout; install kdx from one, with pip install -e"
         )
     table = pd.read_csv(path)
+    if "dataset" not in table:
+        return table.set_index("stage")
     return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
 
 

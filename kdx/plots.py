@@ -23,6 +23,7 @@ ROLES = {"teacher": "#555555", "base": "#2b6ca3", "student": "#d1603d"}
 ROLES |= {"response": ROLES["student"], "overhaul": "#7a4fa3", "attention": "#3b8f5c", "alp": "#b8862b"}
 ROLES |= {"second base": "#8a8fb5", "random teacher": "#b99b8b", "untrained": "#bbbbbb"}
 ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": ROLES["second base"]}
+ROLES |= {"direct": ROLES["student"], "assisted": ROLES["overhaul"]}
 MAPS = "magma"
 INK = "#222222"
 
@@ -303,6 +304,46 @@ def growth(table: pd.DataFrame, x: str, y: str, hue: str, style: str | None, lab
     axes.minorticks_off()
     axes.grid(axis="y", alpha=0.4)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(figure)
+    return figure
+
+
+def capacity_sweep(table: pd.DataFrame, floor: pd.DataFrame, xlabel: str) -> Figure:
+    """Measures of a fixed student over its teacher's size: a panel a measure, a line a way of teaching.
+
+    Parameters
+    ----------
+    table : measure, way, size, value, low, high.
+    floor : index measure; name and value of what the student has without a teacher, a dashed line.
+    """
+    measures = list(table["measure"].unique())
+    figure, grid = plt.subplots(1, len(measures), figsize=(2.25 * len(measures), 2.9), squeeze=False)
+    palette = colours(table["way"].unique())
+    sizes = sorted(table["size"].unique())
+    for axes, measure in zip(grid[0], measures, strict=True):
+        for j, (way, rows) in enumerate(table[table["measure"] == measure].groupby("way", sort=False)):
+            rows = rows.sort_values("size")
+            axes.errorbar(
+                rows["size"] * 1.04**j,  # beside each other where both are drawn
+                rows["value"],
+                yerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
+                fmt="o-",
+                ms=4,
+                lw=1.2,
+                capsize=2.5,
+                color=palette[way],
+                label=way,
+            )
+        name = floor.loc[measure, "name"]
+        axes.axhline(floor.loc[measure, "value"], color=colours([name])[name], lw=1.2, ls="--", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set(title=measure, xticks=sizes, xticklabels=[f"{size:.1f}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(axis="y", alpha=0.4)
+    grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    figure.supxlabel(xlabel, fontsize="medium")
+    handles = {label: h for axes in grid[0] for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, frameon=False, loc="outside upper center", ncols=len(handles))
     sns.despine(figure)
     return figure
 

@@ -1,15 +1,43 @@
-"""The networks that the pages share: base and students of every fold, and their controls."""
+"""The networks that the pages share: of every fold, and their controls.
+
+They are planned first, so that those which do not wait for each other can be trained at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
+import joblib
+import torch
+
+from kdx import models
 from kdx.data import Dataset, folds
-from kdx.distill import Recipe, fit
-from kdx.runs import Run
+from kdx.distill import Recipe, check_chain, fit, pick_device
+from kdx.home import data_home
+from kdx.progress import TERMINAL, progress
+from kdx.runs import Run, find_run
 from kdx.techniques import TECHNIQUES, settings_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network of one fold that is to be trained, with whoever teaches it."""
+
+    model: str
+    fold: int
+    seed: int
+    epochs: int
+    technique: str = "label"
+    teacher: Plan | None = None
+
+    @property
+    def line(self) -> list[Plan]:
+        """The network, its teacher, the teacher's teacher, ..."""
+        return [self, *(self.teacher.line if self.teacher else [])]
 
 
 def cross_fit(
@@ -24,6 +52,7 @@ def cross_fit(
     controls: int = 0,
     seed: int = 0,
     recipe: Recipe | None = None,
+    workers: int = 1,
     **training: Any,
 ) -> dict[tuple[str, int], Run]:
     """Train, or find in the run store, the networks of stratified cross-validation.
@@ -40,6 +69,9 @@ def cross_fit(
           what the seed alone explains.
         - a student of a *random teacher*: trained with the first technique, by the teacher as it was
           before its training, which knows nothing.
+    workers : networks trained at once on a CPU, each by one thread of a process of its own; 0: one a
+        core. More pay off for small networks, and need memory. Models and techniques that were entered
+        in the registries outside of kdx need 1. On another device, one at a time.
     training : stem, width, device of :func:`kdx.fit`.
 
     Returns
@@ -48,35 +80,172 @@ def cross_fit(
         not the student's; else the base is the teacher), base, the techniques, second base and
         random teacher.
     """
-    if not 0 <= controls <= k:
-        raise ValueError(f"controls: expected 0 to {k} folds, got {controls}")
+    _check_controls(controls, k)
     named = all(isinstance(name, str) for name in techniques)
     if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
         raise ValueError(f"techniques: expected different ways to learn from a teacher, got {list(techniques)}")
-    recipe, settings = recipe or Recipe(), settings or {}
-    own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in techniques}
+    recipe = recipe or Recipe()
+    plans = {}
+    for fold in range(1, k + 1):
+        one, two = _seeds(seed, fold)
+        guide = Plan(teacher, fold, one, recipe.epochs)
+        if teacher != student:
+            plans["teacher", fold] = guide
+        plans["base", fold] = Plan(student, fold, one, recipe.epochs)
+        for name in techniques:
+            plans[name, fold] = Plan(student, fold, one, recipe.epochs, name, guide)
+        if fold <= controls:
+            plans["second base", fold] = Plan(student, fold, two, recipe.epochs)
+            ignorant = replace(guide, epochs=0)
+            plans["random teacher", fold] = Plan(student, fold, one, recipe.epochs, techniques[0], ignorant)
+    runs = _carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, training)
+    return {name: runs[plan] for name, plan in plans.items()}
+
+
+def cross_chains(
+    train: Dataset,
+    chains: Mapping[str, Sequence[str]],
+    *,
+    technique: str = "response",
+    settings: Mapping[str, Any] | None = None,
+    k: int = 3,
+    watched: int = 0,
+    controls: int = 0,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    budget: int | None = None,
+    workers: int = 1,
+    **training: Any,
+) -> dict[tuple[str, int], list[Run]]:
+    """Chains of teachers and assistants that end in the same student, in every fold of cross-validation.
+
+    What :func:`kdx.distill_chain` does for one chain, with folds, seeds and base as in :func:`cross_fit`.
+
+    Parameters
+    ----------
+    chains : name -> models from the teacher to the student, as for :func:`kdx.distill_chain`.
+    controls : folds, from the first on, that also get a second base.
+    budget : epochs of the students and of the base; None: the recipe's, as for all others.
+    technique, settings, k, watched, seed, recipe, workers, training : as for :func:`cross_fit`.
+
+    Returns
+    -------
+    dict : (name, fold from 1) -> runs in the order of the chain, by fold; ("base", fold) and
+        ("second base", fold) are chains of one.
+    """
+    _check_controls(controls, k)
+    recipe = recipe or Recipe()
+    budget = recipe.epochs if budget is None else budget
+    if not chains or {"base", "second base"} & set(chains):
+        raise ValueError(f"chains: expected one or more, named otherwise than the bases, got {list(chains)}")
+    architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
+    for chain in chains.values():
+        check_chain(chain, train, technique, **architecture, **settings or {})
+    if len(students := {chain[-1] for chain in chains.values()}) > 1:
+        raise ValueError(f"chains: expected all to end in the same student, got {', '.join(sorted(students))}")
+    (student,) = students
+    plans: dict[tuple[str, int], list[Plan]] = {}
+    for fold in range(1, k + 1):
+        one, two = _seeds(seed, fold)
+        plans["base", fold] = [Plan(student, fold, one, budget)]
+        if fold <= controls:
+            plans["second base", fold] = [Plan(student, fold, two, budget)]
+        for name, (first, *others) in chains.items():
+            links = [Plan(first, fold, one, recipe.epochs)]
+            for i, model in enumerate(others, 1):
+                epochs = budget if i == len(others) else recipe.epochs
+                links.append(Plan(model, fold, one, epochs, technique, links[-1]))
+            plans[name, fold] = links
+    wanted = [plan for links in plans.values() for plan in links]
+    runs = _carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, training)
+    return {name: [runs[plan] for plan in links] for name, links in plans.items()}
+
+
+def _check_controls(controls: int, k: int) -> None:
+    if not 0 <= controls <= k:
+        raise ValueError(f"controls: expected 0 to {k} folds, got {controls}")
+
+
+def _seeds(seed: int, fold: int) -> tuple[int, int]:
+    """Of a fold's networks, and of its second base."""
+    return seed + 2 * (fold - 1), seed + 2 * (fold - 1) + 1
+
+
+def _carry_out(
+    plans: Iterable[Plan],
+    train: Dataset,
+    settings: Mapping[str, Any],
+    k: int,
+    watched: int,
+    seed: int,
+    recipe: Recipe,
+    workers: int,
+    training: Mapping[str, Any],
+) -> dict[Plan, Run]:
+    """Train what the run store lacks, teachers before their students."""
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 (one a core) or more, got {workers}")
+    wanted = {ancestor for plan in plans for ancestor in plan.line}
+    names = {plan.technique for plan in wanted}
+    own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
     if unknown := sorted(set(settings).difference(*map(settings_of, TECHNIQUES), *own.values())):
         raise ValueError(f"settings: no technique has {', '.join(unknown)}")
-    first, runs = techniques[0], {}
-    for fold, (rows, held_out) in enumerate(folds(train.labels, k, seed), 1):
-        one = seed + 2 * (fold - 1)
-        two = one + 1
-        images = train[rows]
-        watch = train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)
-        common: dict[str, Any] = {"recipe": recipe, **training}
-        guide = fit(teacher, images, watch, seed=one, **common)
-        if teacher != student:
-            runs["teacher", fold] = guide
-        runs["base", fold] = fit(student, images, watch, seed=one, **common)
-        for name in techniques:
-            runs[name, fold] = fit(
-                student, images, watch, technique=name, teacher=guide, seed=one, **own[name], **common
-            )
-        if fold <= controls:
-            runs["second base", fold] = fit(student, images, watch, seed=two, **common)
-            unlearned = common | {"recipe": replace(recipe, epochs=0)}
-            ignorant = fit(teacher, images, watch, seed=one, **unlearned)
-            runs["random teacher", fold] = fit(
-                student, images, watch, technique=first, teacher=ignorant, seed=one, **own[first], **common
-            )
+    parts = []
+    for rows, held_out in folds(train.labels, k, seed):
+        parts.append((train[rows], train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)))
+    device = pick_device(training.get("device", "auto"))
+    workers = workers or joblib.cpu_count()
+    runs: dict[Plan, Run] = {}
+    # the longest lines last; of the networks of a generation, the largest first, or one would be waited for
+    order = sorted(wanted, key=lambda plan: (len(plan.line), -_size(plan, train, training), plan.fold))
+    for _, generation in groupby(order, lambda plan: len(plan.line)):
+        missing = {}
+        for plan in generation:
+            job: dict[str, Any] = {
+                "technique": plan.technique,
+                "teacher": plan.teacher and runs[plan.teacher],
+                "recipe": replace(recipe, epochs=plan.epochs),
+                "seed": plan.seed,
+                **own[plan.technique],
+                **training,
+            }
+            try:
+                runs[plan] = fit(plan.model, *parts[plan.fold - 1], stored=True, **job)
+            except KeyError:
+                missing[plan] = job
+        if device.type != "cpu" or min(workers, len(missing)) < 2:
+            runs |= {plan: fit(plan.model, *parts[plan.fold - 1], **job) for plan, job in missing.items()}
+            continue
+        runs |= _fit_at_once(missing, parts, workers)
     return runs
+
+
+def _size(plan: Plan, train: Dataset, training: Mapping[str, Any]) -> int:
+    """Parameters of a network and of its teacher."""
+    architecture = {"stem": "small", **{key: training[key] for key in ("stem", "width") if key in training}}
+    networks = [models.build(link.model, len(train.classes), **architecture, seed=0) for link in plan.line[:2]]
+    return sum(weight.numel() for network in networks for weight in network.parameters())
+
+
+def _fit_at_once(jobs: Mapping[Plan, Mapping[str, Any]], parts: Sequence[Any], workers: int) -> dict[Plan, Run]:
+    """Train networks that do not wait for each other in processes of one thread each."""
+    pool = joblib.Parallel(
+        n_jobs=min(workers, len(jobs)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
+    )
+    tasks = (
+        joblib.delayed(_fit_elsewhere)(str(data_home()), plan, parts[plan.fold - 1], job) for plan, job in jobs.items()
+    )
+    found = {}
+    with progress(total=len(jobs), desc="networks", unit="network") as bar:
+        for plan, key in pool(tasks):
+            run = find_run(key)
+            assert run is not None
+            found[plan] = run
+            bar.update()
+    return found
+
+
+def _fit_elsewhere(home: str, plan: Plan, part: Any, job: Mapping[str, Any]) -> tuple[Plan, str]:
+    os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
+    torch.set_num_threads(1)
+    return plan, fit(plan.model, *part, **job).key

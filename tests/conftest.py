@@ -1,6 +1,9 @@
 import os
 import shutil
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; before torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

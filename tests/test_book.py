@@ -62,6 +62,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/00_data",
         "executed/01_gradcam",
         "executed/02_unicam",
+        "executed/03_capacity_gap",
         "executed/petimages_gradcam",
         "executed/petimages_unicam",
         "executed/plantvillage_gradcam",
@@ -90,7 +91,7 @@ def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     assert len(stamps) == 7 + 3 * 11
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 3
+    assert done.stdout.count("unchanged") == 4
     written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
     assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
         path: stamp for path, stamp in stamps.items() if path not in written_anew
@@ -128,7 +129,7 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
     picture = root / "book" / "executed" / "01_gradcam_overview.png"
     content = picture.read_bytes()
     picture.unlink()
-    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:3]} == {"unchanged"}
+    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:4]} == {"unchanged"}
     assert picture.read_bytes() == content
 
 

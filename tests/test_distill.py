@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from kdx import data, distill, models, runs
-from kdx.distill import Recipe, evaluate, fit
+from kdx.distill import Recipe, distill_chain, evaluate, fit
 from kdx.techniques import TECHNIQUES, Technique, technique
+from tests.networks import Small
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -287,3 +288,67 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     assert len(after) == 11  # two bases, three students each, and the controls: a base, a teacher and its student
     assert before.items() <= after.items()  # what was finished was not trained again
     assert (tmp_path / "out.ipynb").exists()
+
+
+def chain(tiny_shapes, links, **settings):
+    return distill_chain(
+        links, tiny_shapes["train"], tiny_shapes["test"], **{"recipe": QUICK, "device": "cpu"} | settings
+    )
+
+
+@pytest.mark.parametrize("name", ["response", "overhaul", "attention"])
+def test_chain_across_families(tiny_shapes, name):
+    links = ["resnet10@0.5", "mobilenet_v2@0.25", "resnet10@0.125"]
+    runs = chain(tiny_shapes, links, technique=name, seed=2)
+    assert [run.manifest["spec"]["model"]["name"] for run in runs] == ["resnet10", "mobilenet_v2", "resnet10"]
+    assert [run.manifest["spec"]["teacher"] for run in runs] == [None, runs[0].key, runs[1].key]
+    assert [run.manifest["spec"]["technique"]["name"] for run in runs] == ["label", name, name]
+    assert {run.manifest["spec"]["seed"] for run in runs} == {2}
+    assert [run.key for run in chain(tiny_shapes, [runs[0], *links[1:]], technique=name, seed=2)] == [
+        r.key for r in runs
+    ]
+
+
+def test_chain_of_two_is_fit(tiny_shapes):
+    teacher, student = chain(tiny_shapes, ["resnet10@0.25", "resnet10"], width=0.125, alpha=0.5)
+    assert teacher.key == train(tiny_shapes, width=0.25).key
+    assert student.key == train(tiny_shapes, technique="response", teacher=teacher, alpha=0.5).key
+
+
+def test_chain_warns_of_an_assistant_larger_than_its_teacher(tiny_shapes):
+    with pytest.warns(
+        UserWarning, match=r"resnet18@0.125 \([\d,]+ param\w+\) is larger than its teacher resnet10@0.125"
+    ):
+        assert len(chain(tiny_shapes, ["resnet10@0.125", "resnet18@0.125"])) == 2
+
+
+def test_chain_names_what_is_wrong_before_it_trains(tiny_shapes, home, monkeypatch):
+    class Three(Small):
+        def __init__(self, classes, stem, width):
+            super().__init__(classes)
+
+    monkeypatch.setitem(models.MODELS, "three", (Three, 1.0))
+    for message, links, settings in (
+        ("expected at least a teacher and a student, got \\['resnet10'\\]", ["resnet10"], {}),
+        ("expected at least a teacher and a student, got 'resnet10'", "resnet10", {}),
+        ("expected names of models", ["resnet10", 3], {}),
+        ("unknown model 'resnet1'", ["resnet10", "resnet1"], {}),
+        ("a technique that learns from a teacher, got 'label'", ["resnet10", "resnet10"], {"technique": "label"}),
+        ("unknown settings of 'response': beta", ["resnet10", "resnet10"], {"beta": 1}),
+        ("attention: expected the same stages in student and teacher, got L1, L2, L3 and L1, L2, L3, L4",
+         ["resnet10", "three"], {"technique": "attention"}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            chain(tiny_shapes, links, **settings)
+    assert not (home / "runs").exists()
+    other = fit("resnet10", tiny_shapes["train"].only(tiny_shapes["train"].classes[:4]), tiny_shapes["test"].limit(8),
+                recipe=QUICK, width=0.125, device="cpu")  # fmt: skip
+    with pytest.raises(ValueError, match="expected a teacher of the classes"):
+        chain(tiny_shapes, [other, "resnet10@0.125"])
+
+
+def test_fit_stored_never_trains(tiny_shapes, home):
+    with pytest.raises(KeyError, match=r"no stored run of resnet10 \(label\)"):
+        train(tiny_shapes, stored=True)
+    assert not (home / "runs").exists()
+    assert train(tiny_shapes).key == train(tiny_shapes, stored=True).key

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from kdx.intervals import mean_interval
-from kdx.notebook import check_parameters, environment, interval_cell, paper_table, published, score_cell
+from kdx.notebook import check_parameters, environment, interval_cell, paper_table, published, rank_cell, score_cell
 
 
 def namespace(**values):
@@ -61,6 +61,7 @@ def test_paper_table_has_the_published_values():
     table = paper_table("table1", "cifar10")
     assert table.loc[("overhaul", "L4"), "layer_student"] == 0.0794
     assert published(table, "overhaul", "layer_student")["L4"] == "\npaper: 0.0794"
+    assert paper_table("table2").loc["L4", "layer_R18_R50_R101"] == 0.0082
     assert len(paper_table("table1", "petimages")) == len(table) == 12
     assert published(paper_table("table1", "shapes"), "overhaul", "layer_student") == ""
     assert published(table, "alp", "layer_student") == published(table, "overhaul", "") == ""
@@ -73,5 +74,7 @@ def test_cells_of_tables():
     assert score_cell(row) == "0.250\n[0.125, 0.500]\np ≤ 0.010"
     assert score_cell(row | {"p": 0.02}) == "0.250\n[0.125, 0.500]\np = 0.020"
     assert score_cell(row | {"p": float("nan")}) == "0.250\n[0.125, 0.500]"
+    assert score_cell({"value": 1.0, "low": -1.0, "high": 3.0}, "+.1f") == "+1.0\n[-1.0, +3.0]"
+    assert [rank_cell({"best": 1, "worst": worst}) for worst in (1, 3)] == ["1", "1 to 3"]
     assert interval_cell(pd.Series([0.5])) == "+0.50"
     assert interval_cell(pd.Series([1.0, 2.0, 3.0])) == "+2.00 [-0.48, +4.48]"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdx import Recipe, cross_fit
+from kdx import Recipe, cross_chains, cross_fit
 from kdx.runs import find_run
 
 QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "stem": "small", "width": 0.125, "device": "cpu"}
@@ -61,3 +61,53 @@ def test_cross_fit_names_what_is_wrong(small):
     for message, wrong in cases.items():
         with pytest.raises(ValueError, match=message):
             cross_fit(small, **PAIR, **wrong)
+
+
+CHAINS = {"direct": ["resnet10@0.25", "resnet10@0.125"]}
+CHAINS["assisted"] = ["resnet10@0.25", "resnet18@0.125", "resnet10@0.125"]
+
+
+def test_cross_chains_share_teachers_and_give_the_budget_to_students(small):
+    settings = {"k": 2, "recipe": Recipe(epochs=2, batch_size=16, lr=0.05), "device": "cpu", "budget": 1, "seed": 3}
+    runs = cross_chains(small, CHAINS, controls=1, **settings)
+    names = ("base", "second base", "direct", "assisted")
+    assert list(runs) == [*((name, 1) for name in names), *((n, 2) for n in names if n != "second base")]
+    for fold, seed in ((1, 3), (2, 5)):
+        (base,), direct, assisted = (runs[name, fold] for name in ("base", "direct", "assisted"))
+        data = facts(base)[-1]
+        assert facts(base) == ("label", seed, None, 1, data)
+        assert facts(direct[0]) == ("label", seed, None, 2, data)
+        assert facts(direct[1]) == ("response", seed, direct[0].key, 1, data)
+        assert assisted[0].key == direct[0].key
+        assert facts(assisted[1]) == ("response", seed, assisted[0].key, 2, data)
+        assert facts(assisted[2]) == ("response", seed, assisted[1].key, 1, data)
+    assert facts(runs["second base", 1][0])[:4] == ("label", 4, None, 1)
+
+
+def test_cross_chains_name_what_is_wrong(small):
+    for message, chains in {
+        "chains: expected one or more, named otherwise than the bases, got \\[\\]": {},
+        "got \\['base'\\]": {"base": CHAINS["direct"]},
+        "expected all to end in the same student": CHAINS | {"other": ["resnet10@0.25", "resnet18@0.125"]},
+        "expected at least a teacher and a student": {"alone": ["resnet10@0.125"]},
+        "expected a model such as resnet10@0.125, got resnet10@wide": {"odd": ["resnet10@wide", "resnet10"]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            cross_chains(small, chains, k=2)
+
+
+def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monkeypatch):
+    """In processes of their own, which write to the same store; a second call trains nothing."""
+    at_once = cross_fit(small, workers=2, **PAIR)
+    assert {path.name for path in home.glob("runs/*")} == {run.key for run in at_once.values()}
+    stamps = {run.path: run.path.stat().st_mtime_ns for run in at_once.values()}
+    assert {run.path: run.path.stat().st_mtime_ns for run in cross_fit(small, workers=2, **PAIR).values()} == stamps
+    monkeypatch.setenv("KDX_HOME", str(home) + "-other")
+    one_by_one = cross_fit(small, workers=1, **PAIR)
+    assert {name: run.key for name, run in one_by_one.items()} == {name: run.key for name, run in at_once.items()}
+    for name, run in one_by_one.items():
+        assert torch.allclose(run.model.fc.weight, at_once[name].model.fc.weight, atol=1e-3)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        cross_fit(small, workers=2, **PAIR | {"recipe": Recipe(epochs=1, batch_size=16, lr=1e9)})
+    with pytest.raises(ValueError, match="workers: expected 0"):
+        cross_fit(small, workers=-1, **PAIR)

@@ -1,0 +1,165 @@
+import math
+from itertools import permutations as orders
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import kdx
+from kdx import Recipe, cross_chains, rank_teachers
+from kdx.teachers import complexity, fidelity, gains, measure_students, name_chain, rank, rank_agreement
+
+QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "k": 2, "device": "cpu"}
+STUDENT, MIDDLE, LARGE = "resnet10@0.125", "resnet18@0.125", "resnet10@0.25"
+
+
+def table(values, measure="accuracy"):
+    """Rows of network -> values by fold."""
+    return pd.DataFrame(
+        [
+            {"network": name, "fold": fold, "measure": measure, "value": value}
+            for name, row in values.items()
+            for fold, value in enumerate(row, 1)
+        ]
+    )
+
+
+def test_complexity_by_hand():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 5 * 6, 7)).train()
+    found = complexity(network, (3, 5, 6))
+    assert found.parameters == 4 * 3 * 9 + 4 + 7 * 120 + 7
+    assert found.flops == 2 * (5 * 6 * 4 * 3 * 9 + 7 * 120)
+    assert network.training
+    assert complexity(kdx.build("resnet18", 1000), (3, 224, 224)).flops == pytest.approx(2 * 1.814e9, rel=1e-3)
+
+
+def test_fidelity_by_hand():
+    teacher = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]], dtype=torch.float64).log() + 3
+    student = torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64).log()
+    found = fidelity(student[1:], teacher[1:])
+    by_hand = 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5)
+    assert found.agreement == 0.5  # argmax takes the first of equals
+    assert found.kl == pytest.approx(by_hand / 2)
+    assert fidelity(teacher, teacher) == (1.0, 0.0)
+    both = fidelity(student, teacher).kl, fidelity(teacher, student).kl
+    assert both[0] == pytest.approx(stats.entropy([[0.5, 0.9, 0.2], [0.5, 0.1, 0.8]],
+                                                  [[0.25, 0.9, 0.5], [0.75, 0.1, 0.5]]).mean())  # fmt: skip
+    assert both[0] != pytest.approx(both[1])
+    with pytest.raises(ValueError, match=r"expected logits .* got \(3, 2\) and \(2, 2\)"):
+        fidelity(student, teacher[1:])
+
+
+def test_rank_ties_what_cannot_be_told_apart():
+    noise = [0.01, -0.01, 0.0]
+    values = table(
+        {
+            "worst": [0.1 + e for e in noise],
+            "best": [0.5 + e for e in noise],  # moves with the fold, as worst does
+            "unsteady": [0.1, 0.9, 0.5],
+        }
+    )
+    found = rank(values).set_index("network")
+    assert list(found.index) == ["best", "unsteady", "worst"]
+    assert found.loc["best", ["best", "worst"]].tolist() == [1, 2]
+    assert found.loc["worst", ["best", "worst"]].tolist() == [2, 3]
+    assert found.loc["unsteady", ["best", "worst"]].tolist() == [1, 3]
+    low, high = stats.t.interval(0.95, 2, 0.5, np.std(noise, ddof=1) / math.sqrt(3))
+    assert found.loc["best", ["low", "high"]].tolist() == pytest.approx([low, high])
+    with pytest.raises(ValueError, match="by: expected one of accuracy, got 'speed'"):
+        rank(values, "speed")
+
+
+def test_rank_knows_what_should_be_small():
+    values = pd.concat([table({"a": [1.0, 1.0], "b": [2.0, 2.0]}, m) for m in ("accuracy", "KL", "cost")])
+    found = rank(values, "cost").set_index(["measure", "network"])["best"]
+    assert found.unstack().loc[["accuracy", "KL", "cost"]].to_numpy().tolist() == [[2, 1], [1, 2], [1, 2]]
+    assert rank(values, "KL")["network"].iloc[0] == "a"
+    assert rank(values, "accuracy")["network"].iloc[0] == "b"
+
+
+def test_gains_are_within_the_fold_and_of_accuracy_and_rs_alone():
+    values = pd.concat(
+        [table({"base": [0.5, 0.6], "a": [0.7, 0.9]}, m) for m in ("accuracy", "RS L1")]
+        + [table({"base": [5.0, 5.0], "a": [7.0, 9.0]}, "cost"), table({"a": [0.8, 0.7]}, "agreement")]
+    )
+    found = gains(values).set_index(["measure", "fold"])["value"]
+    assert found.loc["accuracy"].tolist() == pytest.approx([0.2, 0.3])
+    assert found.loc["RS L1"].tolist() == pytest.approx([0.2, 0.3])
+    assert found.loc["cost"].tolist() == [7, 9]
+    assert found.loc["agreement"].tolist() == [0.8, 0.7]
+
+
+def test_rank_agreement_against_all_orders():
+    full = table({name: [value, value + 0.1] for name, value in zip("abcd", (4, 3, 2, 1), strict=True)})
+    found = rank_agreement(full, full).loc["accuracy"]
+    assert found[["spearman", "value", "low", "high", "ceiling"]].tolist() == pytest.approx([1] * 5)
+    assert found["p"] == pytest.approx(1 / 24)
+    short = table({name: [value, -value] for name, value in zip("dbca", (4.5, 3, 2, 1), strict=True)})
+    short.loc[short["fold"] == 2, "value"] += 1.5 * -short.loc[short["fold"] == 2, "value"]
+    found = rank_agreement(short, full).loc["accuracy"]
+    means = short.groupby("network")["value"].mean()
+    expected = stats.spearmanr(means, [4, 3, 2, 1]).statistic
+    at_least = [
+        stats.spearmanr(means[list(order)], [4, 3, 2, 1]).statistic >= expected - 1e-9 for order in orders("abcd")
+    ]
+    assert found["spearman"] == pytest.approx(expected)
+    assert found["p"] == pytest.approx(np.mean(at_least))
+    with pytest.raises(ValueError, match="expected the same three or more networks"):
+        rank_agreement(full, full[full["network"] != "a"])
+
+
+def test_measures_of_chains(tiny_shapes):
+    runs = cross_chains(tiny_shapes["train"], {"direct": [LARGE, STUDENT]}, **QUICK)
+    embeddings = kdx.label_embeddings(tiny_shapes["train"].classes, "one-hot")
+    images = tiny_shapes["test"]
+    scoring = {"batches": 2, "batch_size": 20, "permutations": 0}
+    found = measure_students(runs, lambda fold: images, embeddings, "cpu", **scoring)
+    found = found.set_index(["network", "fold", "measure"])["value"]
+    teacher, student = runs["direct", 2]
+    answers = [kdx.evaluate(run.model, images, "cpu") for run in (student, teacher)]
+    assert found["direct", 2, "accuracy"] == answers[0].accuracy
+    assert found["direct", 2, "agreement"] == fidelity(*(a.logits for a in answers)).agreement
+    x = images.card.normalize(images.images)
+    scores = kdx.rs(student.model, x, images.labels, embeddings, **scoring).set_index("stage")["value"]
+    assert found["direct", 2, "RS L4"] == scores["L4"]
+    small, large = (complexity(run.model, images.card.size).flops / 1e9 for run in (student, teacher))
+    assert found["base", 1, "cost"] == pytest.approx(3 * small)
+    assert found["direct", 1, "cost"] == pytest.approx(3 * large + 3 * small + large)  # an epoch of each
+    assert ("base", 1, "agreement") not in found.index
+
+
+def test_rank_teachers_spends_the_budget_on_the_student_alone(tiny_shapes):
+    settings = QUICK | {"recipe": Recipe(epochs=2, batch_size=16, lr=0.05)}
+    found = rank_teachers(
+        STUDENT, [LARGE, [LARGE, MIDDLE]], tiny_shapes["train"], budget=1, batches=2, batch_size=20, **settings
+    )
+    assert set(found.table["network"]) == {LARGE, f"{LARGE} via {MIDDLE}"}
+    measures = {"accuracy", "RS L1", "RS L2", "RS L3", "RS L4", "agreement", "KL", "cost"}
+    assert set(found.table["measure"]) == measures
+    assert (found.table["low"] <= found.table["value"]).all()
+    assert (found.table["folds"] == 2).all()
+    cost = found.values[found.values["measure"] == "cost"].groupby("network")["value"].mean()
+    small, middle, large = (
+        complexity(kdx.build(name, 10, "small"), (3, 64, 64)).flops / 1e9 for name in (STUDENT, MIDDLE, LARGE)
+    )
+    assert cost[LARGE] == pytest.approx(2 * 3 * large + 3 * small + large)
+    assert cost[f"{LARGE} via {MIDDLE}"] == pytest.approx(2 * 3 * large + 2 * (3 * middle + large) + 3 * small + middle)
+
+
+def test_rank_teachers_names_what_is_wrong(tiny_shapes):
+    def check(message, student=STUDENT, candidates=(LARGE, MIDDLE), error=ValueError, **settings):
+        with pytest.raises(error, match=message):
+            rank_teachers(
+                student, candidates, tiny_shapes["train"], **{"batches": 2, "batch_size": 20} | QUICK | settings
+            )
+
+    check("at least two teachers to compare, got 'resnet18'", candidates="resnet18")
+    check("at least two teachers to compare", candidates=[LARGE])
+    check("candidates: expected different ones", candidates=[LARGE, [LARGE]])
+    check("budget: expected at least 1 epoch, got 0", budget=0)
+    check("unknown model 'resnet11'", candidates=["resnet11", LARGE])
+    check("more images than", batch_size=64)
+    assert name_chain(["a", "b", "c"]) == "a via b"
