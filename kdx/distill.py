@@ -265,7 +265,8 @@ def _train(
     )
     total = steps * recipe.epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
-    role = f"{student.architecture['name']} ({'+'.join(part.name for part in parts)})"
+    architecture = f"{student.architecture['name']}@{student.architecture['width']:g}"
+    role = f"{architecture} ({'+'.join(part.name for part in parts)}, seed {seed})"
     records = []
     with progress(total=total, desc=role, unit="batch") as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the augmentation

@@ -94,18 +94,10 @@ def build(
     -------
     The network; ``.architecture`` holds the arguments that rebuild it.
     """
-    name, at, own_width = name.partition("@")
-    if at:
-        try:
-            width = float(own_width)
-        except ValueError as error:
-            raise ValueError(f"expected a model such as resnet10@0.125, got {name}@{own_width}") from error
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose from: {', '.join(MODELS)}")
+    name, width = parse_name(name, width)
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; choose from: {', '.join(STEMS)}")
-    make, default_width = MODELS[name]
-    width = default_width if width is None else width
+    make, _ = MODELS[name]
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
     if not 1 / 128 < width < math.inf:  # 64 channels times width, rounded, are one or more
@@ -118,6 +110,19 @@ def build(
         model = make(classes=classes, stem=stem, width=width)
     model.architecture = {"name": name, "classes": classes, "stem": stem, "width": width}
     return model
+
+
+def parse_name(name: str, width: float | None = None) -> tuple[str, float]:
+    """Name in ``MODELS`` and width of ``"resnet10@0.125"``, or of ``"resnet10"`` with ``width`` or its default."""
+    if not isinstance(name, str):
+        raise ValueError(f"expected the name of a model, such as resnet10@0.125, got {name!r}")
+    known, at, own_width = name.partition("@")
+    if known not in MODELS:
+        raise ValueError(f"unknown model {known!r}; choose from: {', '.join(MODELS)}")
+    try:
+        return known, float(own_width) if at else MODELS[known][1] if width is None else width
+    except ValueError as error:
+        raise ValueError(f"expected a model such as resnet10@0.125, got {name!r}") from error
 
 
 def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any]) -> None:

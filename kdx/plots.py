@@ -340,7 +340,8 @@ def capacity_sweep(table: pd.DataFrame, floor: pd.DataFrame, xlabel: str) -> Fig
         axes.set(title=measure, xticks=sizes, xticklabels=[f"{size:.1f}" for size in sizes])
         axes.minorticks_off()
         axes.grid(axis="y", alpha=0.4)
-    grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
+        if measure == "accuracy":
+            axes.yaxis.set_major_formatter("{x:.1%}")
     figure.supxlabel(xlabel, fontsize="medium")
     handles = {label: h for axes in grid[0] for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, frameon=False, loc="outside upper center", ncols=len(handles))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import lru_cache, partial
 from typing import Any
 
 import joblib
@@ -19,7 +19,7 @@ from kdx.data import Dataset, folds
 from kdx.distill import Recipe, check_chain, fit, pick_device
 from kdx.home import data_home
 from kdx.progress import TERMINAL, progress
-from kdx.runs import Run, find_run
+from kdx.runs import Run
 from kdx.techniques import TECHNIQUES, settings_of
 
 
@@ -27,7 +27,7 @@ from kdx.techniques import TECHNIQUES, settings_of
 class Plan:
     """A network of one fold that is to be trained, with whoever teaches it."""
 
-    model: str
+    model: str  # with its width, so that equal networks have equal plans
     fold: int
     seed: int
     epochs: int
@@ -71,7 +71,8 @@ def cross_fit(
           before its training, which knows nothing.
     workers : networks trained at once on a CPU, each by one thread of a process of its own; 0: one a
         core. More pay off for small networks, and need memory. Models and techniques that were entered
-        in the registries outside of kdx need 1. On another device, one at a time.
+        in the registries outside of kdx need 1. On another device, one at a time. The number of threads
+        moves weights by rounding.
     training : stem, width, device of :func:`kdx.fit`.
 
     Returns
@@ -85,6 +86,7 @@ def cross_fit(
     if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
         raise ValueError(f"techniques: expected different ways to learn from a teacher, got {list(techniques)}")
     recipe = recipe or Recipe()
+    teacher, student = (_full_name(name, training) for name in (teacher, student))
     plans = {}
     for fold in range(1, k + 1):
         one, two = _seeds(seed, fold)
@@ -123,10 +125,11 @@ def cross_chains(
 
     Parameters
     ----------
-    chains : name -> models from the teacher to the student, as for :func:`kdx.distill_chain`.
+    chains : name -> names of models from the teacher to the student, as for :func:`kdx.distill_chain`.
     controls : folds, from the first on, that also get a second base.
     budget : epochs of the students and of the base; None: the recipe's, as for all others.
-    technique, settings, k, watched, seed, recipe, workers, training : as for :func:`cross_fit`.
+    technique, settings : of every link, as for :func:`kdx.fit`.
+    k, watched, seed, recipe, workers, training : as for :func:`cross_fit`.
 
     Returns
     -------
@@ -136,12 +139,15 @@ def cross_chains(
     _check_controls(controls, k)
     recipe = recipe or Recipe()
     budget = recipe.epochs if budget is None else budget
-    if not chains or {"base", "second base"} & set(chains):
-        raise ValueError(f"chains: expected one or more, named otherwise than the bases, got {list(chains)}")
+    if not isinstance(chains, Mapping) or not chains or {"base", "second base"} & set(chains):
+        raise ValueError(f"chains: expected name -> models, named otherwise than the bases, got {chains!r}")
     architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
     for chain in chains.values():
         check_chain(chain, train, technique, **architecture, **settings or {})
-    if len(students := {chain[-1] for chain in chains.values()}) > 1:
+    lines = {name: [_full_name(model, training) for model in chain] for name, chain in chains.items()}
+    if len(set(map(tuple, lines.values()))) < len(lines):
+        raise ValueError(f"chains: expected different ones, got {lines}")
+    if len(students := {line[-1] for line in lines.values()}) > 1:
         raise ValueError(f"chains: expected all to end in the same student, got {', '.join(sorted(students))}")
     (student,) = students
     plans: dict[tuple[str, int], list[Plan]] = {}
@@ -150,7 +156,7 @@ def cross_chains(
         plans["base", fold] = [Plan(student, fold, one, budget)]
         if fold <= controls:
             plans["second base", fold] = [Plan(student, fold, two, budget)]
-        for name, (first, *others) in chains.items():
+        for name, (first, *others) in lines.items():
             links = [Plan(first, fold, one, recipe.epochs)]
             for i, model in enumerate(others, 1):
                 epochs = budget if i == len(others) else recipe.epochs
@@ -159,6 +165,11 @@ def cross_chains(
     wanted = [plan for links in plans.values() for plan in links]
     runs = _carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, training)
     return {name: [runs[plan] for plan in links] for name, links in plans.items()}
+
+
+def _full_name(model: str, training: Mapping[str, Any]) -> str:
+    name, width = models.parse_name(model, training.get("width"))
+    return f"{name}@{width!r}"
 
 
 def _check_controls(controls: int, k: int) -> None:
@@ -185,7 +196,7 @@ def _carry_out(
     """Train what the run store lacks, teachers before their students."""
     if workers < 0:
         raise ValueError(f"workers: expected 0 (one a core) or more, got {workers}")
-    wanted = {ancestor for plan in plans for ancestor in plan.line}
+    wanted = dict.fromkeys(ancestor for plan in plans for ancestor in plan.line)
     names = {plan.technique for plan in wanted}
     own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
     if unknown := sorted(set(settings).difference(*map(settings_of, TECHNIQUES), *own.values())):
@@ -196,11 +207,9 @@ def _carry_out(
     device = pick_device(training.get("device", "auto"))
     workers = workers or joblib.cpu_count()
     runs: dict[Plan, Run] = {}
-    # the longest lines last; of the networks of a generation, the largest first, or one would be waited for
-    order = sorted(wanted, key=lambda plan: (len(plan.line), -_size(plan, train, training), plan.fold))
-    for _, generation in groupby(order, lambda plan: len(plan.line)):
+    for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
         missing = {}
-        for plan in generation:
+        for plan in (plan for plan in wanted if len(plan.line) == generation):
             job: dict[str, Any] = {
                 "technique": plan.technique,
                 "teacher": plan.teacher and runs[plan.teacher],
@@ -216,36 +225,39 @@ def _carry_out(
         if device.type != "cpu" or min(workers, len(missing)) < 2:
             runs |= {plan: fit(plan.model, *parts[plan.fold - 1], **job) for plan, job in missing.items()}
             continue
+        size = partial(_size, classes=len(train.classes), stem=training.get("stem", "small"))
+        # the largest first, or the others would wait for them at the end
+        missing = dict(sorted(missing.items(), key=lambda job: -sum(size(link.model) for link in job[0].line[:2])))
         runs |= _fit_at_once(missing, parts, workers)
     return runs
 
 
-def _size(plan: Plan, train: Dataset, training: Mapping[str, Any]) -> int:
-    """Parameters of a network and of its teacher."""
-    architecture = {"stem": "small", **{key: training[key] for key in ("stem", "width") if key in training}}
-    networks = [models.build(link.model, len(train.classes), **architecture, seed=0) for link in plan.line[:2]]
-    return sum(weight.numel() for network in networks for weight in network.parameters())
+@lru_cache
+def _size(model: str, classes: int, stem: str) -> int:
+    return sum(weight.numel() for weight in models.build(model, classes, stem, seed=0).parameters())
 
 
 def _fit_at_once(jobs: Mapping[Plan, Mapping[str, Any]], parts: Sequence[Any], workers: int) -> dict[Plan, Run]:
-    """Train networks that do not wait for each other in processes of one thread each."""
-    pool = joblib.Parallel(
-        n_jobs=min(workers, len(jobs)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
-    )
+    """Train networks that do not wait for each other in processes of their own."""
+    workers = min(workers, len(jobs))
+    threads = max(1, joblib.cpu_count() // workers)
+    # never threads of this process: they would share torch's global generator
+    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
     tasks = (
-        joblib.delayed(_fit_elsewhere)(str(data_home()), plan, parts[plan.fold - 1], job) for plan, job in jobs.items()
+        joblib.delayed(_fit_elsewhere)(str(data_home()), threads, plan, parts[plan.fold - 1], job)
+        for plan, job in jobs.items()
     )
     found = {}
     with progress(total=len(jobs), desc="networks", unit="network") as bar:
-        for plan, key in pool(tasks):
-            run = find_run(key)
-            assert run is not None
-            found[plan] = run
+        for plan in pool(tasks):
+            # KeyError if the code was edited meanwhile: the process has trained by the new one
+            found[plan] = fit(plan.model, *parts[plan.fold - 1], stored=True, **jobs[plan])
             bar.update()
     return found
 
 
-def _fit_elsewhere(home: str, plan: Plan, part: Any, job: Mapping[str, Any]) -> tuple[Plan, str]:
+def _fit_elsewhere(home: str, threads: int, plan: Plan, part: Any, job: Mapping[str, Any]) -> Plan:
     os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
-    torch.set_num_threads(1)
-    return plan, fit(plan.model, *part, **job).key
+    torch.set_num_threads(threads)
+    fit(plan.model, *part, **job)
+    return plan

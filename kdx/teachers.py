@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdx import models
 from kdx.data import Dataset, folds
 from kdx.distill import Evaluation, Recipe, evaluate
 from kdx.intervals import mean_interval
@@ -21,6 +23,7 @@ from kdx.scores import balanced_batches, rs
 from kdx.study import cross_chains
 from kdx.tracing import evaluating
 
+MEASURES = ("accuracy", "teacher's accuracy", "agreement", "KL", "cost")  # and RS of every stage
 SMALLER_IS_BETTER = ("KL", "cost")
 
 
@@ -78,27 +81,25 @@ def measure_students(
 
     Returns
     -------
-    DataFrame : network, fold, measure, value; the measures are accuracy (fraction), RS L1, ..., agreement
-        and KL with the network's own teacher (of chains with one), and cost: GFLOP a training
+    DataFrame : network, fold, measure, value; the measures are RS L1, ..., accuracy (fraction), of chains with
+        a teacher that of the network's own teacher, agreement and KL with it, and cost: GFLOP a training
         image in all epochs of all links, three forward passes a step and one of the teacher, at full size.
     """
     rows = []
     answers: dict[tuple[str, int], Evaluation] = {}
-    normalised: dict[int, Tensor] = {}
     for (name, fold), runs in chains.items():
         data = images(fold)
         for run in runs[-2:]:
             if (run.key, fold) not in answers:
                 answers[run.key, fold] = evaluate(run.model, data, device)
-        student = runs[-1]
-        values = {"accuracy": answers[student.key, fold].accuracy}
-        if fold not in normalised:
-            normalised = {fold: data.card.normalize(data.images)}
-        scores = rs(student.model.cpu(), normalised[fold], data.labels, embeddings, **scoring)
-        values |= {f"RS {stage}": value for stage, value in zip(scores["stage"], scores["value"], strict=True)}
-        if len(runs) > 1:
-            pair = (answers[run.key, fold].logits for run in (student, runs[-2]))
-            values["agreement"], values["KL"] = fidelity(*pair)
+        x = data.card.normalize(data.images)
+        scores = rs(runs[-1].model.cpu(), x, data.labels, embeddings, **scoring)
+        values = {f"RS {stage}": value for stage, value in zip(scores["stage"], scores["value"], strict=True)}
+        student, *teacher = (answers[run.key, fold] for run in reversed(runs[-2:]))
+        values["accuracy"] = student.accuracy
+        for guide in teacher:
+            values["teacher's accuracy"] = guide.accuracy
+            values["agreement"], values["KL"] = fidelity(student.logits, guide.logits)
         values["cost"] = _training_flops(runs) / 1e9
         rows += [{"network": name, "fold": fold, "measure": m, "value": v} for m, v in values.items()]
     return pd.DataFrame(rows)
@@ -126,6 +127,13 @@ def gains(measures: pd.DataFrame) -> pd.DataFrame:
     return above.reset_index()
 
 
+def _by_fold(values: pd.DataFrame) -> pd.DataFrame:
+    """The values of one measure as fold x network."""
+    if (counts := values.groupby("network")["fold"].nunique()).nunique() > 1:
+        raise ValueError(f"expected every network in every fold, got {counts.to_dict()} folds")
+    return values.pivot(index="fold", columns="network", values="value")
+
+
 def rank(values: pd.DataFrame, by: str = "accuracy") -> pd.DataFrame:
     """Rank networks by measures of several folds; what cannot be told apart is tied.
 
@@ -139,27 +147,34 @@ def rank(values: pd.DataFrame, by: str = "accuracy") -> pd.DataFrame:
     DataFrame : network, measure, value (mean over folds), low, high (95 % t interval over folds), folds,
         best, worst: the ranks that a network may have by this measure. It is certainly behind those, and
         certainly ahead of those, from which it differs with a 95 % interval over folds that leaves out
-        zero (of differences within folds, not corrected for their number). 1 to n: tied with all.
+        zero (of differences within folds, not corrected for their number). 1 to n: tied with all. NaN
+        where a value of the network is.
+
+    Raises
+    ------
+    ValueError : an unknown measure, fewer than two folds, or a network that some fold lacks.
     """
     if by not in set(values["measure"]):
         raise ValueError(f"by: expected one of {', '.join(values['measure'].unique())}, got {by!r}")
     rows = []
     for measure, group in values.groupby("measure", sort=False):
-        table = group.pivot(index="fold", columns="network", values="value")
+        table = _by_fold(group)
         sign = -1 if measure in SMALLER_IS_BETTER else 1
+        known = [name for name in table if not table[name].isna().any()]
         for name in table:
-            ahead = [mean_interval(sign * (table[other] - table[name])) for other in table if other != name]
+            ahead = [mean_interval(sign * (table[other] - table[name])) for other in known if other != name]
             mean = mean_interval(table[name])
             best = 1 + sum(difference.low > 0 for difference in ahead)
-            worst = len(table.columns) - sum(difference.high < 0 for difference in ahead)
-            rows.append([name, measure, mean.mean, mean.low, mean.high, mean.n, best, worst])
+            worst = len(known) - sum(difference.high < 0 for difference in ahead)
+            ranks = (best, worst) if name in known else (np.nan, np.nan)
+            rows.append([name, measure, mean.mean, mean.low, mean.high, mean.n, *ranks])
     found = pd.DataFrame(rows, columns=["network", "measure", "value", "low", "high", "folds", "best", "worst"])
     order = found[found["measure"] == by].sort_values("value", ascending=by in SMALLER_IS_BETTER)["network"]
     place = {name: i for i, name in enumerate(order)}
     return found.sort_values("network", key=lambda names: names.map(place), kind="stable", ignore_index=True)
 
 
-def rank_agreement(short: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
+def rank_agreement(short: pd.DataFrame, full: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """How well one ranking of networks tells another, measure by measure.
 
     Parameters
@@ -169,36 +184,49 @@ def rank_agreement(short: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame : index measure; spearman (rank correlation over networks of their means over folds), p
-        (permutation of networks, one-sided; exact up to 7 networks), value, low, high (mean over folds of
-        the correlation within a fold, with its 95 % t interval), ceiling (mean correlation of the full
-        rankings of two folds: no other ranking can be expected to tell a fold's better). NaN where all
-        networks are equal.
+    DataFrame : index measure; spearman (rank correlation over networks, of their means over folds), p
+        (permutation of networks, one-sided; all permutations of up to 7 networks, else 9999), value, low,
+        high (mean over folds of the correlation within a fold, its 95 % t interval cut at -1 and 1),
+        between_folds (mean correlation of the full rankings of two folds). NaN where a value is, or all
+        networks are equal. p takes networks for exchangeable, although some may share a teacher.
     """
     rows = {}
     for measure in [m for m in short["measure"].unique() if m in set(full["measure"])]:
-        one, two = (
-            values[values["measure"] == measure].pivot(index="fold", columns="network", values="value")
-            for values in (short, full)
-        )
+        one, two = (_by_fold(values[values["measure"] == measure]) for values in (short, full))
         if set(one) != set(two) or len(one.columns) < 3 or not one.index.equals(two.index):
             raise ValueError(
-                f"{measure}: expected the same three or more networks and folds in both, got {one} and {two}"
+                f"{measure}: expected the same folds and three or more networks in both, got folds {list(one.index)} "
+                f"of {', '.join(one)} and {list(two.index)} of {', '.join(two)}"
             )
-        x, y = one.mean(), two[one.columns].mean()
-        tested = stats.permutation_test(
-            (x,),
-            lambda x, y=y: stats.spearmanr(x, y).statistic,
-            permutation_type="pairings",
-            alternative="greater",
-            n_resamples=9999,
-            random_state=0,
-        )
-        within = mean_interval(one.corrwith(two, axis=1, method="spearman"))
-        between = two.T.corr("spearman").to_numpy()
-        ceiling = between[np.triu_indices(len(two), 1)].mean()
-        rows[measure] = [tested.statistic, tested.pvalue, within.mean, within.low, within.high, ceiling]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["spearman", "p", "value", "low", "high", "ceiling"])
+        x, y = _standard_ranks(one), _standard_ranks(two[one.columns])
+        x_mean, y_mean = (_standard_ranks(v.mean(skipna=False).to_frame().T)[0] for v in (one, two[one.columns]))
+        within = mean_interval((x * y).sum(1))
+        between = (y @ y.T)[np.triu_indices(len(y), 1)].mean()
+        spearman, p = _permuted(x_mean, y_mean, seed)
+        rows[measure] = [spearman, p, within.mean, max(within.low, -1), min(within.high, 1), between]
+    columns = ["spearman", "p", "value", "low", "high", "between_folds"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _standard_ranks(values: pd.DataFrame) -> np.ndarray:
+    """Ranks within rows, centred and of length 1, so that products are Spearman's; NaN where that is undefined."""
+    ranks = stats.rankdata(values.to_numpy(dtype=float), axis=1, nan_policy="propagate")
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return ranks / np.where(length > 0, length, np.nan)
+
+
+def _permuted(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
+    """The product of two vectors (n,), and its permutation p, one-sided."""
+    value = float(x @ y)
+    if np.isnan(value):
+        return np.nan, np.nan
+    if len(x) <= 7:
+        drawn = np.array([x[list(order)] @ y for order in permutations(range(len(x)))])
+        return value, float((drawn >= value - 1e-12).mean())
+    rng = np.random.default_rng(seed)
+    drawn = np.array([rng.permutation(x) @ y for _ in range(9999)])
+    return value, float((1 + (drawn >= value - 1e-12).sum()) / 10_000)
 
 
 def name_chain(chain: Sequence[str]) -> str:
@@ -243,8 +271,9 @@ def rank_teachers(
 
     Parameters
     ----------
-    student : a model as for :func:`kdx.fit`.
-    candidates : a model, or several from the teacher to the last assistant, each.
+    student : name of a model as for :func:`kdx.fit`.
+    candidates : each the name of a model, or several from the teacher to the last assistant.
+    budget : epochs of student and base, at most the recipe's.
     embeddings : of the classes, for RS; None: :func:`kdx.label_embeddings` of their names.
     by : the measure that sorts the table: accuracy, RS L1, ..., agreement, KL or cost.
     technique, settings, k, seed, recipe, workers, stem, width, device, watched : as for :func:`kdx.cross_chains`.
@@ -254,20 +283,33 @@ def rank_teachers(
     -------
     Ranking : of networks named after their teachers, such as ``"resnet101 via resnet50"``. Accuracy and RS are
         gains over the base; cost is that of the whole chain, see :func:`measure_students`.
+
+    Raises
+    ------
+    ValueError : before anything is trained, for candidates, a budget, a measure or embeddings that do not
+        fit, and for too few held-out images.
     """
+    recipe = recipe or Recipe()
     if isinstance(candidates, str) or len(candidates) < 2:
         raise ValueError(f"candidates: expected at least two teachers to compare, got {candidates!r}")
-    if budget < 1:
-        raise ValueError(f"budget: expected at least 1 epoch, got {budget}")
-    lines = [[each] if isinstance(each, str) else list(each) for each in candidates]
+    if not isinstance(budget, int) or not 1 <= budget <= recipe.epochs:
+        raise ValueError(f"budget: expected 1 to {recipe.epochs} epochs, as many as the recipe's, got {budget!r}")
+    lines = [each if isinstance(each, list | tuple) else [each] for each in candidates]
+    if not all(isinstance(name, str) for line in lines for name in line):
+        raise ValueError(f"candidates: expected names of models, got {candidates!r}")
     chains = {name_chain([*line, student]): [*line, student] for line in lines}
     if len(chains) < len(lines):
         raise ValueError(f"candidates: expected different ones, got {', '.join(map(str, candidates))}")
     table = label_embeddings(data.classes) if embeddings is None else embeddings
     held_out = [data[rows] for _, rows in folds(data.labels, k, seed)]
     scoring = {"permutations": 0, "seed": seed, "batches": batches, "batch_size": batch_size} | scoring
-    for part in held_out:
-        balanced_batches(part.labels, batches, batch_size)  # are there enough? Before the training
+    for part in held_out:  # what could fail after the training is tried before it
+        balanced_batches(part.labels, batches, batch_size)
+    x, labels = held_out[0].card.normalize(held_out[0].images), held_out[0].labels
+    untrained = models.build(student, len(data.classes), stem, width, seed).eval()
+    tried = rs(untrained, x, labels, table, **scoring | {"batches": 2})
+    if by not in (choices := [*MEASURES, *("RS " + tried["stage"])]):
+        raise ValueError(f"by: expected one of {', '.join(choices)}, got {by!r}")
     runs = cross_chains(
         data, chains, technique=technique, settings=settings, k=k, seed=seed, recipe=recipe, budget=budget,
         workers=workers, watched=watched, stem=stem, width=width, device=device,

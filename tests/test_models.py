@@ -4,7 +4,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
+from kdx.models import MODELS, build, load_checkpoint, parse_name, save_checkpoint
 from kdx.saliency import activations
 from kdx.tracing import stages
 
@@ -175,3 +175,18 @@ def test_checkpoint_of_another_kind_is_a_clear_error(tmp_path):
         load_checkpoint(tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"expected a network from kdx.build, got Linear"):
         save_checkpoint(tmp_path / "x.safetensors", nn.Linear(2, 2), {})
+
+
+def test_build_takes_the_width_with_the_name():
+    assert build("resnet10@0.125", 10, width=0.5).architecture == build("resnet10", 10, width=0.125).architecture
+    assert parse_name("resnet18") == ("resnet18", 1.0)
+    assert parse_name("resnet18", 0.5) == ("resnet18", 0.5)
+    for name, message in {
+        "resnet10@wide": "such as resnet10@0.125, got 'resnet10@wide'",
+        "resnet10@": "such as resnet10@0.125, got 'resnet10@'",
+        "resnet10@nan": "width: expected at least 1/64, got nan",
+        "resnet10@0": "width: expected at least 1/64, got 0",
+        3: "expected the name of a model, such as resnet10@0.125, got 3",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build(name, 10)

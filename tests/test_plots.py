@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -71,3 +72,21 @@ def test_samples_prefer_images_with_masks():
     masks[12:18] = 1
     figure = plots.samples(dataset(30, masks=masks), per_class=2)
     assert sum(len(axes.get_images()) for axes in figure.axes) == 2 * 6
+
+
+def test_capacity_sweep_draws_every_measure_beside_what_the_student_has_alone():
+    rows = [
+        {"measure": m, "way": way, "size": size, "value": 0.5, "low": 0.4, "high": 0.7}
+        for m in ("accuracy", "distilled, L1")
+        for way, sizes in {"direct": (1, 4, 16), "assisted": (16,)}.items()
+        for size in sizes
+    ]
+    floor = pd.DataFrame({"value": [0.45, 0.1], "name": ["base", "second base"]}, ["accuracy", "distilled, L1"])
+    figure = plots.capacity_sweep(pd.DataFrame(rows), floor, "times")
+    assert [axes.get_title() for axes in figure.axes] == ["accuracy", "distilled, L1"]
+    for axes, alone in zip(figure.axes, (0.45, 0.1), strict=True):
+        direct, assisted = (container.lines[0].get_xdata().tolist() for container in axes.containers)
+        assert direct == [1, 4, 16]
+        assert assisted == pytest.approx([16], rel=0.1)
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [alone]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["base", "direct", "assisted", "second base"]

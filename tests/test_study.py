@@ -1,10 +1,13 @@
+import os
 from dataclasses import replace
 
+import joblib
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kdx import Recipe, cross_chains, cross_fit
+from kdx.progress import TERMINAL
 from kdx.runs import find_run
 
 QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "stem": "small", "width": 0.125, "device": "cpu"}
@@ -86,11 +89,13 @@ def test_cross_chains_share_teachers_and_give_the_budget_to_students(small):
 
 def test_cross_chains_name_what_is_wrong(small):
     for message, chains in {
-        "chains: expected one or more, named otherwise than the bases, got \\[\\]": {},
-        "got \\['base'\\]": {"base": CHAINS["direct"]},
+        "chains: expected name -> models, named otherwise than the bases, got {}": {},
+        "named otherwise than the bases, got {'base'": {"base": CHAINS["direct"]},
+        "named otherwise than the bases, got \\[\\['resnet10": list(CHAINS.values()),
+        "chains: expected different ones": {"one": ["resnet10", "resnet10@0.125"], "two": CHAINS["direct"]},
         "expected all to end in the same student": CHAINS | {"other": ["resnet10@0.25", "resnet18@0.125"]},
         "expected at least a teacher and a student": {"alone": ["resnet10@0.125"]},
-        "expected a model such as resnet10@0.125, got resnet10@wide": {"odd": ["resnet10@wide", "resnet10"]},
+        "expected a model such as resnet10@0.125, got 'resnet10@wide'": {"odd": ["resnet10@wide", "resnet10"]},
     }.items():
         with pytest.raises(ValueError, match=message):
             cross_chains(small, chains, k=2)
@@ -99,6 +104,7 @@ def test_cross_chains_name_what_is_wrong(small):
 def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monkeypatch):
     """In processes of their own, which write to the same store; a second call trains nothing."""
     at_once = cross_fit(small, workers=2, **PAIR)
+    elsewhere = os.environ.get(TERMINAL)
     assert {path.name for path in home.glob("runs/*")} == {run.key for run in at_once.values()}
     stamps = {run.path: run.path.stat().st_mtime_ns for run in at_once.values()}
     assert {run.path: run.path.stat().st_mtime_ns for run in cross_fit(small, workers=2, **PAIR).values()} == stamps
@@ -107,7 +113,14 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monk
     assert {name: run.key for name, run in one_by_one.items()} == {name: run.key for name, run in at_once.items()}
     for name, run in one_by_one.items():
         assert torch.allclose(run.model.fc.weight, at_once[name].model.fc.weight, atol=1e-3)
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    monkeypatch.setenv("KDX_HOME", str(home) + "-third")  # the processes live on, and write there now
+    with joblib.parallel_config(backend="threading"):  # threads would share one random generator
+        third = cross_fit(small, workers=2, **PAIR)
+    for name, run in third.items():
+        assert run.path.parent.parent.name.endswith("-third")
+        assert torch.equal(run.model.fc.weight, at_once[name].model.fc.weight)
+    assert os.environ.get(TERMINAL) == elsewhere
+    with pytest.raises(FloatingPointError, match=r"resnet10@0.125 \(\w+, seed \d\) is nan .*lower the learning rate"):
         cross_fit(small, workers=2, **PAIR | {"recipe": Recipe(epochs=1, batch_size=16, lr=1e9)})
     with pytest.raises(ValueError, match="workers: expected 0"):
         cross_fit(small, workers=-1, **PAIR)

@@ -95,20 +95,43 @@ def test_gains_are_within_the_fold_and_of_accuracy_and_rs_alone():
 def test_rank_agreement_against_all_orders():
     full = table({name: [value, value + 0.1] for name, value in zip("abcd", (4, 3, 2, 1), strict=True)})
     found = rank_agreement(full, full).loc["accuracy"]
-    assert found[["spearman", "value", "low", "high", "ceiling"]].tolist() == pytest.approx([1] * 5)
+    assert found[["spearman", "value", "low", "high", "between_folds"]].tolist() == pytest.approx([1] * 5)
     assert found["p"] == pytest.approx(1 / 24)
-    short = table({name: [value, -value] for name, value in zip("dbca", (4.5, 3, 2, 1), strict=True)})
-    short.loc[short["fold"] == 2, "value"] += 1.5 * -short.loc[short["fold"] == 2, "value"]
+    short = table({"a": [2, 4, 1], "b": [3, 1, 3], "c": [3, 2, 2], "d": [9, 3, 4]})
+    full = table({"a": [4, 4, 1], "b": [3, 3, 3], "c": [2, 1, 2], "d": [1, 2, 4]})
     found = rank_agreement(short, full).loc["accuracy"]
-    means = short.groupby("network")["value"].mean()
-    expected = stats.spearmanr(means, [4, 3, 2, 1]).statistic
-    at_least = [
-        stats.spearmanr(means[list(order)], [4, 3, 2, 1]).statistic >= expected - 1e-9 for order in orders("abcd")
-    ]
-    assert found["spearman"] == pytest.approx(expected)
+    one, two = (v.pivot(index="fold", columns="network", values="value") for v in (short, full))
+    x, y = one.mean(), two.mean()
+    at_least = [stats.spearmanr(x[list(order)], y).statistic >= found["spearman"] - 1e-9 for order in orders("abcd")]
+    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     assert found["p"] == pytest.approx(np.mean(at_least))
-    with pytest.raises(ValueError, match="expected the same three or more networks"):
+    within = [stats.spearmanr(one.loc[f], two.loc[f]).statistic for f in (1, 2, 3)]
+    assert found["value"] == pytest.approx(np.mean(within))
+    assert found["high"] <= 1
+    between = [stats.spearmanr(two.loc[f], two.loc[g]).statistic for f, g in ((1, 2), (1, 3), (2, 3))]
+    assert found["between_folds"] == pytest.approx(np.mean(between))
+    with pytest.raises(ValueError, match="expected the same folds and three or more networks in both"):
         rank_agreement(full, full[full["network"] != "a"])
+
+
+def test_rank_agreement_draws_permutations_of_many_networks():
+    values = np.random.default_rng(0).permuted(np.tile(np.arange(9.0), (2, 1)), axis=1)
+    short, full = (table({name: [v, v] for name, v in zip("abcdefghi", row, strict=True)}) for row in values)
+    found = rank_agreement(short, full).loc["accuracy"]
+    assert found["p"] == pytest.approx(stats.spearmanr(*values, alternative="greater").pvalue, abs=0.02)
+    assert rank_agreement(full, full).loc["accuracy", "p"] == pytest.approx(1e-4)
+
+
+def test_what_is_not_known_is_not_ranked():
+    full = table({"a": [1.0, 1.1], "b": [2.0, 2.1], "c": [3.0, np.nan]})
+    ranks = rank(full).set_index("network")[["best", "worst"]]
+    assert ranks.loc[["a", "b"]].to_numpy().tolist() == [[2, 2], [1, 1]]
+    assert ranks.loc["c"].isna().all()
+    assert rank_agreement(full, full).loc["accuracy", ["spearman", "p", "value"]].isna().all()
+    level = table({"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 1.0]})
+    assert rank_agreement(level, full.fillna(4)).loc["accuracy", ["spearman", "p", "value"]].isna().all()
+    with pytest.raises(ValueError, match=r"every network in every fold, got {'a': 2, 'b': 2, 'c': 1} folds"):
+        rank(full.dropna())
 
 
 def test_measures_of_chains(tiny_shapes):
@@ -121,6 +144,7 @@ def test_measures_of_chains(tiny_shapes):
     teacher, student = runs["direct", 2]
     answers = [kdx.evaluate(run.model, images, "cpu") for run in (student, teacher)]
     assert found["direct", 2, "accuracy"] == answers[0].accuracy
+    assert found["direct", 2, "teacher's accuracy"] == answers[1].accuracy
     assert found["direct", 2, "agreement"] == fidelity(*(a.logits for a in answers)).agreement
     x = images.card.normalize(images.images)
     scores = kdx.rs(student.model, x, images.labels, embeddings, **scoring).set_index("stage")["value"]
@@ -137,7 +161,7 @@ def test_rank_teachers_spends_the_budget_on_the_student_alone(tiny_shapes):
         STUDENT, [LARGE, [LARGE, MIDDLE]], tiny_shapes["train"], budget=1, batches=2, batch_size=20, **settings
     )
     assert set(found.table["network"]) == {LARGE, f"{LARGE} via {MIDDLE}"}
-    measures = {"accuracy", "RS L1", "RS L2", "RS L3", "RS L4", "agreement", "KL", "cost"}
+    measures = {"accuracy", "teacher's accuracy", "agreement", "KL", "cost", "RS L1", "RS L2", "RS L3", "RS L4"}
     assert set(found.table["measure"]) == measures
     assert (found.table["low"] <= found.table["value"]).all()
     assert (found.table["folds"] == 2).all()
@@ -149,17 +173,23 @@ def test_rank_teachers_spends_the_budget_on_the_student_alone(tiny_shapes):
     assert cost[f"{LARGE} via {MIDDLE}"] == pytest.approx(2 * 3 * large + 2 * (3 * middle + large) + 3 * small + middle)
 
 
-def test_rank_teachers_names_what_is_wrong(tiny_shapes):
-    def check(message, student=STUDENT, candidates=(LARGE, MIDDLE), error=ValueError, **settings):
+def test_rank_teachers_names_what_is_wrong_before_it_trains(tiny_shapes, home):
+    def check(message, candidates=(LARGE, MIDDLE), error=ValueError, **settings):
+        settings = {"batches": 2, "batch_size": 20} | QUICK | settings
         with pytest.raises(error, match=message):
-            rank_teachers(
-                student, candidates, tiny_shapes["train"], **{"batches": 2, "batch_size": 20} | QUICK | settings
-            )
+            rank_teachers(STUDENT, candidates, tiny_shapes["train"], **settings)
 
     check("at least two teachers to compare, got 'resnet18'", candidates="resnet18")
     check("at least two teachers to compare", candidates=[LARGE])
     check("candidates: expected different ones", candidates=[LARGE, [LARGE]])
-    check("budget: expected at least 1 epoch, got 0", budget=0)
+    check("chains: expected different ones", candidates=["resnet10", "resnet10@0.250"])
+    check("candidates: expected names of models, got \\[3", candidates=[3, LARGE])
     check("unknown model 'resnet11'", candidates=["resnet11", LARGE])
+    check("budget: expected 1 to 1 epochs, as many as the recipe's, got 0", budget=0)
+    check("budget: expected 1 to 1 epochs, as many as the recipe's, got 2", budget=2)
+    check("by: expected one of accuracy, .*, RS L4, got 'RS L9'", by="RS L9")
+    check("embeddings", embeddings=torch.rand(3, 4))
+    check("permutation", permutation=9, error=TypeError)
     check("more images than", batch_size=64)
+    assert not (home / "runs").exists()
     assert name_chain(["a", "b", "c"]) == "a via b"
