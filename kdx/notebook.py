@@ -74,7 +74,9 @@ def interval_cell(values: pd.Series, form: str = "+.2f") -> str:
 
 def rank_cell(row: Mapping[str, Any]) -> str:
     """The ranks that a network may have, of :func:`kdx.teachers.rank`."""
-    return f"{row['best']}" if row["best"] == row["worst"] else f"{row['best']} to {row['worst']}"
+    if pd.isna(row["best"]):
+        return "unknown"
+    return f"{row['best']:.0f}" if row["best"] == row["worst"] else f"{row['best']:.0f} to {row['worst']:.0f}"
 
 
 def multiline(table: pd.DataFrame) -> Styler:

@@ -24,6 +24,7 @@ ROLES |= {"response": ROLES["student"], "overhaul": "#7a4fa3", "attention": "#3b
 ROLES |= {"second base": "#8a8fb5", "random teacher": "#b99b8b", "untrained": "#bbbbbb"}
 ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": ROLES["second base"]}
 ROLES |= {"direct": ROLES["student"], "assisted": ROLES["overhaul"]}
+ROLES |= {"distant teacher": ROLES["teacher"], "assistant": "#8f8f8f"}
 MAPS = "magma"
 INK = "#222222"
 

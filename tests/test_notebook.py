@@ -75,6 +75,7 @@ def test_cells_of_tables():
     assert score_cell(row | {"p": 0.02}) == "0.250\n[0.125, 0.500]\np = 0.020"
     assert score_cell(row | {"p": float("nan")}) == "0.250\n[0.125, 0.500]"
     assert score_cell({"value": 1.0, "low": -1.0, "high": 3.0}, "+.1f") == "+1.0\n[-1.0, +3.0]"
-    assert [rank_cell({"best": 1, "worst": worst}) for worst in (1, 3)] == ["1", "1 to 3"]
+    assert [rank_cell({"best": 1.0, "worst": worst}) for worst in (1, 3)] == ["1", "1 to 3"]
+    assert rank_cell({"best": float("nan"), "worst": float("nan")}) == "unknown"
     assert interval_cell(pd.Series([0.5])) == "+0.50"
     assert interval_cell(pd.Series([1.0, 2.0, 3.0])) == "+2.00 [-0.48, +4.48]"
