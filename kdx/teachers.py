@@ -69,6 +69,7 @@ def measure_students(
     images: Callable[[int], Dataset],
     embeddings: Tensor,
     device: str = "auto",
+    tested: dict[tuple[str, int], Evaluation] | None = None,
     **scoring: Any,
 ) -> pd.DataFrame:
     """What the last network of every chain is worth, and what it took to get there.
@@ -78,6 +79,8 @@ def measure_students(
     chains : (name, fold) -> runs from the teacher to the student, from :func:`kdx.cross_chains`.
     images : fold -> images that its networks were not trained on.
     embeddings, scoring : of :func:`kdx.rs`.
+    tested : a dict of the caller, in which the evaluations of students and their teachers are kept and
+        found again: (key of the run, fold) -> :class:`kdx.distill.Evaluation`.
 
     Returns
     -------
@@ -86,7 +89,7 @@ def measure_students(
         image in all epochs of all links, three forward passes a step and one of the teacher, at full size.
     """
     rows = []
-    answers: dict[tuple[str, int], Evaluation] = {}
+    answers = {} if tested is None else tested
     for (name, fold), runs in chains.items():
         data = images(fold)
         for run in runs[-2:]:
