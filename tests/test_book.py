@@ -88,7 +88,7 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 7 + 3 * 11
+    assert len(stamps) == 8 + 3 * 36
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("unchanged") == 4
@@ -379,7 +379,7 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
         (["data", "prepare", "shapes"], "shapes needs no preparation"),
         (["data", "prepare", "petimages"], "petimages is not on this machine at 96 px: get it with `kdx data get"),
-        (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found table1.csv in"),
+        (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found table1.csv, table2.csv in"),
         (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, classes"),
         (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
         (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),
