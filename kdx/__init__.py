@@ -5,8 +5,9 @@ Explaining knowledge distillation of PyTorch networks: data, models, training, s
 
 from kdx.background import background_control, explained_share
 from kdx.cards import DATASETS
+from kdx.chains import distill_chain
 from kdx.data import Dataset, folds, load_dataset, prepare
-from kdx.distill import Recipe, distill_chain, evaluate, fit
+from kdx.distill import Recipe, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
 from kdx.perturb import perturb

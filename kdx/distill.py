@@ -1,8 +1,7 @@
 """Training: on labels alone, or with the help of a teacher.
 
 :func:`fit` trains one network with one of the ``TECHNIQUES``, or several joined, and keeps the
-result in the run store, so that the same training is never done twice. :func:`distill_chain` trains
-a network through teacher assistants.
+result in the run store, so that the same training is never done twice.
 """
 
 from __future__ import annotations
@@ -10,12 +9,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -157,88 +154,6 @@ def fit(
     )
 
 
-def distill_chain(
-    chain: Sequence[str | Run],
-    train: Dataset,
-    validation: Dataset,
-    *,
-    technique: str = "response",
-    stem: str = "small",
-    width: float | None = None,
-    recipe: Recipe | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    **settings: Any,
-) -> list[Run]:
-    """Distil through teacher assistants (Mirzadeh et al. 2020): each network is taught by the one before.
-
-    Parameters
-    ----------
-    chain : models as for :func:`fit`, from the teacher, which learns from labels alone, to the
-        student: ``["resnet101", "resnet50", "resnet18"]``. Families may differ. A finished run may
-        stand first.
-    technique, settings : of every link.
-    recipe, seed, stem, width, device : of every network, as for :func:`fit`.
-
-    Returns
-    -------
-    list of Run : one a network, in the order of the chain; each is in the run store, so chains that
-        begin alike share what they have in common.
-
-    Raises
-    ------
-    ValueError : before anything is trained, where the chain has fewer than two networks, a name or a
-        setting is unknown, classes differ, or the technique does not find the same stages in both
-        networks of a link. An assistant or student with more parameters than its teacher is a warning.
-    """
-    recipe = recipe or Recipe()
-    check_chain(chain, train, technique, stem=stem, width=width, **settings)
-    first, *others = chain
-    common: dict[str, Any] = {"recipe": recipe, "seed": seed, "stem": stem, "width": width, "device": device}
-    runs = [fit(first, train, validation, **common) if isinstance(first, str) else first]
-    for model in others:
-        assert isinstance(model, str)
-        runs.append(fit(model, train, validation, technique=technique, teacher=runs[-1], **common, **settings))
-    return runs
-
-
-def check_chain(
-    chain: Sequence[str | Run],
-    train: Dataset,
-    technique: str,
-    *,
-    stem: str = "small",
-    width: float | None = None,
-    **settings: Any,
-) -> None:
-    """The errors and warnings of :func:`distill_chain`, without training."""
-    if isinstance(chain, str) or len(chain) < 2:
-        raise ValueError(f"chain: expected at least a teacher and a student, got {chain!r}")
-    first, *others = chain
-    if not isinstance(first, str | Run) or not all(isinstance(model, str) for model in others):
-        raise ValueError(f"chain: expected names of models, with at most the first a run, got {chain!r}")
-    parts = find_techniques(technique, settings)
-    if not all(part.needs_teacher for part in parts):
-        raise ValueError(f"chain: expected a technique that learns from a teacher, got {technique!r}")
-    if isinstance(first, Run) and first.classes != train.classes:
-        raise ValueError(
-            f"expected a teacher of the classes {', '.join(train.classes)}, got one of {', '.join(first.classes)}"
-        )
-    networks = [
-        models.build(link, len(train.classes), stem, width, seed=0) if isinstance(link, str) else link.model.cpu()
-        for link in chain
-    ]
-    image = train.card.normalize(train.images[:1])
-    for teacher, student in pairwise(networks):
-        _find_taps(parts, [student, teacher], image)
-        ours, theirs = (sum(weight.numel() for weight in network.parameters()) for network in (student, teacher))
-        if ours > theirs:
-            names = [f"{n.architecture['name']}@{n.architecture['width']:g}" for n in (student, teacher)]
-            warnings.warn(
-                f"{names[0]} ({ours:,} parameters) is larger than its teacher {names[1]} ({theirs:,})", stacklevel=3
-            )
-
-
 def _train(
     student: models.Network,
     train: Dataset,
@@ -310,7 +225,7 @@ class _Objective:
         self.parts = parts
         self.networks = [network for network in (student, teacher) if network is not None]
         self.label_weight = math.prod(part.label_weight for part in parts)
-        self.taps = _find_taps(parts, self.networks, images)
+        self.taps = find_taps(parts, self.networks, images)
         self.captured: list[list[dict[str, Tensor]]] = []
         self.copy = False  # unless layers that work in place follow a tap
         self.adapters = nn.ModuleList()
@@ -379,7 +294,7 @@ class _Objective:
         return logits[0], loss
 
 
-def _find_taps(parts: Sequence[Technique], networks: Sequence[nn.Module], images: Tensor) -> list[list[dict[str, Tap]]]:
+def find_taps(parts: Sequence[Technique], networks: Sequence[nn.Module], images: Tensor) -> list[list[dict[str, Tap]]]:
     """Of each technique, where it looks at each of student and teacher: at the same stages."""
     found = [[part.taps(network, images) for network in networks] for part in parts]
     for part, taps in zip(parts, found, strict=True):

@@ -15,8 +15,9 @@ import joblib
 import torch
 
 from kdx import models
+from kdx.chains import check_chain
 from kdx.data import Dataset, folds
-from kdx.distill import Recipe, check_chain, fit, pick_device
+from kdx.distill import Recipe, fit, pick_device
 from kdx.home import data_home
 from kdx.progress import TERMINAL, progress
 from kdx.runs import Run

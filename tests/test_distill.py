@@ -7,13 +7,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kdx import data, distill, models, runs
-from kdx.distill import Recipe, distill_chain, evaluate, fit
+from kdx.chains import distill_chain
+from kdx.distill import Recipe, evaluate, fit
 from kdx.techniques import TECHNIQUES, Technique, technique
 from tests.networks import Small
 
@@ -255,18 +257,19 @@ def test_run_key_ignores_comments_but_not_code(tmp_path):
 
 
 def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "kdx.cli",
-        "run",
-        "01_gradcam",
-        "--profile",
-        "smoke",
-        "-o",
-        str(tmp_path / "out.ipynb"),
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook.cells = [
+        nbformat.v4.new_code_cell("epochs: int = 6  # of every network", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(
+            "import kdx\n"
+            "kdx.cross_fit(kdx.load_dataset('shapes', 'train', limit=400), teacher='resnet10', student='resnet10', "
+            "techniques=['response', 'overhaul', 'attention'], k=2, controls=1, width=0.125, "
+            "recipe=kdx.Recipe(epochs=epochs, batch_size=32))"
+        ),
     ]
-    command += ["-p", "epochs=6", "-p", "limit=400"]
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    command = [sys.executable, "-m", "kdx.cli", "run", str(tmp_path / "n.ipynb"), "-o", str(tmp_path / "out.ipynb")]
     environment = os.environ | {"KDX_HOME": str(home)}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     store = home / "runs"
