@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdx.folders import UNKNOWN
-from kdx.tracing import evaluating, stages
+from kdx.tokens import first_tensor, to_grid
+from kdx.tracing import evaluating, stages, unwrapped
 
 CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
 
@@ -36,8 +37,10 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
 
     Returns
     -------
-    dict : stage -> output of its module, (n, k, h, w) for a convolutional stage.
+    dict : stage -> output of its module (the first, of several): (n, k, h, w) for a convolutional
+        stage, tokens (n, t, k) for one of a transformer.
     """
+    model = unwrapped(model)
     check_input(model, images)
     at_once = CHUNK["cpu" if images.device.type == "cpu" else "gpu"]
     chunks = images.split(max(1, at_once // math.prod(images.shape[1:])))
@@ -107,17 +110,18 @@ def capture(
     versions: dict[str, int] = {}
 
     def keep(stage: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = first_tensor(output)
+            if not isinstance(tensor, Tensor):
                 kind = "input" if stage in inputs else "output"
                 raise TypeError(f"{stage} ({layers[stage]}): expected a tensor {kind}, got {type(output).__name__}")
-            if gradients and not output.requires_grad:
-                output = output.detach().requires_grad_()
-            captured[stage] = output
-            if copy or output.is_inference():
+            if gradients and not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            captured[stage] = tensor
+            if copy or tensor.is_inference():
                 versions.pop(stage, None)
-                return output.clone()
-            versions[stage] = output._version
+                return (tensor.clone(), *output[1:]) if isinstance(output, tuple) else tensor.clone()
+            versions[stage] = tensor._version
             return None
 
         def before(module: nn.Module, args: Any) -> Any:
@@ -173,6 +177,7 @@ def grad_cam(
     -------
     dict : stage -> float32 map (n, h, w) >= 0, at the stage's own resolution.
     """
+    model = unwrapped(model)
     check_input(model, images)
     with torch.inference_mode(False), torch.enable_grad():
         images = _plain(images)
@@ -192,7 +197,7 @@ def grad_cam(
     for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
-        check_grid(stage, layers[stage], activation)
+        activation, gradient = (to_grid(stage, layers[stage], values) for values in (activation, gradient))
         with torch.autocast(images.device.type, enabled=False):
             weights = gradient.float().mean(dim=(2, 3))  # (n, k)
             activation = activation.detach().float()  # (n, k, h, w)
@@ -251,13 +256,8 @@ def _cells(fine: int, coarse: int) -> Tensor:
 def check_input(model: nn.Module, images: Tensor) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
+    if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"expected a plain module, got {type(model).__name__}; pass the network inside it")
-
-
-def check_grid(stage: str, module: str, activation: Tensor) -> None:
-    if activation.ndim != 4:
-        raise ValueError(f"{stage} ({module}): expected (n, k, h, w), got {tuple(activation.shape)}")
 
 
 def _plain(tensor: Tensor) -> Tensor:

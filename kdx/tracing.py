@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from kdx.tokens import Layer, token_stages
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of DataParallel or DistributedDataParallel; any other is itself."""
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return model.module if parallel else model
+
 
 class evaluating:  # noqa: N801
     """Context manager: evaluation mode inside, every module's own mode back at the end."""
@@ -57,7 +65,12 @@ def _feature_map(*values: Any) -> Tensor | None:
     return next((v for v in values if isinstance(v, Tensor) and v.ndim == 4), None)
 
 
-def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str] | None = None) -> dict[str, str]:
+def stages(
+    model: nn.Module,
+    images: Tensor | None = None,
+    modules: Sequence[str] | None = None,
+    reshape: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, str]:
     """Names of the modules whose outputs are the stages L1, L2, ... of a CNN, shallow to deep.
 
     A stage ends with the last module before each spatial down-sampling, and with the last before
@@ -71,11 +84,19 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
     images : (n, c, h, w), what the network takes; only the first is used. None: zeros of
         224 x 224 with the channels of the first convolution.
     modules : names as in ``model.named_modules()``, which override the search.
+    reshape : what makes feature maps (n, k, h, w) of a stage's output, where that is neither
+        those already nor tokens (n, t, k) of a square. The names that are returned carry it with them.
+
+    A vision transformer has no resolutions to tell stages by: they are the last blocks of the quarters
+    of its depth.
 
     Raises
     ------
     ValueError : an unknown module name, or a network without stages.
     """
+    model = unwrapped(model)
+    if reshape is not None:
+        return {stage: Layer(name, reshape) for stage, name in stages(model, images, modules).items()}
     if modules is not None:
         known = dict(model.named_modules())
         if unknown := [name for name in modules if name not in known]:
@@ -90,7 +111,7 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
     root, counts = _trace(model, images[:1])
     units = _units(root)
     found: list[tuple[str, tuple[int, int]]] = []
-    for unit, following in zip(units, [*units[1:], None], strict=True):
+    for unit, following in zip(units, [*units[1:], None][: len(units)], strict=True):
         if following is not None and unit.after == following.after:
             continue
         group = [u for u in units if u.after == unit.after and counts[u.name] == 1]
@@ -98,7 +119,11 @@ def stages(model: nn.Module, images: Tensor | None = None, modules: Sequence[str
             continue
         found.append((_innermost(group[-1]), unit.after))
     shrinking = all(a >= b for (_, s), (_, t) in pairwise(found) for a, b in zip(s, t, strict=True))
-    if not found or not shrinking:  # a transformer's (n, h, w, c) grows in its last dimension
+    if len(found) < 2 or not shrinking:  # of a transformer, its patches at most
+        with evaluating(model):
+            if names := token_stages(model, images[:1]):
+                return {f"L{i}": name for i, name in enumerate(names, 1)}
+    if not found or not shrinking:  # (n, h, w, c) grows in its last dimension
         raise ValueError(
             f"{type(model).__name__}: found no sequence of shrinking feature maps (n, c, h, w); "
             "name its stages with modules=[...]"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kdx import distance
-from kdx.saliency import activations, agreement, check_grid
+from kdx.saliency import activations, agreement
+from kdx.tokens import to_grid
 from kdx.tracing import stages
 
 METHODS = ("cam", "hires")
@@ -111,9 +112,7 @@ class Reference:
         captures = []
         for network, x, layers in zip(self.networks, images, self.layers, strict=True):
             found = activations(network, x, layers)
-            for stage, activation in found.items():
-                check_grid(stage, layers[stage], activation)
-            captures.append(found)
+            captures.append({stage: to_grid(stage, layers[stage], output) for stage, output in found.items()})
         return {stage: (captures[0][stage].float(), captures[1][stage].float()) for stage in self.layers[0]}
 
 

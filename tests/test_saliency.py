@@ -177,10 +177,8 @@ def test_grad_cam_refuses_bad_input(network):
         grad_cam(network, x, 0, {"L1": "nope"})
     with pytest.raises(ValueError, match=r"expected one output of shape \(n, classes\).*got \[\(2, 2, 32, 32\)\]"):
         grad_cam(nn.Conv2d(3, 2, 1), x, 0, {"L1": ""})
-    with pytest.raises(ValueError, match=r"L1 \(fc\): expected \(n, k, h, w\), got \(2, 10\)"):
+    with pytest.raises(ValueError, match=r"L1 \(fc\): expected feature maps .*, got \(2, 10\)"):
         grad_cam(network, x, 0, {"L1": "fc"})
-    with pytest.raises(ValueError, match="expected a plain module, got DataParallel"):
-        grad_cam(nn.DataParallel(network), x, 0)
     with pytest.raises(RuntimeError, match="Double"):  # torch's own error
         grad_cam(network, x.double(), 0)
     assert not any(m._forward_hooks for m in network.modules())
