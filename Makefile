@@ -1,10 +1,11 @@
-# make book: everything from a fresh clone to the HTML    make test: the whole test suite
+# make book: everything from a fresh clone to the HTML    make explore: the explorer, in a browser
+# make test: the whole test suite
 PYTHON ?= python3
 PROFILE ?= quick
 CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` takes the newest versions instead
 BIN = .venv/bin
 
-.PHONY: install book test clean
+.PHONY: install book explore test clean
 
 install: .venv/installed
 
@@ -14,8 +15,10 @@ install: .venv/installed
 	echo "installation: $$(( $$(date +%s) - start )) s" && touch $@
 
 book: install
-	@start=$$(date +%s); $(BIN)/kdx data get cifar10 && echo "data: $$(( $$(date +%s) - start )) s"
 	@$(BIN)/kdx book --profile $(PROFILE)
+
+explore: install
+	JUPYTER_PATH=book/_voila $(BIN)/voila --template kdx notebooks/explorer.ipynb
 
 test: install
 	@$(BIN)/ruff check .

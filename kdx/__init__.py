@@ -10,6 +10,7 @@ from kdx.data import Dataset, folds, load_dataset, prepare
 from kdx.distill import Recipe, evaluate, fit
 from kdx.labels import label_embeddings
 from kdx.models import MODELS, build, load_checkpoint, save_checkpoint
+from kdx.own import load_own
 from kdx.perturb import perturb
 from kdx.runs import Run
 from kdx.saliency import activations, agreement, capture, grad_cam, mass_on
@@ -52,6 +53,7 @@ __all__ = [
     "label_embeddings",
     "load_checkpoint",
     "load_dataset",
+    "load_own",
     "mass_on",
     "perturb",
     "prepare",

@@ -101,18 +101,18 @@ def check_names(notebook: Path, parameters: Mapping[str, Any]) -> None:
         raise ValueError(f"{notebook.name}: unknown parameters {', '.join(unknown)}; choose from: {', '.join(known)}")
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder: Path | None = None) -> None:
     """Execute a notebook in a fresh kernel; ``output`` appears only if every cell succeeded.
 
-    A failed one is kept beside it as ``<name>.failed.ipynb``.
+    A failed one is kept beside it as ``<name>.failed.ipynb``. The kernel runs in ``folder``; None: the
+    notebook's.
     """
     check_names(notebook, parameters)
     if output.is_dir():
         raise ValueError(f"expected a file to write, got the folder {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_suffix(".failed.ipynb")
-    # The kernel runs in the notebook's folder, and without a terminal of its own.
-    passed_on = {
+    passed_on = {  # the kernel has no terminal of its own
         "KDX_HOME": str(data_home()),
         "KDX_DATA": os.pathsep.join(map(str, places()[1:])),
         TERMINAL: terminal() or "",
@@ -126,7 +126,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
             dict(parameters),
             kernel_name="python3",
             progress_bar=False,
-            cwd=notebook.parent,
+            cwd=folder or notebook.parent,
             extra_arguments=["--log-level=40"],  # errors of the kernel alone
         )
     except PapermillExecutionError as error:
@@ -162,7 +162,7 @@ def execute_page(page: Page) -> str:
         return f"not built, {dataset} is not here"
     key = page_key(page)
     if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
-        _publish(page.executed)
+        publish_pictures(page.executed)
         return "unchanged"
     stamp.unlink(missing_ok=True)
     execute(page.notebook, page.executed, page.parameters)
@@ -171,7 +171,7 @@ def execute_page(page: Page) -> str:
         first = notebook.cells[0]
         first.source = re.sub(r"\A# .*", lambda _: f"# {page.title}", first.source)
         nbformat.write(notebook, page.executed)
-    _publish(page.executed)
+    publish_pictures(page.executed)
     stamp.write_text(key)
     return "executed"
 
@@ -203,7 +203,7 @@ def _write_placeholder(page: Page, card: Card) -> None:
     nbformat.write(notebook, page.executed)
 
 
-def _publish(executed: Path) -> None:
+def publish_pictures(executed: Path) -> None:
     """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as
     ``<page>_NAME``, where prose pages can show it."""
     for cell in nbformat.read(executed, as_version=4).cells:

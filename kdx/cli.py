@@ -1,4 +1,4 @@
-"""The command line: ``kdx data``, ``kdx run``, ``kdx book``."""
+"""The command line: ``kdx data``, ``kdx run``, ``kdx book``, ``kdx explain``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,16 +31,16 @@ def _setup() -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Expected errors end as one message and exit code 1, without a traceback."""
+def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
+    """Expected errors end as one message and an exit code, without a traceback unless ``debug``."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        typer.secho(f"error: {error}; install the extra: pip install 'kdx[book]'", fg="red", err=True)
-        raise typer.Exit(1) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+    except (ModuleNotFoundError, OSError, ValueError, RuntimeError) as error:
+        if debug:
+            raise
+        extra = "; install the extra: pip install 'kdx[book]'" if isinstance(error, ModuleNotFoundError) else ""
+        typer.secho(f"error: {error}{extra}", fg="red", err=True)
+        raise typer.Exit(code) from error
 
 
 @data.command("list")
@@ -132,12 +132,42 @@ def build(
         from kdx import book
 
         root = book.find_root(root)
-        for page in book.load_pages(root, profile):
+        pages = book.load_pages(root, profile)
+        for name in dict.fromkeys(name for page in pages for name in page.datasets):
+            if name in DATASETS and DATASETS[name].sources and not DATASETS[name].layout:  # photographs only if asked
+                with _seconds("data"):
+                    fetch(name)
+        for page in pages:
             with _seconds(f"page {page.name}") as note:
                 note.append(book.execute_page(page))
         with _seconds("html"):
             index = book.build_html(root)
         typer.echo(f"the book: {index}")
+
+
+@app.command()
+def explain(
+    student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
+    base: Annotated[Path, typer.Option(help="checkpoint of what the student is compared with")],
+    data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
+    base2: Annotated[Path | None, typer.Option(help="a second base, from another seed: the control")] = None,
+    build: Annotated[str, typer.Option(help="module:function that makes the network; not for checkpoints of kdx")] = "",
+    build_base: Annotated[str, typer.Option(help="of the bases, if it is another one")] = "",
+    size: Annotated[int, typer.Option(help="pixels a side of the networks' input")] = 224,
+    limit: Annotated[int, typer.Option(help="most images, as many of each class")] = 256,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value of notebooks/04_own_models")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("report"),
+    debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
+) -> None:
+    """Explain what a student holds and its base lacks: one folder with a self-contained report."""
+    with _errors(code=2, debug=debug), _seconds("explain"):
+        from kdx import book, report
+
+        paths = {"student": student, "base": base, "base2": base2 or "", "data": data}
+        given: dict[str, Any] = {name: str(path) for name, path in paths.items()}
+        given |= {"build": build, "build_base": build_base, "size": size, "limit": limit}
+        given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
+        typer.echo(report.explain(given, out))
 
 
 @contextmanager

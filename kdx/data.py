@@ -142,7 +142,7 @@ def load_dataset(
         images, labels, masks = card.read(folder, split, seed)
         whole = _resize(Dataset(images, labels, card, masks), size)
     if normalisation is not None:
-        mean, std = _check_normalisation(normalisation, whole.card.size[0])
+        mean, std = check_normalisation(normalisation, whole.card.size[0])
         whole = replace(whole, card=replace(whole.card, mean=mean, std=std))
     return whole.limit(limit, seed)
 
@@ -225,7 +225,7 @@ def _resize(whole: Dataset, size: int | None) -> Dataset:
     return Dataset(images, whole.labels, card, masks)
 
 
-def _check_normalisation(
+def check_normalisation(
     normalisation: Sequence[Sequence[float]], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     try:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -163,6 +163,21 @@ def scan(source: Path, layout: Layout) -> tuple[list[Item], dict[str, str]]:
     return items, refused
 
 
+def list_files(source: Path) -> tuple[list[Item], dict[str, str]]:
+    """What :func:`scan` finds by class; of a folder without subfolders, its files, of class ``""``."""
+    if not source.is_dir() or any(f.is_dir() and _as_it_is(f.name) for f in source.iterdir()):
+        return scan(source, Layout())
+    items, refused = [], {}
+    for path in _walk(source := source.resolve()):
+        file = printable(path.relative_to(source))
+        try:
+            _check_place(path, source)
+            items.append(Item(path, file, "", ""))
+        except RefusedError as reason:
+            refused[file] = str(reason)
+    return items, refused
+
+
 def find_roots(source: Path, layout: Layout) -> list[tuple[Path, str]]:
     """Folders that hold those of the classes, each with the split it is for (empty: not said)."""
     if not source.is_dir():
@@ -255,7 +270,7 @@ def _stat(path: Path) -> tuple[int, ...]:
 # --- one image ---------------------------------------------------------------------------------------
 
 
-def decode(path: Path) -> tuple[Image.Image, str]:
+def decode(path: Path | IO[bytes]) -> tuple[Image.Image, str]:
     """A file as an upright RGB picture, and what had to be done for it (empty: nothing).
 
     Raises
@@ -290,7 +305,9 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         raise RefusedError(f"unreadable: {one_line(error)}") from error
 
 
-def _prepare_image(item: Item, layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray, str] | RefusedError:
+def prepare_image(
+    item: Item, layout: Layout = Layout(), *, size: int
+) -> tuple[np.ndarray, np.ndarray, str] | RefusedError:
     """The image (3, size, size) and mask (1, size, size) in its middle, and a note."""
     try:
         picture, note = decode(item.path)
@@ -307,13 +324,15 @@ def _prepare_image(item: Item, layout: Layout, size: int) -> tuple[np.ndarray, n
                     f"{segmented.width} x {segmented.height} pixels, the image {picture.width} x {picture.height}"
                 )
             object_ = Image.fromarray((np.asarray(segmented).max(2) > BACKGROUND).astype(np.uint8))
-            mask = _resize(object_, size, v2.InterpolationMode.NEAREST)
+            mask = resize_square(object_, size, v2.InterpolationMode.NEAREST)
         except RefusedError as reason:
             note = f"{note}; " * bool(note) + f"mask refused: {reason}"
-    return _resize(picture, size, v2.InterpolationMode.BILINEAR), mask, note
+    return resize_square(picture, size), mask, note
 
 
-def _resize(picture: Image.Image, size: int, interpolation: v2.InterpolationMode) -> np.ndarray:
+def resize_square(
+    picture: Image.Image, size: int, interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
+) -> np.ndarray:
     """The middle square, resized to ``size`` pixels a side, as (channels, size, size)."""
     square = v2.CenterCrop(min(picture.size))
     transform = v2.Compose([square, v2.Resize((size, size), interpolation), v2.PILToTensor()])
@@ -419,7 +438,7 @@ def _decode_all(folder: Path, items: list[Item], refused: dict[str, str], layout
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files: what cannot be read is refused
         for start in range(0, len(items), BLOCK):
             block = items[start : start + BLOCK]
-            decoded = pool.map(partial(_prepare_image, layout=layout, size=size), block)
+            decoded = pool.map(partial(prepare_image, layout=layout, size=size), block)
             for item, result in zip(block, decoded, strict=True):
                 bar.update()
                 if isinstance(result, RefusedError):

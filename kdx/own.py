@@ -1,51 +1,85 @@
-"""Networks that kdx did not train: built by a function of yours, with weights from a file of yours."""
+"""A pair of your own: networks built by your functions, with weights from your files, and a folder of images."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from kdx.data import check_normalisation
+from kdx.home import one_line
+from kdx.models import load_checkpoint
+from kdx.saliency import logits_of
+from kdx.tracing import evaluating, unwrapped
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights
 SHOWN = 3  # keys named in a message
+IMAGENET = {  # normalisation by the number of channels
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: ((0.449,), (0.226,)),
+}
 
 
-def find_builder(where: str) -> Callable[[], nn.Module]:
-    """The function of ``"module:function"``; modules of the working directory are found as well."""
-    module, colon, name = where.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"build: expected module:function, such as mymodels:resnet, got {where!r}")
+def find_builder(where: str) -> Callable[[], Any]:
+    """What ``"module:function"`` names, or ``"timm:create_model('vit_tiny_patch16_224')"``, with arguments.
+
+    Arguments are literals. Modules of the working directory are found as well.
+
+    Raises
+    ------
+    ValueError : another form, no such module or function, arguments that are no literals.
+    """
+    module, colon, rest = where.partition(":")
+    try:
+        call = ast.parse(rest.strip(), mode="eval").body
+        function, arguments, named = (
+            (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
+        )
+        positional = [ast.literal_eval(argument) for argument in arguments]
+        by_name = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in named}
+        name = ast.unparse(function)
+        if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+            raise ValueError("no names")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            "expected module:function, such as mymodels:resnet or torchvision.models:resnet18(num_classes=10), got "
+            f"{where!r}"
+        ) from error
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"build: no module {error.name} for {where!r}; run this in the folder that holds it"
-        ) from error
+        raise ValueError(f"no module {error.name} for {where!r}; run this in the folder that holds it") from error
     for part in name.split("."):
         if (found := getattr(found, part, None)) is None:
-            raise ValueError(f"build: {module} has no {name}")
+            raise ValueError(f"{where!r}: {module} has no {name}")
     if not callable(found):
-        raise ValueError(f"build: expected a function that returns a network, got {type(found).__name__} {where}")
-    return found
+        raise ValueError(f"{where!r}: expected a function, got {type(found).__name__}")
+    return partial(found, *positional, **by_name)
 
 
 def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Module:
-    """A network of your own, in evaluation mode on the CPU.
+    """A network of your own, in evaluation mode on the CPU, in float32 whatever precision it was stored in.
 
     Parameters
     ----------
-    build : what returns the network, or ``"module:function"``.
+    build : what returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a
+        checkpoint of kdx, which knows its architecture.
     weights : a file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a
         checkpoint (under state_dict or model, say) and the prefix of DataParallel are found.
 
@@ -54,9 +88,17 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     ValueError : no such file, one that only executing its code could open, keys or shapes that are not the
         network's, weights that are not finite, or a function that does not return a network.
     """
-    model = (find_builder(build) if isinstance(build, str) else build)()
+    if not build:
+        if not header_of(weights):
+            raise ValueError(f"{weights}: not a checkpoint of kdx; say what builds its network, as module:function")
+        return load_checkpoint(weights)[0]
+    try:
+        model = (find_builder(build) if isinstance(build, str) else build)()
+    except TypeError as error:
+        raise ValueError(f"build {build!r}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"build: expected a torch.nn.Module from {build}, got {type(model).__name__}")
+        raise ValueError(f"build: expected a torch.nn.Module from {build!r}, got {type(model).__name__}")
+    model = unwrapped(model)
     path = Path(weights)
     state = _read(path)
     wanted = model.state_dict()
@@ -76,7 +118,19 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     if bad := [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(f"{path}: weights that are NaN or infinite: {_first(bad)}; take an earlier checkpoint")
     model.load_state_dict(state)
-    return model.eval()
+    return model.float().eval()
+
+
+def header_of(weights: Path | str) -> dict[str, Any]:
+    """What a checkpoint of kdx says of its network: architecture, classes, mean, std; {} for any other file."""
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("kdx", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors ({error})") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -111,3 +165,83 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _first(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return (", ".join(keys[:SHOWN]) or "none") + more
+
+
+# --- do they fit? ------------------------------------------------------------------------------------
+
+
+def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequence[float]] = ()) -> Tensor:
+    """uint8 images (n, 3, h, w) as a network takes them: grey if its first convolution has one channel,
+    normalised, on the device of its weights.
+
+    Parameters
+    ----------
+    normalisation : means and standard deviations of the channels on the scale 0..1; (): those of ImageNet.
+    """
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    weight = next(model.parameters(), None)
+    if convolution is not None and convolution.in_channels == 1:
+        images = v2.functional.rgb_to_grayscale(images)
+    mean, std = check_normalisation(normalisation or IMAGENET[images.shape[1]], images.shape[1])
+    scaled = v2.functional.normalize(v2.functional.to_dtype(images, scale=True), list(mean), list(std))
+    return scaled if weight is None else scaled.to(weight.device)
+
+
+def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -> Tensor:
+    """Class probabilities float32 (n, classes) of a network.
+
+    Raises
+    ------
+    ValueError : the network does not take these images, gives no logits, or gives NaN.
+    """
+    found = []
+    try:
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            for batch in images.split(batch_size):
+                found.append(logits_of(model(batch)).float())
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; student "
+            "and base must take the same images, so set size to what both of them were trained with"
+        ) from error
+    logits = torch.cat(found).cpu()
+    if not logits.isfinite().all():
+        raise ValueError(f"the {name} answers with NaN or infinity; check its weights and the normalisation")
+    return F.softmax(logits, 1)
+
+
+def check_answers(probabilities: Mapping[str, Tensor]) -> None:
+    """Refuse networks, by role, that tell apart different numbers of classes."""
+    numbers = {role: p.shape[1] for role, p in probabilities.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(f"student and base must answer the same question, got outputs for classes: {numbers}")
+
+
+def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> None:
+    """Refuse two sets of class indices (n,) that tell the same classes apart but number them differently.
+
+    That is so where at least two classes are each, in both directions, taken by majority for one
+    class of another number: weak networks confuse classes, but not one for one.
+
+    Raises
+    ------
+    ValueError : such classes.
+    """
+    there, back = _majorities(one, other), _majorities(other, one)
+    moved = {c: d for c, d in there.items() if c != d and back.get(d) == c}
+    if len(moved) >= 2:
+        pairs = ", ".join(f"{c} there is {d} here" for c, d in list(moved.items())[:SHOWN])
+        raise ValueError(
+            f"{who[0]} and {who[1]} number the classes differently ({pairs}); bring them into one order, by permuting "
+            "the rows of the last layer, or by naming the outputs in order (classes)"
+        )
+
+
+def _majorities(one: Tensor, other: Tensor, least: int = 5) -> dict[int, int]:
+    """Class of ``one`` -> class that ``other`` gives to most of its images, if to more than half of at least 5."""
+    found = {}
+    for c in one.unique().tolist():
+        values, counts = other[one == c].unique(return_counts=True)
+        if counts.sum() >= least and 2 * int(counts.max()) > int(counts.sum()):
+            found[c] = int(values[counts.argmax()])
+    return found

@@ -113,6 +113,18 @@ def find_run(key: str) -> Run | None:
         raise ValueError(f"the stored run {path} is damaged ({error}); delete that folder to train it again") from error
 
 
+def manifests() -> dict[str, dict[str, Any]]:
+    """Key -> manifest of every finished run, newest first. A damaged one raises ValueError."""
+    found = {}
+    paths = (data_home() / "runs").glob("[0-9a-f]*/manifest.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            found[path.parent.name] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"the stored run {path.parent} is damaged ({error}); delete that folder") from error
+    return found
+
+
 def store_run(
     key: str, spec: Mapping[str, Any], model: Network, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
 ) -> Run:

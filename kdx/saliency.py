@@ -188,7 +188,7 @@ def grad_cam(
             for name, tensor in tensors
         }
         with evaluating(model), capture(model, layers, gradients=True) as captured:
-            logits = _logits(functional_call(model, frozen, (images,)))
+            logits = logits_of(functional_call(model, frozen, (images,)))
         chosen = logits.gather(1, _targets(target, logits)[:, None]).sum()
         if not captured or not chosen.requires_grad:
             raise ValueError(f"the logits do not depend on any of {layers}; choose modules on the way to them")
@@ -265,7 +265,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The (n, classes) logits in what a network returned: ``logits`` or ``out`` where it has one
     of that name, else its only matrix."""
     named = output if isinstance(output, Mapping) else {k: getattr(output, k, None) for k in ("logits", "out")}

@@ -271,6 +271,26 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
     return [rows.to(labels.device) for rows in balanced.split(batch_size)]
 
 
+def scorable(labels: Tensor, batches: int, most: int = 128) -> tuple[Tensor, int]:
+    """Rows of the largest set of classes that fill balanced batches best, and how large these can be.
+
+    Raises
+    ------
+    ValueError : not even for batches of 8 images.
+    """
+    classes, counts = labels.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    usable = counts[order] * torch.arange(1, len(order) + 1)
+    best = int(usable[1:].argmax()) + 1 if len(order) > 1 else 0
+    size = min(most, int(usable[best]) // batches)
+    if best < 1 or size < 8:
+        raise ValueError(
+            f"too few images for {batches} class-balanced batches of 8 or more, by class: "
+            f"{', '.join(map(str, counts.tolist()))}; give more images, or lower batches"
+        )
+    return torch.isin(labels, classes[order[: best + 1]]).nonzero()[:, 0], size
+
+
 # --- the pieces ------------------------------------------------------------------------------
 
 

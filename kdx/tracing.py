@@ -19,7 +19,7 @@ from kdx.tokens import Layer, token_stages
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside of DataParallel or DistributedDataParallel; any other is itself."""
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return model.module if parallel else model
+    return model.module if parallel else model  # type: ignore[return-value]
 
 
 class evaluating:  # noqa: N801

@@ -37,7 +37,7 @@ def home(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_shapes():
-    return {split: kdx.load_dataset("shapes", split, limit=80) for split in ("train", "test")}
+    return {split: kdx.load_dataset("shapes", split, limit=80, size=32) for split in ("train", "test")}
 
 
 @pytest.fixture(scope="session")

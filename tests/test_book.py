@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +64,11 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/01_gradcam",
         "executed/02_unicam",
         "executed/03_capacity_gap",
+        "executed/04_own_models",
+        "executed/explorer",
+        "own_models",
+        "glossary",
+        "api",
         "executed/petimages_gradcam",
         "executed/petimages_unicam",
         "executed/plantvillage_gradcam",
@@ -88,10 +94,10 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 8 + 3 * 36
+    assert len(stamps) == 10 + 3 * 36
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 4
+    assert done.stdout.count("unchanged") == 6
     written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
     assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
         path: stamp for path, stamp in stamps.items() if path not in written_anew
@@ -129,7 +135,7 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
     picture = root / "book" / "executed" / "01_gradcam_overview.png"
     content = picture.read_bytes()
     picture.unlink()
-    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:4]} == {"unchanged"}
+    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:6]} == {"unchanged"}
     assert picture.read_bytes() == content
 
 
@@ -228,6 +234,81 @@ def test_book_typesets_math_and_offers_the_notebook(site, browser):
     assert status == 200
 
 
+# --- the explorer, in a browser --------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def explorer_app(smoke_book):
+    """The address of the app that `make explore` starts, over the run store of the smoke book."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    recipe = (ROOT / "Makefile").read_text().partition("explore: install\n\t")[2].partition("\n")[0]
+    command = recipe.replace("$(BIN)", str(Path(sys.executable).parent)) + f" --no-browser --port {port}"
+    environment = os.environ | {"KDX_HOME": str(smoke_book[1])}
+    log = smoke_book[1] / "voila.log"
+    with log.open("w") as output:
+        app = subprocess.Popen(
+            ["bash", "-c", f"exec env {command}"], env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
+        yield f"http://127.0.0.1:{port}/", log
+        app.terminate()
+        app.wait(30)
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
+    """Image, stage and technique change the picture; export writes it; nothing fails, no other host is asked."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    address, log = explorer_app
+    wait = WebDriverWait(browser, 180, ignored_exceptions=[WebDriverException])
+    browser.get_log("browser")
+    requests(browser)
+    wait.until(lambda driver: driver.get(address) or driver.find_elements(By.CSS_SELECTOR, "#rendered_cells"))
+    find = lambda what: browser.find_elements(By.CSS_SELECTOR, what)  # noqa: E731
+    wait.until(lambda _: find(".widget-html table"))  # the kernel has drawn, and has scored
+
+    def picture():
+        script = (
+            "const [done, i] = [arguments[0], [...document.querySelectorAll('img.widget-image')].pop()];"
+            "fetch(i.src).then(r => r.arrayBuffer()).then(b => crypto.subtle.digest('SHA-256', b))"
+            ".then(d => done([...new Uint8Array(d)].join()))"
+        )
+        return browser.execute_async_script(script)
+
+    seen = {picture()}
+
+    def act(action):
+        action()
+        wait.until(lambda _: picture() not in seen)
+        seen.add(picture())
+
+    names = [button for button in find("button.jupyter-button") if button.text not in ("previous", "next", "export")]
+    act(names[4].click)  # a thumbnail's
+    act(lambda: find(".noUi-handle")[0].send_keys(Keys.ARROW_LEFT))  # the stage
+    technique = Select(find("select")[2])
+    other = next(o.text for o in technique.options if o.text != technique.first_selected_option.text)
+    act(lambda: technique.select_by_visible_text(other))
+    assert len(seen) == 4
+    wait.until(lambda _: find(".widget-html table"))
+    exports = smoke_book[1] / "exports"
+    next(button for button in find("button.jupyter-button") if button.text == "export").click()
+    wait.until(lambda _: find("a[download$='.png']"))
+    (facts,) = exports.glob("*.json")
+    settings = json.loads(facts.read_text())
+    assert (settings["technique"], settings["stage"], settings["dataset"]) == (other, "L2", "shapes")
+    assert facts.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    asked = [url for url in requests(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+    assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc]
+    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert severe == [], log.read_text()[-2000:]
+
+
 # --- one notebook, and the command line -------------------------------------------------------
 
 
@@ -258,12 +339,12 @@ def test_publish_saves_the_one_picture_of_a_cell(tmp_path):
     cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(b"picture").decode()})]
     notebook.cells = [cell]
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    book._publish(tmp_path / "n.ipynb")
+    book.publish_pictures(tmp_path / "n.ipynb")
     assert (tmp_path / "n_figure.png").read_bytes() == b"picture"
     cell.outputs = []
     nbformat.write(notebook, tmp_path / "n.ipynb")
     with pytest.raises(book.BookError, match=r"expected one picture to publish as figure.png, got 0"):
-        book._publish(tmp_path / "n.ipynb")
+        book.publish_pictures(tmp_path / "n.ipynb")
 
 
 @pytest.mark.real_data

@@ -119,7 +119,7 @@ def test_fit_key_covers_what_matters(tiny_shapes):
 def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tiny_shapes):
     images = tiny_shapes["train"]
     shifted = replace(images, labels=(images.labels + 1) % 10)  # the teacher is taught the wrong names
-    settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.25, "device": "cpu"}
+    settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.125, "device": "cpu"}
     teacher = fit("resnet10", shifted, shifted, **settings)
     student = fit("resnet10", images, images, technique="response", teacher=teacher, alpha=1.0, seed=5, **settings)
     answers = evaluate(student.model, images, "cpu").predictions

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kdx.own import find_builder, load_own
+from kdx import build, save_checkpoint
+from kdx.own import answers, check_answers, check_class_order, find_builder, header_of, load_own, network_input
 
 
 def network(width=4):
@@ -89,11 +90,84 @@ def test_builders_are_found_in_the_working_directory(tmp_path, monkeypatch, weig
     save_file(weights, "w.safetensors")
     assert same(load_own("my_networks:small", "w.safetensors"), weights)
     assert find_builder("torchvision.models:resnet18")().fc.out_features == 1000
+    assert find_builder("torchvision.models:resnet18(num_classes=7)")().fc.out_features == 7
+    with pytest.raises(ValueError, match=r"build 'my_networks:small\(1\)': small\(\) takes 0 positional"):
+        load_own("my_networks:small(1)", "w.safetensors")
     for where, message in {
-        "my_networks": "expected module:function, such as mymodels:resnet, got 'my_networks'",
+        "my_networks": r"expected module:function, such as mymodels:resnet or .*, got 'my_networks'",
+        "my_networks:small(": "expected module:function",
+        "my_networks:small(number)": "expected module:function",
+        "__import__('os').system:x": "expected module:function",
         "my_network:small": "no module my_network for",
         "my_networks:large": "my_networks has no large",
-        "my_networks:number": "expected a function that returns a network, got int",
+        "my_networks:number": "expected a function, got int",
     }.items():
         with pytest.raises(ValueError, match=message):
             find_builder(where)
+
+
+def test_checkpoints_of_kdx_need_no_builder(tmp_path, weights):
+    model = build("resnet10", 3, "small", 0.125, seed=0)
+    save_checkpoint(tmp_path / "a.safetensors", model, {"classes": ["x", "y", "z"]})
+    assert same(load_own("", tmp_path / "a.safetensors"), model.state_dict())
+    assert header_of(tmp_path / "a.safetensors")["classes"] == ["x", "y", "z"]
+    save_file(weights, tmp_path / "b.safetensors")
+    assert header_of(tmp_path / "b.safetensors") == {}
+    with pytest.raises(ValueError, match="not a checkpoint of kdx; say what builds its network"):
+        load_own("", tmp_path / "b.safetensors")
+
+
+def test_half_precision_and_data_parallel_become_plain_float32(tmp_path, weights):
+    save_file({key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()},
+              tmp_path / "half.safetensors")  # fmt: skip
+    model = load_own(lambda: nn.DataParallel(network().half()), tmp_path / "half.safetensors")
+    assert isinstance(model, nn.Sequential)
+    assert next(model.parameters()).dtype == torch.float32
+    torch.testing.assert_close(model.state_dict()["0.weight"], weights["0.weight"], rtol=1e-3, atol=1e-3)
+
+
+def test_images_are_normalised_and_grey_where_a_network_is():
+    images = torch.full((2, 3, 8, 8), 51, dtype=torch.uint8)
+    colour, grey = network(), nn.Sequential(nn.Conv2d(1, 4, 3))
+    x = network_input(colour, images, ((0.2, 0.2, 0.1), (1.0, 1.0, 0.5)))
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([0.0, 0.0, 0.2]))
+    assert network_input(grey, images, ((0.2,), (1.0,))).abs().max() < 0.005  # rounded to 8 bits
+    assert network_input(grey, images).shape == (2, 1, 8, 8)
+    torch.testing.assert_close(network_input(colour, images)[0, 0, 0, 0], torch.tensor((0.2 - 0.485) / 0.229))
+    with pytest.raises(ValueError, match="normalisation: expected 1 means and 1 standard deviations"):
+        network_input(grey, images, ((0.2, 0.2, 0.2), (1.0, 1.0, 1.0)))
+
+
+def test_answers_are_probabilities_or_an_error_that_names_the_network():
+    class Head(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(12, 3), scale
+
+        def forward(self, x):
+            return {"logits": self.linear(x.flatten(1)) * self.scale}
+
+    p = answers(Head(1.0), torch.rand(5, 3, 2, 2), "student", batch_size=2)
+    assert p.shape == (5, 3)
+    torch.testing.assert_close(p.sum(1), torch.ones(5))
+    with pytest.raises(ValueError, match=r"the base does not take images of 3 x 4 x 4: .* must take the same images"):
+        answers(Head(1.0), torch.rand(5, 3, 4, 4), "base")
+    with pytest.raises(ValueError, match="the student answers with NaN or infinity"):
+        answers(Head(torch.inf), torch.rand(5, 3, 2, 2), "student")
+    with pytest.raises(ValueError, match=r"the same question, got outputs for classes: {'student': 3, 'base': 4}"):
+        check_answers({"student": p, "base": torch.rand(5, 4)})
+
+
+def test_another_class_order_is_refused_and_confusion_is_not():
+    torch.manual_seed(0)
+    one = torch.arange(200) % 5
+    order = torch.tensor([0, 2, 1, 3, 4])
+    noisy = torch.where(torch.rand(200) < 0.3, torch.randint(0, 5, (200,)), order[one])
+    with pytest.raises(
+        ValueError, match=r"the student and the base number .* \(1 there is 2 here, 2 there is 1 here\)"
+    ):
+        check_class_order(one, noisy, ("the student", "the base"))
+    check_class_order(one, one, ("", ""))
+    check_class_order(one, torch.where(one == 3, 4, one), ("", ""))  # all dogs taken for cats
+    check_class_order(torch.full((200,), 1), torch.full((200,), 2), ("", ""))  # each knows one answer only
+    check_class_order(one, torch.randint(0, 5, (200,)), ("", ""))

@@ -1,0 +1,220 @@
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from kdx import Recipe, cross_fit, explorer, pairs
+from kdx.explorer import OWN, Explorer, Settings, View
+from kdx.pairs import stored_pairs
+from kdx.runs import manifests
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A run store with a student by two techniques, a second base, and a student of a random teacher."""
+    home = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDX_HOME", str(home))
+        train = pairs.load_dataset("shapes", "train", limit=80, size=32)
+        cross_fit(
+            train,
+            teacher="resnet10",
+            student="resnet10",
+            techniques=["response", "attention"],
+            k=2,
+            controls=1,
+            recipe=Recipe(epochs=1, batch_size=20, sizes=(1.0,)),
+            stem="small",
+            width=0.125,
+            device="cpu",
+        )
+    return home
+
+
+@pytest.fixture(autouse=True)
+def at_home(store, monkeypatch):
+    monkeypatch.setenv("KDX_HOME", str(store))
+
+
+@pytest.fixture(scope="module")
+def view(store):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDX_HOME", str(store))
+        return View(stored_pairs("shapes", "response")[0], limit=200)
+
+
+def test_pairs_are_students_with_the_base_of_their_fold():
+    found = stored_pairs()
+    assert [pair.technique for pair in found] in (["response", "attention"], ["attention", "response"])
+    for pair in found:
+        assert pair.networks == "resnet10@0.125 from resnet10@0.125, 1 epochs"
+        specs = {role: run.manifest["spec"] for role, run in pair.runs.items()}
+        assert list(specs) == ["student", "base", "second base"]
+        assert specs["student"]["technique"]["name"] == pair.technique
+        assert specs["base"]["seed"] == specs["student"]["seed"] != specs["second base"]["seed"]
+        assert specs["base"]["train"] == specs["student"]["train"] == specs["second base"]["train"]
+    with pytest.raises(ValueError, match=r"no student with its base of cifar10 and any technique .* 01_gradcam"):
+        stored_pairs("cifar10")
+
+
+def test_damaged_manifests_are_named(store):
+    path = store / "runs" / ("f" * 32)
+    path.mkdir()
+    (path / "manifest.json").write_text("{")
+    try:
+        with pytest.raises(ValueError, match=f"the stored run {path} is damaged"):
+            manifests()
+    finally:
+        (path / "manifest.json").unlink()
+        path.rmdir()
+
+
+def test_a_pair_becomes_files_for_the_page_on_own_models(tmp_path):
+    pair = stored_pairs("shapes", "attention")[0]
+    files = pair.as_files(tmp_path, 20)
+    assert files["size"] == 32
+    written = sorted(tmp_path.glob("*/*.png"))
+    assert len(written) == 20
+    images = pair.images(20)
+    label = images.classes.index(written[0].parent.name)
+    row = int(written[0].stem)
+    assert int(images.labels[row]) == label
+    with Image.open(written[0]) as picture:
+        assert torch.equal(torch.tensor(list(picture.tobytes())), images.images[row].permute(1, 2, 0).flatten())
+
+
+def test_every_knob_changes_the_picture_and_going_back_restores_it(view):
+    first = Settings(image=3, stage="L3", opacity=0.6, keep=0.5, reference=32)
+    picture = view.draw(first)
+    with Image.open(io.BytesIO(picture)) as opened:
+        assert opened.size == (1440, 235)
+    others = [{"image": 4}, {"stage": "L2"}, {"opacity": 0.2}, {"keep": 0.2}, {"reference": 64}]
+    drawn = [view.draw(Settings(**{**vars(first), **change})) for change in others]
+    assert len({picture, *drawn}) == 6
+    assert view.draw(first) == picture
+
+
+def test_maps_of_a_scene_are_those_of_unicam_and_grad_cam(view):
+    scene = view.scene(5, 64)
+    x, label = view.x[5:6], view.images.labels[5]
+    own = explorer.unicam(
+        view.networks["student"], view.networks["base"], x, view.embeddings[label][None], reference=view.reference(64)
+    )
+    assert torch.equal(scene.maps["distilled"]["L3"], own.distilled["L3"][0])
+    assert torch.equal(scene.maps["residual"]["L2"], own.residual["L2"][0])
+    cam = explorer.grad_cam(view.networks["base"], x, int(label), view.layers["base"])
+    assert torch.equal(scene.maps["Grad-CAM, base"]["L4"], cam["L4"][0])
+    assert set(scene.maps) == {*explorer.GRAD_CAM, *explorer.UNIQUE}
+    assert abs(float(scene.probabilities["student"].sum()) - 1) < 1e-5
+
+
+def test_images_are_picked_by_what_the_networks_make_of_them(view):
+    right = {role: answer == view.images.labels for role, answer in view.answers.items()}
+    groups = [row for name in explorer.PICKS if name != "all images" for row in view.choose(name)]
+    assert sorted(groups) == view.choose("all images") == list(range(200))
+    for row in view.choose("student right, base wrong"):
+        assert right["student"][row]
+        assert not right["base"][row]
+    name = view.images.classes[3]
+    assert view.choose("all images", name) == (view.images.labels == 3).nonzero()[:, 0].tolist()
+
+
+def test_scores_have_intervals_for_every_stage(view):
+    expected = ["FSS of student and base", "RS of the student", "RS of the base"]
+    expected += ["unique, distilled", "unique, residual", "unique, control"]
+    assert list(view.scores) == expected
+    for table in view.scores.values():
+        assert list(table.index) == view.stages
+        assert (table["low"] <= table["value"]).all()
+        assert (table["value"] <= table["high"]).all()
+
+
+def test_a_pair_without_second_base_has_no_control(view):
+    pair = view.pair
+    alone = pairs.Pair(pair.dataset, pair.technique, pair.networks, dict(list(pair.keys.items())[:2]), pair.spec)
+    other = View(alone, limit=200)
+    assert "control" not in other.scene(0, 32).maps
+    assert len(other.draw(Settings(image=0, reference=32))) > 1000
+    assert "unique, control" not in other.scores
+
+
+# --- the widgets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app():
+    return Explorer("shapes", limit=200)
+
+
+def test_widgets_drive_the_view(app):
+    seen = {bytes(app.picture.value)}
+
+    def changed():
+        picture = bytes(app.picture.value)
+        new = picture not in seen
+        seen.add(picture)
+        return new
+
+    app.stage.value = "L2"
+    assert changed()
+    app.keep.value = 0.2
+    assert changed()
+    app.thumbnails[3][1].click()
+    assert changed()
+    assert app.settings().image == app.chosen[3]
+    app.next.click()
+    assert app.image == app.chosen[explorer.THUMBNAILS]
+    app.previous.click()
+    assert app.image == app.chosen[0]
+    app.random.click()
+    assert app.image in app.chosen
+    before = app.technique.value
+    app.technique.value = next(name for name in app.technique.options if name != before)
+    assert app.stage.value == "L2"
+    assert app.view.pair.technique != before
+    assert "RS of the student" in app.table.value
+    app.of_class.value = app.view.images.classes[1]
+    assert {int(app.view.images.labels[i]) for i in app.chosen} == {1}
+
+
+def test_export_writes_the_picture_and_its_settings(app, store):
+    app.stage.value = "L3"
+    app.export.click()
+    (picture,) = (store / "exports").glob("*.png")
+    (facts,) = (store / "exports").glob("*.json")
+    assert picture.read_bytes() == bytes(app.picture.value)
+    settings = json.loads(facts.read_text())
+    assert settings["stage"] == "L3"
+    assert settings["runs"] == dict(app.view.pair.keys)
+    assert settings["image"] == app.image
+    assert picture.name in app.link.value
+
+
+def test_an_uploaded_image_is_explained_and_a_bad_one_refused(app):
+    content = io.BytesIO()
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(content, "PNG")
+    app.view.upload(content.getvalue())
+    app._look_at(OWN)
+    assert "explained for the class that the student predicts" in app.status.value
+    assert app.view.scene(OWN, 64).label.startswith("uploaded, taken for")
+    picture = bytes(app.picture.value)
+    app._guard(lambda: app.view.upload(b"text"))(None)
+    assert "this file cannot be used: not an image" in app.status.value
+    assert bytes(app.picture.value) == picture
+
+
+def test_a_choice_without_images_is_said_and_keeps_the_view(app, monkeypatch):
+    picture, chosen = bytes(app.picture.value), app.chosen
+    monkeypatch.setattr(type(app.view), "choose", lambda *_: [])
+    app.pick.value = "both wrong"
+    assert "there is no image of all classes with both wrong" in app.status.value
+    assert bytes(app.picture.value) == picture
+    assert app.chosen == chosen
+
+
+def test_without_pairs_the_explorer_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDX_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no student with its base .* `kdx run 01_gradcam` trains some"):
+        Explorer()
