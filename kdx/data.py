@@ -129,6 +129,13 @@ def load_dataset(
     ------
     ValueError : unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
     DataError : no source gave the data that the card describes.
+
+    Examples
+    --------
+    >>> import kdx
+    >>> data = kdx.load_dataset("shapes", "test", limit=20)
+    >>> tuple(data.images.shape), len(data.classes)
+    ((20, 3, 64, 64), 10)
     """
     card = find_card(name)
     if split not in (known := card.counts or ("train", "test")):

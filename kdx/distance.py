@@ -335,6 +335,14 @@ def distance_correlation(x: Tensor, y: Tensor, estimator: str = "unbiased") -> T
     Returns
     -------
     Tensor : float64 scalar, differentiable; 0 where a sample does not vary.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kdx.distance import distance_correlation
+    >>> x = torch.arange(20.0)[:, None]
+    >>> round(float(distance_correlation(x, -3 * x)), 6)
+    1.0
     """
     return statistic_of(inner_products(x, y, estimator=estimator), "distance")
 

@@ -93,6 +93,16 @@ def fit(
     Returns
     -------
     Run : with ``.model``, and ``.history`` of loss and accuracy per epoch and split.
+
+    Examples
+    --------
+    >>> import kdx
+    >>> images = kdx.load_dataset("shapes", "train", limit=40, size=32)
+    >>> setting = dict(recipe=kdx.Recipe(epochs=1, batch_size=20), stem="small", width=0.125, device="cpu")
+    >>> teacher = kdx.fit("resnet10", images, images, **setting)
+    >>> student = kdx.fit("resnet10", images, images, technique="response", teacher=teacher, **setting)
+    >>> student.history["split"].unique().tolist()
+    ['train', 'validation']
     """
     recipe = recipe or Recipe()
     parts = find_techniques(technique, settings)

@@ -96,13 +96,17 @@ class View:
         self.x = self.images.card.normalize(self.images.images)
         self.layers = {role: stages(net, self.x[:1]) for role, net in self.networks.items()}
         self.embeddings = label_embeddings(self.images.classes, "one-hot")
-        with torch.no_grad():
-            batches = self.x.split(250)
-            self.answers = {r: torch.cat([self.networks[r](x).argmax(1) for x in batches]) for r in ("student", "base")}
         self.own: tuple[Tensor, int] | None = None  # an uploaded image (3, h, w), and the class predicted for it
         self._references: dict[tuple[str, int], Reference] = {}
         self._scenes: dict[tuple[int, int], Scene] = {}
         self._canvas: _Canvas | None = None
+
+    @cached_property
+    def answers(self) -> dict[str, Tensor]:
+        """Student and base -> the class (n,) that it gives to each test image."""
+        batches = self.x.split(250)
+        with torch.no_grad():
+            return {r: torch.cat([self.networks[r](x).argmax(1) for x in batches]) for r in ("student", "base")}
 
     @property
     def stages(self) -> list[str]:
@@ -244,15 +248,15 @@ class _Canvas:
 
     def __init__(self, images: Dataset) -> None:
         self.classes = images.classes
-        self.figure = Figure(figsize=(14.4, 2.35), dpi=DPI)
-        grid = self.figure.add_gridspec(
-            1, 8, left=0.005, right=0.985, bottom=0.1, top=0.88, wspace=0.06, width_ratios=[1] * 8
-        )
-        axes = [self.figure.add_subplot(grid[0, i]) for i in range(8)]
-        titles = ("image", *GRAD_CAM, *UNIQUE, "kept pixels")
+        self.figure = Figure(figsize=(8.6, 4.7), dpi=DPI, layout="none")
+        grid = self.figure.add_gridspec(2, 4, left=0.005, right=0.985, bottom=0.05, top=0.945, wspace=0.06, hspace=0.28)
+        axes = [self.figure.add_subplot(grid[i]) for i in range(8)]
+        titles = ("image", *GRAD_CAM, "kept pixels", *UNIQUE)
+        self.bars = axes.pop(3)
+        self.bars.set_box_aspect(1)
         blank = torch.zeros(images.images.shape[-2:])
         self.pictures, self.maps, self.notes = {}, {}, {}
-        for title, place in zip(titles, axes[:7], strict=True):
+        for title, place in zip(titles, axes, strict=True):
             place.set(xticks=[], yticks=[])
             for side in place.spines.values():
                 side.set_visible(False)
@@ -263,8 +267,6 @@ class _Canvas:
                 height, width = blank.shape
                 whole = (-0.5, width - 0.5, height - 0.5, -0.5)
                 self.maps[title] = place.imshow(blank, cmap=plots.MAPS, interpolation="nearest", extent=whole)
-        self.bars = axes[7]
-        self.bars.set_box_aspect(1)
 
     def draw(self, scene: Scene, settings: Settings, kept: Tensor) -> bytes:
         stage = settings.stage
@@ -372,7 +374,7 @@ class Explorer:
             (widgets.Image(format="png", layout=widgets.Layout(width="72px", height="72px")), self._thumbnail_button())
             for _ in range(THUMBNAILS)
         ]
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="1440px"))
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="860px"))
         self.status, self.table, self.link = widgets.HTML(), widgets.HTML(), widgets.HTML()
         strip = widgets.HBox(
             [widgets.VBox(pair) for pair in self.thumbnails], layout=widgets.Layout(flex_flow="row wrap")

@@ -34,6 +34,15 @@ def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download:
     ------
     ValueError : fewer than two classes, names that repeat or that the shipped table lacks, an
         encoder that is not there.
+
+    Examples
+    --------
+    >>> import kdx
+    >>> tuple(kdx.label_embeddings(["cat", "dog", "truck"]).shape)
+    (3, 384)
+    >>> kdx.label_embeddings(["cat", "dog"], "one-hot")
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"expected at least two different class names, got {classes!r}")

@@ -87,6 +87,14 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     ------
     ValueError : no such file, one that only executing its code could open, keys or shapes that are not the
         network's, weights that are not finite, or a function that does not return a network.
+
+    Examples
+    --------
+    >>> import kdx, torch, tempfile
+    >>> path = tempfile.mktemp(suffix=".pt")
+    >>> torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), path)
+    >>> kdx.load_own("torch.nn:Conv2d(3, 4, 1)", path)
+    Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
     """
     if not build:
         if not header_of(weights):

@@ -47,6 +47,14 @@ def perturb(
     Raises
     ------
     ValueError : wrong shapes, values that are not finite, or "road" where no pixel is kept.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> left = kdx.perturb(images, torch.rand(2, 8, 8), keep=0.25)  # a map may be coarser than its image
+    >>> round(float((left == images).all(1).double().mean()), 2)
+    0.25
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")

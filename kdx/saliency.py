@@ -176,6 +176,13 @@ def grad_cam(
     Returns
     -------
     dict : stage -> float32 map (n, h, w) >= 0, at the stage's own resolution.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> maps = kdx.grad_cam(kdx.build("resnet10", 3, "small", 0.125), torch.rand(2, 3, 32, 32), target=1)
+    >>> {stage: tuple(m.shape) for stage, m in maps.items()}
+    {'L1': (2, 32, 32), 'L2': (2, 16, 16), 'L3': (2, 8, 8), 'L4': (2, 4, 4)}
     """
     model = unwrapped(model)
     check_input(model, images)

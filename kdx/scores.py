@@ -80,6 +80,16 @@ def rs(
     DataFrame : stage, value, low, high, p, floor (the smallest p to expect), n (images a batch),
         batches, estimator, features, permutations. NaN, with a :class:`DegenerateWarning`, where
         the features of a batch do not vary.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    >>> base = kdx.build("resnet10", 3, "small", 0.25, seed=1)
+    >>> images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(24) % 3
+    >>> kdx.rs(student, images, labels, torch.eye(3), batches=2, batch_size=12, permutations=19).shape
+    (4, 11)
     """
     estimator = _check_estimator(estimator, paper="biased")
     if (features == "unicam") != (other is not None):
@@ -143,6 +153,17 @@ def fss(
     estimator : ``"paper"``: the biased statistic of rows scaled to unit length, as the authors'
         code computes it.
     permutations : of the images of the base within each batch.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    >>> base = kdx.build("resnet10", 3, "small", 0.25, seed=1)
+    >>> images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(24) % 3
+    >>> table = kdx.fss(student, base, images, labels, batches=2, batch_size=12, permutations=0)
+    >>> table["stage"].tolist(), bool((table["value"] > 0).all())
+    (['L1', 'L2', 'L3', 'L4'], True)
     """
     _check_estimator(estimator)
     count = _count(permutations, features)
@@ -203,6 +224,17 @@ def unique_rs(
     Returns
     -------
     DataFrame : as of :func:`rs`, with the columns direction and statistic.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    >>> base = kdx.build("resnet10", 3, "small", 0.25, seed=1)
+    >>> images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(24) % 3
+    >>> table = kdx.unique_rs(student, base, images, labels, torch.eye(3), batches=2, batch_size=12, permutations=0)
+    >>> table["direction"].unique().tolist(), table["statistic"].unique().tolist()
+    (['distilled', 'residual'], ['semipartial', 'partial'])
     """
     count = _count(permutations, "raw")
     table = _check_embeddings(embeddings, images, labels)

@@ -71,7 +71,7 @@ def stages(
     modules: Sequence[str] | None = None,
     reshape: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, str]:
-    """Names of the modules whose outputs are the stages L1, L2, ... of a CNN, shallow to deep.
+    """Names of the modules whose outputs are the stages of a network: L1 (shallow) to L4 (deep).
 
     A stage ends with the last module before each spatial down-sampling, and with the last before
     pooling; the deepest four are kept. They are read off one traced forward pass. Pointwise
@@ -93,6 +93,12 @@ def stages(
     Raises
     ------
     ValueError : an unknown module name, or a network without stages.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> kdx.stages(kdx.build("resnet18", 10), torch.rand(1, 3, 64, 64))
+    {'L1': 'layer1.1', 'L2': 'layer2.1', 'L3': 'layer3.1', 'L4': 'layer4.1'}
     """
     model = unwrapped(model)
     if reshape is not None:

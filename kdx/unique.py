@@ -63,6 +63,18 @@ class Reference:
         student and base expect different inputs.
     labels : (n, m) label embeddings, one row an image (see :mod:`kdx.labels`).
     layers_student, layers_base : stage -> module name; None: :func:`kdx.stages`.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    >>> base = kdx.build("resnet10", 3, "small", 0.25, seed=1)
+    >>> images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(12) % 3
+    >>> reference = kdx.Reference(student, base, images, torch.eye(3)[labels])
+    >>> maps = kdx.unicam(student, base, images[:1], torch.eye(3)[labels[:1]], reference=reference)
+    >>> tuple(maps.distilled["L3"].shape), len(reference)
+    ((1, 8, 8), 12)
     """
 
     def __init__(
@@ -283,6 +295,17 @@ def unicam(
     Raises
     ------
     ValueError : fewer than 5 images, labels that do not vary, stages that differ, NaN features.
+
+    Examples
+    --------
+    >>> import kdx, torch
+    >>> student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    >>> base = kdx.build("resnet10", 3, "small", 0.25, seed=1)
+    >>> images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(12) % 3
+    >>> maps = kdx.unicam(student, base, images, torch.eye(3)[labels])
+    >>> tuple(maps.distilled["L3"].shape), tuple(maps.residual["L4"].shape), bool((maps.residual["L4"] >= 0).all())
+    ((12, 8, 8), (12, 4, 4), True)
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")

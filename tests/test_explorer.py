@@ -89,7 +89,7 @@ def test_every_knob_changes_the_picture_and_going_back_restores_it(view):
     first = Settings(image=3, stage="L3", opacity=0.6, keep=0.5, reference=32)
     picture = view.draw(first)
     with Image.open(io.BytesIO(picture)) as opened:
-        assert opened.size == (1440, 235)
+        assert opened.size == (860, 470)
     others = [{"image": 4}, {"stage": "L2"}, {"opacity": 0.2}, {"keep": 0.2}, {"reference": 64}]
     drawn = [view.draw(Settings(**{**vars(first), **change})) for change in others]
     assert len({picture, *drawn}) == 6
