@@ -248,7 +248,8 @@ class _Canvas:
 
     def __init__(self, images: Dataset) -> None:
         self.classes = images.classes
-        self.figure = Figure(figsize=(8.6, 4.7), dpi=DPI, layout="none")
+        self.figure = Figure(figsize=(8.6, 4.7), dpi=DPI)
+        self.figure.set_layout_engine("none")
         grid = self.figure.add_gridspec(2, 4, left=0.005, right=0.985, bottom=0.05, top=0.945, wspace=0.06, hspace=0.28)
         axes = [self.figure.add_subplot(grid[i]) for i in range(8)]
         titles = ("image", *GRAD_CAM, "kept pixels", *UNIQUE)

@@ -1,5 +1,7 @@
 import io
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +220,10 @@ def test_without_pairs_the_explorer_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("KDX_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"no student with its base .* `kdx run 01_gradcam` trains some"):
         Explorer()
+
+
+def test_the_benchmark_prints_how_long_every_knob_takes(capsys):
+    path = Path(__file__).parent / "benchmarks" / "explorer.py"
+    found = runpy.run_path(str(path))["main"]("shapes", repeats=1)
+    assert list(found) == ["stage", "overlay", "kept", "reference", "new image"]
+    assert capsys.readouterr().out.count(" ms\n") == 5
