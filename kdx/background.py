@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor
 
 from kdx.data import Dataset
@@ -25,6 +24,8 @@ def background_control(train: Dataset, test: Dataset, seed: int = 0) -> tuple[Te
     chance, correct : bool (n,) over the test images: whether naming the commonest class of the training
         images each time is right, and whether the forest is.
     """
+    from sklearn.ensemble import RandomForestClassifier  # slow to import
+
     train = train.limit(min(MOST_IMAGES, len(train)), seed)
     forest = RandomForestClassifier(n_estimators=200, random_state=seed, n_jobs=-1)
     forest.fit(_border(train.images), train.labels.numpy())

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -248,6 +247,8 @@ def check_normalisation(
 
 def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Stratified ``k`` folds: a list of (training rows, validation rows)."""
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
     smallest = int(labels.unique(return_counts=True)[1].min())
     if not 2 <= k <= smallest:
         raise ValueError(f"folds: expected 2 to {smallest} (the smallest class), got {k}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import random
@@ -424,7 +425,7 @@ class Explorer:
             try:
                 action()
             except (OSError, ValueError, RuntimeError) as error:
-                self.status.value = f"<b style='color:#b00020'>{type(error).__name__}</b>: {error}"
+                self.status.value = f"<span style='color:#b00020'>{html.escape(str(error))}</span>"
 
         return handle
 
@@ -533,7 +534,7 @@ class Explorer:
         names = view.images.classes
         answers = ", ".join(f"{role}: {names[int(of[self.image])]}" for role, of in view.answers.items())
         name = names[int(view.images.labels[self.image])]
-        return f"test image {self.image}, {name} ({answers}); {len(self.chosen)} to choose from"
+        return html.escape(f"test image {self.image}, {name} ({answers}); {len(self.chosen)} to choose from")
 
     def _write_table(self) -> None:
         """Scores at every stage; that of the slider is marked."""
@@ -573,7 +574,7 @@ class Explorer:
             mime = {"png": "image/png", "json": "application/json"}[kind]
             address = f"data:{mime};base64,{base64.b64encode(data).decode()}"
             links.append(f"<a download='{stem}.{kind}' href='{address}'>{stem}.{kind}</a>")
-        self.link.value = f"&nbsp; saved in {folder}: {', '.join(links)}"
+        self.link.value = f"&nbsp; saved in {html.escape(str(folder))}: {', '.join(links)}"
 
 
 def _png(image: Tensor) -> bytes:

@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -470,6 +469,8 @@ def _check_counts(names: pd.Series, classes: list[str], refused: dict[str, str],
 
 def _split(files: pd.DataFrame) -> np.ndarray:
     """Train or test for each file: the same share of every class, and of its images with a mask."""
+    from sklearn.model_selection import train_test_split  # slow to import
+
     strata = files["class"] + files["mask"].map({True: "/masked", False: ""})
     if strata.value_counts().min() < 4:
         strata = files["class"]

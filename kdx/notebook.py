@@ -57,7 +57,7 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
     rows["device", "precision"] = str(autocast_dtype(chosen)).removeprefix("torch.")
     rows |= {("data (SHA-256)", f"{k}, {len(d):,} images"): d.fingerprint[:16] for k, d in datasets.items()}
     table = pd.Series(rows, name="value").to_frame()
-    return table.style.set_table_styles([{"selector": "td", "props": "text-align: left"}])
+    return table.style.format(escape="html").set_table_styles([{"selector": "td", "props": "text-align: left"}])
 
 
 def score_cell(row: Mapping[str, Any], form: str = ".3f") -> str:

@@ -119,7 +119,7 @@ def test_fit_key_covers_what_matters(tiny_shapes):
 def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tiny_shapes):
     images = tiny_shapes["train"]
     shifted = replace(images, labels=(images.labels + 1) % 10)  # the teacher is taught the wrong names
-    settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.125, "device": "cpu"}
+    settings = {"recipe": Recipe(epochs=20, batch_size=16, lr=0.1), "width": 0.25, "device": "cpu"}
     teacher = fit("resnet10", shifted, shifted, **settings)
     student = fit("resnet10", images, images, technique="response", teacher=teacher, alpha=1.0, seed=5, **settings)
     answers = evaluate(student.model, images, "cpu").predictions
@@ -260,10 +260,11 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     notebook = nbformat.v4.new_notebook()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook.cells = [
-        nbformat.v4.new_code_cell("epochs: int = 6  # of every network", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("epochs: int = 2  # of every network", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
             "import kdx\n"
-            "kdx.cross_fit(kdx.load_dataset('shapes', 'train', limit=400), teacher='resnet10', student='resnet10', "
+            "images = kdx.load_dataset('shapes', 'train', limit=400, size=32)\n"
+            "kdx.cross_fit(images, teacher='resnet10', student='resnet10', "
             "techniques=['response', 'overhaul', 'attention'], k=2, controls=1, width=0.125, "
             "recipe=kdx.Recipe(epochs=epochs, batch_size=32))"
         ),

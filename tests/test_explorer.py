@@ -147,7 +147,7 @@ def test_a_pair_without_second_base_has_no_control(view):
 
 @pytest.fixture
 def app():
-    return Explorer("shapes", limit=200)
+    return Explorer("shapes", limit=100)
 
 
 def test_widgets_drive_the_view(app):

@@ -167,7 +167,7 @@ def test_rank_teachers_spends_the_budget_on_the_student_alone(tiny_shapes):
     assert (found.table["folds"] == 2).all()
     cost = found.values[found.values["measure"] == "cost"].groupby("network")["value"].mean()
     small, middle, large = (
-        complexity(kdx.build(name, 10, "small"), (3, 64, 64)).flops / 1e9 for name in (STUDENT, MIDDLE, LARGE)
+        complexity(kdx.build(name, 10, "small"), (3, 32, 32)).flops / 1e9 for name in (STUDENT, MIDDLE, LARGE)
     )
     assert cost[LARGE] == pytest.approx(2 * 3 * large + 3 * small + large)
     assert cost[f"{LARGE} via {MIDDLE}"] == pytest.approx(2 * 3 * large + 2 * (3 * middle + large) + 3 * small + middle)
