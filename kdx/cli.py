@@ -153,7 +153,7 @@ def explain(
     base2: Annotated[Path | None, typer.Option(help="a second base, from another seed: the control")] = None,
     build: Annotated[str, typer.Option(help="module:function that makes the network; not for checkpoints of kdx")] = "",
     build_base: Annotated[str, typer.Option(help="of the bases, if it is another one")] = "",
-    size: Annotated[int, typer.Option(help="pixels a side of the networks' input")] = 224,
+    size: Annotated[int, typer.Option(help="pixels a side of the networks' input; 0: the checkpoint's, or 224")] = 0,
     limit: Annotated[int, typer.Option(help="most images, as many of each class")] = 256,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value of notebooks/04_own_models")] = None,
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("report"),
@@ -167,6 +167,8 @@ def explain(
         given: dict[str, Any] = {name: str(path) for name, path in paths.items()}
         given |= {"build": build, "build_base": build_base, "size": size, "limit": limit}
         given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
+        if "out" in given:
+            raise ValueError("-p out: the folder is given with --out")
         typer.echo(report.explain(given, out))
 
 

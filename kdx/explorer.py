@@ -27,7 +27,7 @@ from torch import Tensor
 from kdx import plots
 from kdx.data import Dataset
 from kdx.folders import RefusedError, decode, resize_square
-from kdx.home import data_home
+from kdx.home import DataError, data_home
 from kdx.labels import label_embeddings
 from kdx.notebook import score_cell
 from kdx.pairs import Pair, stored_pairs
@@ -116,7 +116,7 @@ class View:
     @property
     def references(self) -> list[int]:
         """Sizes that a reference set may have."""
-        return [size for size in REFERENCES if size < len(self.images)]
+        return [size for size in REFERENCES if size < len(self.images)] or [len(self.images) // 2]
 
     def choose(self, pick: str, name: str | None = None) -> list[int]:
         """Test images by what the networks make of them, of one class or of all (None)."""
@@ -265,6 +265,7 @@ class _Canvas:
             place.set_title(title, fontsize=11, color=plots.INK)
             self.pictures[title] = plots.show_image(place, images.images[0])
             self.notes[title] = place.text(0.5, -0.04, "", transform=place.transAxes, ha="center", va="top", fontsize=9)
+            self.notes[title].set_parse_math(False)  # a class may be called $5
             if title in (*GRAD_CAM, *UNIQUE):
                 height, width = blank.shape
                 whole = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -306,7 +307,9 @@ class _Canvas:
             places = [y + 0.28 * i for y in range(len(likely))]
             self.bars.barh(places, probabilities[role][likely], height=0.26, color=plots.ROLES[role], label=role)
         for y, place in enumerate(likely):
-            self.bars.text(0, y - 0.2, self.classes[place][:24], va="bottom", fontsize=9, color=plots.INK)
+            self.bars.text(
+                0, y - 0.2, self.classes[place][:24], va="bottom", fontsize=9, color=plots.INK, parse_math=False
+            )
         self.bars.set(xlim=(0, 1), ylim=(len(likely) - 0.45, -0.7), xticks=[0, 0.5, 1], yticks=[])
         self.bars.set_title("probability", fontsize=11, color=plots.INK)
         self.bars.tick_params(labelsize=8, length=2)
@@ -424,7 +427,7 @@ class Explorer:
                 return
             try:
                 action()
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever it is, the app goes on
                 self.status.value = f"<span style='color:#b00020'>{html.escape(str(error))}</span>"
 
         return handle
@@ -446,9 +449,9 @@ class Explorer:
     def settings(self) -> Settings:
         return Settings(self.image, self.stage.value, self.opacity.value, self.keep.value, self.reference.value)
 
-    def _options(self, widget: Any, options: Any) -> None:
-        """New options, and the old value where it is still there."""
-        self._silent, value = True, widget.value
+    def _options(self, widget: Any, options: Any, value: Any = None) -> None:
+        """New options, and ``value`` or the old one where it is still there, without an event."""
+        self._silent, value = True, value or widget.value
         try:
             widget.options = options
             widget.value = value if value in options else options[0]
@@ -472,6 +475,10 @@ class Explorer:
         self._options(self.reference, view.references)
         self._options(self.of_class, ["all classes", *view.images.classes])
         self.table.value = ""
+        name = None if self.of_class.value == "all classes" else self.of_class.value
+        if not view.choose(self.pick.value, name):  # which another pair may have had
+            self._options(self.pick, list(PICKS), "all images")
+            self._options(self.of_class, self.of_class.options, "all classes")
         self._choose()
         self.status.value = "scoring, and preparing reference sets ..."
         view.prepare()
@@ -479,6 +486,7 @@ class Explorer:
         self.status.value = self._describe()
 
     def _choose(self) -> None:
+        """The images that the widgets describe; an error, and what was chosen stays, if there is none."""
         name = None if self.of_class.value == "all classes" else self.of_class.value
         if not (chosen := self.view.choose(self.pick.value, name)):
             raise ValueError(f"there is no image of {self.of_class.value} with {self.pick.value}")
@@ -502,7 +510,10 @@ class Explorer:
 
     def _upload(self) -> None:
         if self.uploader.value:
-            self.view.upload(bytes(self.uploader.value[0].content))
+            content = bytes(self.uploader.value[0]["content"])
+            self._silent, self.uploader.value = True, ()  # so that the same file may come again
+            self._silent = False
+            self.view.upload(content)
             self._look_at(OWN)
 
     def _look_at(self, image: int) -> None:
@@ -521,7 +532,9 @@ class Explorer:
                 button.tooltip = f"test image {shown[place]}"
 
     def _redraw(self) -> None:
-        self.picture.value = self.view.draw(self.settings())
+        settings = self.settings()
+        self.picture.value = self.view.draw(settings)
+        self.drawn = (self.view.pair, settings)
         self.link.value = ""
         self.status.value = self._describe()
         if self.table.value:
@@ -555,12 +568,12 @@ class Explorer:
 
     def _export(self) -> None:
         """The view and its settings as files, and as links for a browser on another machine."""
-        view = self.view
-        facts = asdict(self.settings()) | {
-            "dataset": self.dataset.value,
-            "networks": self.networks.value,
-            "technique": self.technique.value,
-            "runs": dict(view.pair.keys),
+        pair, settings = self.drawn
+        facts = asdict(settings) | {
+            "dataset": pair.dataset,
+            "networks": pair.networks,
+            "technique": pair.technique,
+            "runs": dict(pair.keys),
             "limit": self.limit,
             "seed": self.seed,
         }
@@ -575,6 +588,14 @@ class Explorer:
             address = f"data:{mime};base64,{base64.b64encode(data).decode()}"
             links.append(f"<a download='{stem}.{kind}' href='{address}'>{stem}.{kind}</a>")
         self.link.value = f"&nbsp; saved in {html.escape(str(folder))}: {', '.join(links)}"
+
+
+def explore(dataset: str | None = None, limit: int = 2000, seed: int = 0) -> None:
+    """Show the explorer, or what keeps it from showing; parameters as of :class:`Explorer`."""
+    try:
+        Explorer(dataset, limit, seed).show()
+    except (DataError, ValueError) as error:
+        display(widgets.HTML(f"<b>The explorer has nothing to show:</b> {html.escape(str(error))}"))
 
 
 def _png(image: Tensor) -> bytes:

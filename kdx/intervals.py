@@ -43,6 +43,13 @@ def mean_of_known(values: ArrayLike) -> Interval:
     return mean_interval(known) if len(known) > 1 else Interval(np.nan, np.nan, np.nan, len(known))
 
 
+def share_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """The share of ``values`` (n,) that are true, with Wilson's interval, which stays within 0 and 1."""
+    x = np.asarray(values, dtype=bool)
+    ends = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, method="wilson")
+    return Interval(x.mean(), ends.low, ends.high, len(x))
+
+
 def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:
     """A score table with a column ``fold``, averaged over the folds of each group.
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,8 @@ def find_builder(where: str) -> Callable[[], Any]:
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"no module {error.name} for {where!r}; run this in the folder that holds it") from error
+        here_too = "; run this in the folder that holds it" if f"{module}.".startswith(f"{error.name}.") else ""
+        raise ValueError(f"no module {error.name} for {where!r}{here_too}") from error
     for part in name.split("."):
         if (found := getattr(found, part, None)) is None:
             raise ValueError(f"{where!r}: {module} has no {name}")
@@ -99,17 +101,21 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     if not build:
         if not header_of(weights):
             raise ValueError(f"{weights}: not a checkpoint of kdx; say what builds its network, as module:function")
-        return load_checkpoint(weights)[0]
+        trained = load_checkpoint(weights)[0]
+        _check_finite(Path(weights), trained.state_dict())
+        return trained
     try:
         model = (find_builder(build) if isinstance(build, str) else build)()
     except TypeError as error:
         raise ValueError(f"build {build!r}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"build: expected a torch.nn.Module from {build!r}, got {type(model).__name__}")
-    model = unwrapped(model)
+    model = unwrapped(model).float()
     path = Path(weights)
     state = _read(path)
     wanted = model.state_dict()
+    if not set(state) & set(wanted) and all(key.startswith("module.") for key in state):  # of DataParallel
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if missing := [key for key in wanted if key not in state]:
         unexpected = [key for key in state if key not in wanted]
         raise ValueError(
@@ -123,22 +129,38 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     if wrong := [key for key in wanted if wanted[key].shape != state[key].shape]:
         found = f"{wrong[0]}: {tuple(state[wrong[0]].shape)} where the network has {tuple(wanted[wrong[0]].shape)}"
         raise ValueError(f"{path}: weights of other shapes: {found}, and {len(wrong) - 1} more")
+    model.load_state_dict(state)
+    _check_finite(path, model.state_dict())
+    return model.eval()
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     if bad := [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(f"{path}: weights that are NaN or infinite: {_first(bad)}; take an earlier checkpoint")
-    model.load_state_dict(state)
-    return model.float().eval()
 
 
 def header_of(weights: Path | str) -> dict[str, Any]:
-    """What a checkpoint of kdx says of its network: architecture, classes, mean, std; {} for any other file."""
+    """What a checkpoint of kdx says of its network: architecture, classes, mean, std, and, in the run store,
+    size; {} for any other file."""
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("kdx", "{}"))
+            header = json.loads((file.metadata() or {}).get("kdx", "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path}: expected safetensors ({error})") from error
+    if header and (manifest := path.with_name("manifest.json")).is_file():
+        header["size"] = json.loads(manifest.read_text())["spec"]["input"]["size"][1]
+    return header
+
+
+def check_headers(headers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse checkpoints of kdx, by role, that differ in classes, normalisation or input size."""
+    for fact in ("classes", "mean", "std", "size"):
+        said = {role: header[fact] for role, header in headers.items() if fact in header}
+        if len({str(value) for value in said.values()}) > 1:
+            raise ValueError(f"student and base must take the same images and name the same classes; {fact}: {said}")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -149,6 +171,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: expected safetensors ({error})") from error
+    with path.open("rb") as file:
+        if not (zipfile.is_zipfile(path) or file.read(1) == b"\x80"):  # an archive, or a pickle
+            raise ValueError(f"{path}: expected a checkpoint of torch or safetensors, found neither")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -156,8 +181,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, and would have to execute code of the file; save the weights alone, "
             "with safetensors.torch.save_file(model.state_dict(), path) or torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of torch or safetensors ({error})") from error
+    except Exception as error:  # a damaged file may fail in any way
+        raise ValueError(f"{path}: expected a checkpoint of torch or safetensors ({one_line(error)})") from error
     while isinstance(content, Mapping) and (
         inner := [content[k] for k in NESTED if isinstance(content.get(k), Mapping)]
     ):
@@ -165,8 +190,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
     if not tensors or not content:
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)
 
 
@@ -213,6 +236,8 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
             "and base must take the same images, so set size to what both of them were trained with"
         ) from error
     logits = torch.cat(found).cpu()
+    if logits.shape[1] < 2:
+        raise ValueError(f"the {name} has one output; expected logits of two classes or more: wrap it to give (-z, z)")
     if not logits.isfinite().all():
         raise ValueError(f"the {name} answers with NaN or infinity; check its weights and the normalisation")
     return F.softmax(logits, 1)
@@ -225,11 +250,15 @@ def check_answers(probabilities: Mapping[str, Tensor]) -> None:
         raise ValueError(f"student and base must answer the same question, got outputs for classes: {numbers}")
 
 
-def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> None:
+def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
     """Refuse two sets of class indices (n,) that tell the same classes apart but number them differently.
 
-    That is so where at least two classes are each, in both directions, taken by majority for one
-    class of another number: weak networks confuse classes, but not one for one.
+    That is so where two classes or more, of 10 images or more, go over into each other one for one, by
+    majority and in both directions: weak networks confuse classes, but do not permute them.
+
+    Returns
+    -------
+    bool : whether there are enough images, 2 or more for at least half of the classes of ``one``.
 
     Raises
     ------
@@ -237,19 +266,23 @@ def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> None:
     """
     there, back = _majorities(one, other), _majorities(other, one)
     moved = {c: d for c, d in there.items() if c != d and back.get(d) == c}
-    if len(moved) >= 2:
+    while set(moved) != set(moved.values()):
+        moved = {c: d for c, d in moved.items() if d in moved and c in moved.values()}
+    if moved and torch.isin(one, torch.tensor(list(moved))).sum() >= 10:
         pairs = ", ".join(f"{c} there is {d} here" for c, d in list(moved.items())[:SHOWN])
         raise ValueError(
             f"{who[0]} and {who[1]} number the classes differently ({pairs}); bring them into one order, by permuting "
             "the rows of the last layer, or by naming the outputs in order (classes)"
         )
+    counts = one.unique(return_counts=True)[1]
+    return bool((counts >= 2).double().mean() >= 0.5)
 
 
-def _majorities(one: Tensor, other: Tensor, least: int = 5) -> dict[int, int]:
-    """Class of ``one`` -> class that ``other`` gives to most of its images, if to more than half of at least 5."""
+def _majorities(one: Tensor, other: Tensor) -> dict[int, int]:
+    """Class of ``one`` -> class that ``other`` gives to more than half of its images, of which there are 2 or more."""
     found = {}
     for c in one.unique().tolist():
         values, counts = other[one == c].unique(return_counts=True)
-        if counts.sum() >= least and 2 * int(counts.max()) > int(counts.sum()):
+        if counts.sum() >= 2 and 2 * int(counts.max()) > int(counts.sum()):
             found[c] = int(values[counts.argmax()])
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class Pair:
     Attributes
     ----------
     dataset : name of the dataset.
-    technique : how the student was distilled.
+    technique : how the student was distilled, with the start of its key where several students differ in
+        nothing else that is named here.
     networks : student, its teacher, the teacher's teacher, ... and the epochs of the student, in words.
     keys : student, base and, perhaps, second base -> key of the run.
     """
@@ -93,20 +95,28 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
         keys = {"student": key, "base": alike[spec["seed"]]}
         if others := [other for seed, other in sorted(alike.items()) if seed != spec["seed"]]:
             keys["second base"] = others[0]
-        line = [manifest]
-        while above := stored.get(line[-1]["spec"]["teacher"] or ""):
+        line = [key]
+        while (above := stored[line[-1]]["spec"]["teacher"]) in stored:
             line.append(above)
-        names = " from ".join(f"{m['spec']['model']['name']}@{m['spec']['model']['width']:g}" for m in line)
-        networks = f"{names}, {spec['recipe']['epochs']} epochs"
+        names = ["its base" if k == keys["base"] else _name(stored[k]["spec"]["model"]) for k in line]
+        networks = f"{' from '.join(names)}, {spec['recipe']['epochs']} epochs"
         pair = Pair(manifest["dataset"], spec["technique"]["name"], networks, keys, spec)
         kind = (pair.dataset, networks, str(spec["technique"]), str(spec["recipe"]), str(spec["input"]))
         found.setdefault(kind, pair)
     if not found:
         of = f" of {dataset or 'any data'} and {technique or 'any technique'}"
         raise ValueError(f"no student with its base{of} in the run store; `kdx run 01_gradcam` trains some")
+    named = Counter((pair.dataset, pair.networks, pair.technique) for pair in found.values())
+    for kind, pair in found.items():
+        if named[pair.dataset, pair.networks, pair.technique] > 1:  # other settings, or other data
+            found[kind] = replace(pair, technique=f"{pair.technique} ({pair.keys['student'][:6]})")
     order = list(stored)
     return sorted(found.values(), key=lambda pair: (len(pair.keys) < 3, order.index(pair.keys["student"])))
 
 
 def _twin(manifest: Mapping[str, Any]) -> str:
     return str([manifest["spec"][part] for part in TWIN])
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    return f"{model['name']}@{model['width']:g}"

@@ -31,6 +31,8 @@ class Pictures:
     labels : int64 (n,) by the folders of classes; None for a flat folder.
     classes : names of those folders; () for a flat one.
     refused : file -> why it was skipped.
+    there : files in the folder that may be images, of those for testing where it says so.
+    testing : whether the folder has a part for testing, which alone is read.
     """
 
     images: Tensor
@@ -38,6 +40,8 @@ class Pictures:
     labels: Tensor | None
     classes: tuple[str, ...]
     refused: dict[str, str]
+    there: int
+    testing: bool
 
 
 def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed: int = 0) -> Pictures:
@@ -54,7 +58,7 @@ def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed:
     DataError : no such folder, or no image in it that can be read.
     """
     items, refused = list_files(Path(folder).expanduser())
-    if any(item.split == "test" for item in items):
+    if testing := any(item.split == "test" for item in items):
         items = [item for item in items if item.split == "test"]
     classes = tuple(sorted({item.name for item in items if item.name}))
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -76,7 +80,7 @@ def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed:
         because = "; ".join(f"{file}: {reason}" for file, reason in list(refused.items())[:SHOWN])
         raise DataError(f"no image that can be read in {printable(folder)}{f' ({because})' if because else ''}")
     labels = torch.tensor([classes.index(item.name) for item in used]) if classes else None
-    return Pictures(torch.stack(images), [item.file for item in used], labels, classes, refused)
+    return Pictures(torch.stack(images), [item.file for item in used], labels, classes, refused, len(items), testing)
 
 
 def _by_turns(items: Sequence[Item]) -> Iterator[Item]:
@@ -130,6 +134,8 @@ def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()
     ValueError : names that do not fit, or fewer than two classes.
     """
     n_outputs, classes = probabilities.shape[1], tuple(classes)
+    if not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes: expected names, got {list(classes)}; put them in quotes")
     if classes and (len(classes) != n_outputs or len(set(classes)) < n_outputs):
         raise ValueError(f"classes: expected a name for each of {n_outputs} outputs, got {len(set(classes))} names")
     if pictures.labels is None:

@@ -35,6 +35,7 @@ def use_style() -> None:
 
     sns.set_theme("paper", "ticks", font_scale=1.05)
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium", "text.color": INK})
+    plt.rcParams["text.parse_math"] = False  # a class may be called $5
     set_matplotlib_formats("retina")
 
 

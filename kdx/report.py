@@ -55,6 +55,7 @@ def explain(parameters: Mapping[str, Any], out: Path) -> Path:
         executed = scratch / "report.ipynb"
         book.execute(NOTEBOOK, executed, {**parameters, "out": str(scratch)}, Path.cwd())
         book.publish_pictures(executed)
+        executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
         write_html(executed)
         os.replace(scratch, out)
     except book.BookError as error:

@@ -204,7 +204,7 @@ def grad_cam(
     for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
-        activation, gradient = (to_grid(stage, layers[stage], values) for values in (activation, gradient))
+        activation, gradient = (to_grid(stage, layers[stage], values, images) for values in (activation, gradient))
         with torch.autocast(images.device.type, enabled=False):
             weights = gradient.float().mean(dim=(2, 3))  # (n, k)
             activation = activation.detach().float()  # (n, k, h, w)

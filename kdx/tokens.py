@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PREFIX = 8  # tokens before those of the image, at most: class, distillation, registers
+PREFIXES = (0, 1, 2, 4, 5)  # tokens before those of the image: class, distillation, registers
 
 
 class Layer(str):
@@ -23,31 +23,36 @@ class Layer(str):
         return layer
 
 
-def to_grid(stage: str, name: str, output: Tensor) -> Tensor:
-    """A stage's output as feature maps (n, k, h, w).
+def to_grid(stage: str, name: str, output: Tensor, images: Tensor) -> Tensor:
+    """A stage's output for images (n, c, h, w) as feature maps (n, k, h, w).
 
-    Tokens (n, t, k) are laid out as a square, after the prefix tokens (the fewest that leave a square
-    number) are dropped. What :class:`Layer` says comes first.
+    Tokens (n, t, k) of square images are laid out as a square, after the prefix tokens (the fewest that
+    leave a square number) are dropped. What :class:`Layer` says comes first.
 
     Raises
     ------
     ValueError : an output of another shape, or tokens that are no square.
     """
+    if len(output) != len(images):
+        raise ValueError(
+            f"{stage} ({name}): expected a row for each of {len(images)} images, got {tuple(output.shape)}; name other "
+            "modules"
+        )
     if reshape := getattr(name, "reshape", None):
         maps = reshape(output)
         if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != len(output):
             found = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ValueError(f"{stage} ({name}): expected reshape to give (n, k, h, w), got {found}")
         return maps
-    if output.ndim == 3:
+    if output.ndim == 3 and images.shape[2] == images.shape[3]:
         side = math.isqrt(output.shape[1])
         prefix = output.shape[1] - side**2
-        if side > 1 and prefix <= PREFIX:
+        if side > 1 and prefix in PREFIXES:
             return output[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if output.ndim != 4:
         raise ValueError(
-            f"{stage} ({name}): expected feature maps (n, k, h, w), or tokens (n, t, k) that fill a square, got "
-            f"{tuple(output.shape)}; say how they lie with kdx.stages(model, modules=[...], reshape=...)"
+            f"{stage} ({name}): expected feature maps (n, k, h, w), or tokens (n, t, k) that fill a square of a "
+            f"square image, got {tuple(output.shape)}; say how they lie: kdx.stages(model, modules=[...], reshape=...)"
         )
     return output
 

@@ -124,7 +124,7 @@ class Reference:
         captures = []
         for network, x, layers in zip(self.networks, images, self.layers, strict=True):
             found = activations(network, x, layers)
-            captures.append({stage: to_grid(stage, layers[stage], output) for stage, output in found.items()})
+            captures.append({stage: to_grid(stage, layers[stage], output, x) for stage, output in found.items()})
         return {stage: (captures[0][stage].float(), captures[1][stage].float()) for stage in self.layers[0]}
 
 

@@ -276,7 +276,7 @@ def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
     act(names[4].click)  # a thumbnail's
     act(lambda: find(".noUi-handle")[0].send_keys(Keys.ARROW_LEFT))  # the stage
     networks = Select(find("select")[1])  # one of which there are several techniques
-    act(lambda: networks.select_by_visible_text("resnet10@0.125 from resnet10@0.125, 1 epochs"))
+    act(lambda: networks.select_by_visible_text("resnet10@0.125 from its base, 1 epochs"))
     technique = Select(find("select")[2])
     other = next(o.text for o in technique.options if o.text != technique.first_selected_option.text)
     act(lambda: technique.select_by_visible_text(other))

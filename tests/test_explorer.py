@@ -1,6 +1,7 @@
 import io
 import json
 import runpy
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_pairs_are_students_with_the_base_of_their_fold():
     found = stored_pairs()
     assert [pair.technique for pair in found] in (["response", "attention"], ["attention", "response"])
     for pair in found:
-        assert pair.networks == "resnet10@0.125 from resnet10@0.125, 1 epochs"
+        assert pair.networks == "resnet10@0.125 from its base, 1 epochs"
         specs = {role: run.manifest["spec"] for role, run in pair.runs.items()}
         assert list(specs) == ["student", "base", "second base"]
         assert specs["student"]["technique"]["name"] == pair.technique
@@ -194,15 +195,51 @@ def test_export_writes_the_picture_and_its_settings(app, store):
     assert picture.name in app.link.value
 
 
+def upload(content):
+    return {
+        "name": "x",
+        "type": "image/png",
+        "size": len(content),
+        "content": content,
+        "last_modified": datetime.now(UTC),
+    }
+
+
+def test_a_pair_without_images_of_the_choice_shows_all_of_its_own(app, monkeypatch):
+    choose = View.choose
+    other = next(name for name in app.technique.options if name != app.technique.value)
+    app.pick.value = "both wrong"
+    rare = lambda view, pick, name=None: [] if pick == "both wrong" else choose(view, pick, name)  # noqa: E731
+    monkeypatch.setattr(View, "choose", rare)
+    app.technique.value = other
+    assert app.pick.value == "all images"
+    assert len(app.chosen) == 100
+    assert app.drawn[0] is app.view.pair
+    assert app.drawn[0].technique == other
+
+
+def test_export_tells_of_the_picture_that_is_shown(app, store):
+    app.technique.unobserve_all()  # as if opening the other pair had failed
+    before = app.technique.value
+    app.technique.value = next(name for name in app.technique.options if name != before)
+    for path in (store / "exports").glob("*"):
+        path.unlink()
+    app.export.click()
+    (facts,) = (store / "exports").glob("*.json")
+    assert json.loads(facts.read_text())["technique"] == before
+
+
 def test_an_uploaded_image_is_explained_and_a_bad_one_refused(app):
     content = io.BytesIO()
     Image.new("RGB", (50, 40), (200, 30, 30)).save(content, "PNG")
-    app.view.upload(content.getvalue())
-    app._look_at(OWN)
+    for _ in range(2):  # the same file may come again
+        app.thumbnails[1][1].click()
+        app.uploader.value = (upload(content.getvalue()),)
+        assert app.image == OWN
     assert "explained for the class that the student predicts" in app.status.value
     assert app.view.scene(OWN, 64).label.startswith("uploaded, taken for")
     picture = bytes(app.picture.value)
-    app._guard(lambda: app.view.upload(b"text"))(None)
+    app.uploader.value = (upload(b"text"),)
     assert "this file cannot be used: not an image" in app.status.value
     assert bytes(app.picture.value) == picture
 
@@ -220,6 +257,15 @@ def test_without_pairs_the_explorer_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("KDX_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"no student with its base .* `kdx run 01_gradcam` trains some"):
         Explorer()
+    shown = []
+    monkeypatch.setattr(explorer, "display", shown.append)
+    explorer.explore()
+    assert "The explorer has nothing to show:</b> no student" in shown[0].value
+
+
+def test_a_few_images_are_enough():
+    assert Explorer("shapes", limit=40).reference.options == (32,)
+    assert View(stored_pairs("shapes")[0], limit=24).references == [12]
 
 
 def test_the_benchmark_prints_how_long_every_knob_takes(capsys):

@@ -7,7 +7,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdx import build, save_checkpoint
-from kdx.own import answers, check_answers, check_class_order, find_builder, header_of, load_own, network_input
+from kdx.own import (
+    answers,
+    check_answers,
+    check_class_order,
+    check_headers,
+    find_builder,
+    header_of,
+    load_own,
+    network_input,
+)
 
 
 def network(width=4):
@@ -33,6 +42,7 @@ def test_weights_come_from_every_safe_file(tmp_path, weights):
         "parallel.pt": wrapped,
     }.items():
         torch.save(content, tmp_path / name)
+    save_file(wrapped, tmp_path / "parallel.safetensors")
     for path in tmp_path.iterdir():
         model = load_own(network, path)
         assert same(model, weights), path
@@ -69,15 +79,19 @@ def test_files_that_do_not_fit_are_named(tmp_path, weights):
     check(r"more than the weights of this Sequential; unexpected fc", weights | {"fc": torch.zeros(1)})
     check(r"0.weight: \(4, 3, 3, 3\) where the network has \(5, 3, 3, 3\), and 5 more", weights, lambda: network(5))
     check(r"NaN or infinite: 1.running_var;", weights | {"1.running_var": torch.full((4,), torch.inf)})
+    check("NaN or infinite: 0.weight", {k: v * 1e38 * 1e38 if k == "0.weight" else v for k, v in weights.items()})
     check("expected a state dict of tensors, got list", [1, 2])
     check("expected a state dict of tensors, got dict", {"epoch": 3})
     check("expected a torch.nn.Module from .*, got int", weights, lambda: 3)
     with pytest.raises(ValueError, match=r"no file .*nothing.pt; expected a checkpoint"):
         load_own(network, tmp_path / "nothing.pt")
-    for name in ("text.pt", "text.safetensors"):
-        (tmp_path / name).write_text("not a checkpoint")
-        with pytest.raises(ValueError, match=f"{name}: "):
+    for name, content in {"text.pt": b"hello", "page.pt": b"<html>404</html>", "text.safetensors": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: expected (a checkpoint of torch or )?safetensors"):
             load_own(network, tmp_path / name)
+    (tmp_path / "cut.pt").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match=r"cut.pt: expected a checkpoint of torch or safetensors \("):
+        load_own(network, tmp_path / "cut.pt")
 
 
 def test_builders_are_found_in_the_working_directory(tmp_path, monkeypatch, weights):
@@ -115,11 +129,27 @@ def test_checkpoints_of_kdx_need_no_builder(tmp_path, weights):
     assert header_of(tmp_path / "b.safetensors") == {}
     with pytest.raises(ValueError, match="not a checkpoint of kdx; say what builds its network"):
         load_own("", tmp_path / "b.safetensors")
+    with torch.no_grad():
+        model.bn1.running_var[0] = torch.inf
+    save_checkpoint(tmp_path / "c.safetensors", model, {})
+    with pytest.raises(ValueError, match=r"NaN or infinite: bn1.running_var"):
+        load_own("", tmp_path / "c.safetensors")
+
+
+def test_checkpoints_of_kdx_that_differ_are_refused():
+    header = {"classes": ["cat", "dog"], "mean": [0.5] * 3, "std": [0.2] * 3, "size": 32}
+    check_headers({"student": header, "base": header, "second base": {}})
+    for change in ({"classes": ["dog", "cat"]}, {"mean": [0.1] * 3}, {"size": 64}):
+        with pytest.raises(ValueError, match=f"same images and name the same classes; {next(iter(change))}: "):
+            check_headers({"student": header, "base": header | change})
 
 
 def test_half_precision_and_data_parallel_become_plain_float32(tmp_path, weights):
     save_file({key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()},
               tmp_path / "half.safetensors")  # fmt: skip
+    large = weights | {"1.running_var": torch.full((4,), 1e5)}  # more than half precision holds
+    save_file(large, tmp_path / "large.safetensors")
+    assert same(load_own(lambda: network().half(), tmp_path / "large.safetensors"), large)
     model = load_own(lambda: nn.DataParallel(network().half()), tmp_path / "half.safetensors")
     assert isinstance(model, nn.Sequential)
     assert next(model.parameters()).dtype == torch.float32
@@ -154,6 +184,8 @@ def test_answers_are_probabilities_or_an_error_that_names_the_network():
         answers(Head(1.0), torch.rand(5, 3, 4, 4), "base")
     with pytest.raises(ValueError, match="the student answers with NaN or infinity"):
         answers(Head(torch.inf), torch.rand(5, 3, 2, 2), "student")
+    with pytest.raises(ValueError, match="the base has one output; expected logits of two classes or more"):
+        answers(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.rand(5, 3, 2, 2), "base")
     with pytest.raises(ValueError, match=r"the same question, got outputs for classes: {'student': 3, 'base': 4}"):
         check_answers({"student": p, "base": torch.rand(5, 4)})
 
@@ -171,3 +203,10 @@ def test_another_class_order_is_refused_and_confusion_is_not():
     check_class_order(one, torch.where(one == 3, 4, one), ("", ""))  # all dogs taken for cats
     check_class_order(torch.full((200,), 1), torch.full((200,), 2), ("", ""))  # each knows one answer only
     check_class_order(one, torch.randint(0, 5, (200,)), ("", ""))
+    four = torch.arange(200) % 4
+    merged = torch.tensor([0, 0, 2, 2])[four], torch.tensor([1, 1, 3, 3])[four]  # each knows one of two
+    assert check_class_order(*merged, ("", ""))
+    many = torch.arange(256) % 100
+    with pytest.raises(ValueError, match="the student and the base number the classes differently"):
+        check_class_order(many, 99 - many, ("the student", "the base"))
+    assert not check_class_order(torch.arange(50), 49 - torch.arange(50), ("", ""))  # one image a class tells nothing

@@ -34,6 +34,8 @@ def test_class_folders_give_labels_and_bad_files_are_listed(folder):
 
 def test_a_limit_takes_as_many_of_each_class_and_replaces_what_is_broken(folder):
     assert read_pictures(folder, 8, limit=4).labels.bincount().tolist() == [2, 2]
+    assert read_pictures(folder, 8, limit=8).there == 10
+    assert not read_pictures(folder, 8, limit=8).testing
     assert read_pictures(folder, 8, limit=8).labels.bincount().tolist() == [5, 3]
     draws = [read_pictures(folder, 8, limit=4, seed=seed).files for seed in range(4)]
     assert draws[0] == read_pictures(folder, 8, limit=4).files
@@ -56,7 +58,9 @@ def test_only_the_test_part_of_a_split_folder_is_read(folder, tmp_path):
     for name in ("ants", "bees"):
         (tmp_path / "both" / "train" / name).mkdir(parents=True)
         Image.new("RGB", (20, 16)).save(tmp_path / "both" / "train" / name / "t.png")
-    assert all(file.startswith("test/") for file in read_pictures(tmp_path / "both", 8).files)
+    pictures = read_pictures(tmp_path / "both", 8)
+    assert all(file.startswith("test/") for file in pictures.files)
+    assert pictures.testing
 
 
 def test_folders_without_images_are_an_error(tmp_path, folder):
@@ -91,6 +95,7 @@ def test_labels_are_those_of_folders_or_of_the_student(folder):
         "expected a name for each of 2 outputs, got 3": (pictures, p, ["x", "y", "z"]),
         "folders ants are not among classes: bees, wasps": (pictures, p, ["bees", "wasps"]),
         "the student predicts output 0 for all 6 images": (flat, torch.eye(2)[torch.zeros(6, dtype=torch.long)]),
+        "expected names, got \\[0, 1\\]; put them in quotes": (pictures, p, [0, 1]),
         "of at least two classes, got test alone": (read_pictures_of_one_class(folder), p),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -30,16 +30,21 @@ def hugging_face_vit():
 
 
 def test_tokens_are_laid_out_as_a_square_without_their_prefix():
+    square = torch.zeros(2, 3, 24, 24)
     for prefix in (0, 1, 5):
         tokens = torch.arange(2 * (prefix + 9) * 3).view(2, prefix + 9, 3)
-        grid = to_grid("L1", "block", tokens)
+        grid = to_grid("L1", "block", tokens, square)
         assert grid.shape == (2, 3, 3, 3)
         assert torch.equal(grid[1, :, 1, 2], tokens[1, prefix + 5])
     maps = torch.rand(2, 3, 4, 5)
-    assert to_grid("L1", "block", maps) is maps
-    for shape in ((2, 3), (2, 35, 3), (2, 1, 3)):
-        with pytest.raises(ValueError, match=r"L1 \(block\): expected feature maps .* with kdx.stages"):
-            to_grid("L1", "block", torch.zeros(shape))
+    assert to_grid("L1", "block", maps, square) is maps
+    for shape in ((2, 3), (2, 35, 3), (2, 1, 3), (2, 129, 3)):
+        with pytest.raises(ValueError, match=r"L1 \(block\): expected feature maps .* lie: kdx.stages"):
+            to_grid("L1", "block", torch.zeros(shape), square)
+    with pytest.raises(ValueError, match="square of a square image"):  # 4 x 6 patches and a class token are no 5 x 5
+        to_grid("L1", "block", torch.zeros(2, 25, 3), torch.zeros(2, 3, 32, 48))
+    with pytest.raises(ValueError, match=r"L1 \(block\): expected a row for each of 2 images, got \(16, 2, 3\)"):
+        to_grid("L1", "block", torch.zeros(16, 2, 3), square)
 
 
 def test_stages_of_transformers_are_the_last_blocks_of_their_quarters():
