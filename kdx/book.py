@@ -218,7 +218,10 @@ def build_html(root: Path) -> Path:
     """Build the HTML with warnings as errors; return its first page."""
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
     command += ["-W", "-n", "--keep-going"]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    settled = os.environ | {
+        "PYTHONHASHSEED": "0"
+    }  # jupyter-book lists a set in its configuration: else all is read anew
+    done = subprocess.run(command, cwd=root, env=settled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = root / "book" / "_build" / "build.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(done.stdout)
