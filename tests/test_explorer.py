@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from kdx import Recipe, cross_fit, explorer, pairs
-from kdx.explorer import OWN, Explorer, Settings, View
+from kdx import view as view_room
+from kdx.explorer import Explorer
 from kdx.pairs import stored_pairs
 from kdx.runs import manifests
+from kdx.view import OWN, Settings, View
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +104,20 @@ def test_every_knob_changes_the_picture_and_going_back_restores_it(view):
 def test_maps_of_a_scene_are_those_of_unicam_and_grad_cam(view):
     scene = view.scene(5, 64)
     x, label = view.x[5:6], view.images.labels[5]
-    own = explorer.unicam(
+    own = view_room.unicam(
         view.networks["student"], view.networks["base"], x, view.embeddings[label][None], reference=view.reference(64)
     )
     assert torch.equal(scene.maps["distilled"]["L3"], own.distilled["L3"][0])
     assert torch.equal(scene.maps["residual"]["L2"], own.residual["L2"][0])
-    cam = explorer.grad_cam(view.networks["base"], x, int(label), view.layers["base"])
+    cam = view_room.grad_cam(view.networks["base"], x, int(label), view.layers["base"])
     assert torch.equal(scene.maps["Grad-CAM, base"]["L4"], cam["L4"][0])
-    assert set(scene.maps) == {*explorer.GRAD_CAM, *explorer.UNIQUE}
+    assert set(scene.maps) == {*view_room.GRAD_CAM, *view_room.UNIQUE}
     assert abs(float(scene.probabilities["student"].sum()) - 1) < 1e-5
 
 
 def test_images_are_picked_by_what_the_networks_make_of_them(view):
     right = {role: answer == view.images.labels for role, answer in view.answers.items()}
-    groups = [row for name in explorer.PICKS if name != "all images" for row in view.choose(name)]
+    groups = [row for name in view_room.PICKS if name != "all images" for row in view.choose(name)]
     assert sorted(groups) == view.choose("all images") == list(range(200))
     for row in view.choose("student right, base wrong"):
         assert right["student"][row]
