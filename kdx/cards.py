@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdx import cifar, folders, plantvillage, shapes
+from kdx import cifar, folders, planted, plantvillage, shapes
 from kdx.download import archive_source
 from kdx.folders import Layout
 
@@ -154,6 +154,23 @@ DATASETS: dict[str, Card] = {
             citation="after Tjoa & Guan 2020 and Han et al. 2023, appendices B.6 and D",
             homepage="",
             read=shapes.read,
+        ),
+        Card(
+            name="planted",
+            title="Planted cues",
+            description=(
+                "Generated: three independent cues at random places over noise, blur or 1/f texture; a class is one "
+                "combination of their values. Bit i of an image's mask is set where cue i lies."
+            ),
+            classes=planted.Scene().classes,
+            size=(3, planted.Scene().size, planted.Scene().size),
+            counts=planted.COUNTS,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            licence="MIT, as kdx",
+            citation="kdx",
+            augmentation={},
+            read=planted.read,
         ),
         Card(
             name="petimages",

@@ -195,8 +195,6 @@ def _carry_out(
     training: Mapping[str, Any],
 ) -> dict[Plan, Run]:
     """Train what the run store lacks, teachers before their students."""
-    if workers < 0:
-        raise ValueError(f"workers: expected 0 (one a core) or more, got {workers}")
     wanted = dict.fromkeys(ancestor for plan in plans for ancestor in plan.line)
     names = {plan.technique for plan in wanted}
     own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
@@ -205,31 +203,25 @@ def _carry_out(
     parts = []
     for rows, held_out in folds(train.labels, k, seed):
         parts.append((train[rows], train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)))
-    device = pick_device(training.get("device", "auto"))
-    workers = workers or joblib.cpu_count()
+    size = partial(_size, classes=len(train.classes), stem=training.get("stem", "small"))
     runs: dict[Plan, Run] = {}
     for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
-        missing = {}
-        for plan in (plan for plan in wanted if len(plan.line) == generation):
-            job: dict[str, Any] = {
-                "technique": plan.technique,
-                "teacher": plan.teacher and runs[plan.teacher],
-                "recipe": replace(recipe, epochs=plan.epochs),
-                "seed": plan.seed,
-                **own[plan.technique],
-                **training,
-            }
-            try:
-                runs[plan] = fit(plan.model, *parts[plan.fold - 1], stored=True, **job)
-            except KeyError:
-                missing[plan] = job
-        if device.type != "cpu" or min(workers, len(missing)) < 2:
-            runs |= {plan: fit(plan.model, *parts[plan.fold - 1], **job) for plan, job in missing.items()}
-            continue
-        size = partial(_size, classes=len(train.classes), stem=training.get("stem", "small"))
+        jobs = {}
         # the largest first, or the others would wait for them at the end
-        missing = dict(sorted(missing.items(), key=lambda job: -sum(size(link.model) for link in job[0].line[:2])))
-        runs |= _fit_at_once(missing, parts, workers)
+        for plan in sorted(wanted, key=lambda plan: -sum(size(link.model) for link in plan.line[:2])):
+            if len(plan.line) == generation:
+                jobs[plan] = partial(
+                    fit,
+                    plan.model,
+                    *parts[plan.fold - 1],
+                    technique=plan.technique,
+                    teacher=plan.teacher and runs[plan.teacher],
+                    recipe=replace(recipe, epochs=plan.epochs),
+                    seed=plan.seed,
+                    **own[plan.technique],
+                    **training,
+                )
+        runs |= fit_all(jobs, workers)
     return runs
 
 
@@ -238,27 +230,37 @@ def _size(model: str, classes: int, stem: str) -> int:
     return sum(weight.numel() for weight in models.build(model, classes, stem, seed=0).parameters())
 
 
-def _fit_at_once(jobs: Mapping[Plan, Mapping[str, Any]], parts: Sequence[Any], workers: int) -> dict[Plan, Run]:
-    """Train networks that do not wait for each other in processes of their own."""
-    workers = min(workers, len(jobs))
+def fit_all(jobs: Mapping[Any, partial[Run]], workers: int) -> dict[Any, Run]:
+    """Carry out calls of :func:`kdx.fit` that do not wait for each other, where the run store lacks their runs.
+
+    ``workers`` as for :func:`cross_fit`.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 (one a core) or more, got {workers}")
+    runs, missing = {}, {}
+    for name, job in jobs.items():
+        try:
+            runs[name] = job(stored=True)
+        except KeyError:
+            missing[name] = job
+    devices = {pick_device(job.keywords.get("device", "auto")).type for job in missing.values()}
+    workers = min(workers or joblib.cpu_count(), len(missing))
+    if devices != {"cpu"} or workers < 2:
+        return runs | {name: job() for name, job in missing.items()}
     threads = max(1, joblib.cpu_count() // workers)
     # never threads of this process: they would share torch's global generator
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
-    tasks = (
-        joblib.delayed(_fit_elsewhere)(str(data_home()), threads, plan, parts[plan.fold - 1], job)
-        for plan, job in jobs.items()
-    )
-    found = {}
-    with progress(total=len(jobs), desc="networks", unit="network") as bar:
-        for plan in pool(tasks):
+    tasks = (joblib.delayed(_fit_elsewhere)(str(data_home()), threads, *item) for item in missing.items())
+    with progress(total=len(missing), desc="networks", unit="network") as bar:
+        for name in pool(tasks):
             # KeyError if the code was edited meanwhile: the process has trained by the new one
-            found[plan] = fit(plan.model, *parts[plan.fold - 1], stored=True, **jobs[plan])
+            runs[name] = missing[name](stored=True)
             bar.update()
-    return found
+    return runs
 
 
-def _fit_elsewhere(home: str, threads: int, plan: Plan, part: Any, job: Mapping[str, Any]) -> Plan:
+def _fit_elsewhere(home: str, threads: int, name: Any, job: partial[Run]) -> Any:
     os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
     torch.set_num_threads(threads)
-    fit(plan.model, *part, **job)
-    return plan
+    job()
+    return name
