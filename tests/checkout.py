@@ -1,5 +1,6 @@
-"""The sources of the book, for tests that build pages elsewhere."""
+"""What tests of pages share: the sources of the book to build elsewhere, and what a browser asked for."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,3 +15,9 @@ def copy_sources(folder):
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
+
+
+def asked_for(driver):
+    """Addresses that the page has asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]

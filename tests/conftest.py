@@ -64,6 +64,24 @@ def chromedriver():
     return path or _unless_ci("no chromedriver (Debian: apt-get install chromium chromium-driver)")
 
 
+@pytest.fixture(scope="session")
+def browser(chromedriver, tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1600",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
 def _unless_ci(reason):
     if os.environ.get("CI"):
         pytest.fail(f"{reason}; CI must not skip this")

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from kdx import book
-from tests.checkout import ROOT, copy_sources
+from tests.checkout import ROOT, asked_for, copy_sources
 
 
 def kdx(*arguments, home):
@@ -151,30 +151,6 @@ def site(smoke_book):
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def browser(chromedriver, tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1600",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
-
-
-def requests(driver):
-    """Addresses that the page has asked for since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-
 @pytest.mark.book
 @pytest.mark.browser
 def test_book_pages_in_a_browser(site, browser):
@@ -189,7 +165,7 @@ def test_book_pages_in_a_browser(site, browser):
             "const math = (window.MathJax && MathJax.startup) ? MathJax.startup.promise : Promise.resolve();"
             "math.then(() => setTimeout(done, 300));"
         )
-        asked = [url for url in requests(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+        asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
         seen += len(asked)
         assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc], page
         broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
@@ -252,7 +228,7 @@ def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
     address, log = explorer_app
     wait = WebDriverWait(browser, 180, ignored_exceptions=[WebDriverException])
     browser.get_log("browser")
-    requests(browser)
+    asked_for(browser)
     wait.until(lambda driver: driver.get(address) or driver.find_elements(By.CSS_SELECTOR, "#rendered_cells"))
     find = lambda what: browser.find_elements(By.CSS_SELECTOR, what)  # noqa: E731
     wait.until(lambda _: find(".widget-html table"))  # the kernel has drawn, and has scored
@@ -289,7 +265,7 @@ def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
     settings = json.loads(facts.read_text())
     assert (settings["technique"], settings["stage"], settings["dataset"]) == (other, "L2", "shapes")
     assert facts.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    asked = [url for url in requests(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
     assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc]
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == [], log.read_text()[-2000:]

@@ -1,7 +1,6 @@
 """`kdx explain`, and the notebook behind it, on networks that kdx did not make."""
 
 import json
-import re
 
 import pandas as pd
 import pytest
@@ -15,6 +14,7 @@ from kdx import book, report
 from kdx.cli import app
 from kdx.own import find_builder, load_own, network_input
 from kdx.pictures import read_pictures
+from tests.checkout import asked_for
 
 MOBILENET = "torchvision.models:mobilenet_v2(num_classes=3)"
 CONVNEXT = "timm:create_model('convnext_atto', num_classes=3)"
@@ -80,14 +80,19 @@ def invoke(*arguments):
 QUICK = ["-p", "batches=2", "-p", "permutations=19", "-p", "shown=2"]
 
 
-def check(folder, stages, skipped=("sand/notes.txt", "water/broken.jpg")):
+def check(folder, browser, stages, skipped=("sand/notes.txt", "water/broken.jpg")):
     """What every report holds; its text."""
     names = {path.name for path in folder.iterdir()}
     assert {"report.html", "report.ipynb", "report.json", "scores.csv", "images.csv", "maps.safetensors"} <= names
     assert sum(name.endswith(".png") for name in names) == 4
     page = (folder / "report.html").read_text()
-    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", page)  # it asks no host for anything
-    assert re.findall(r'<img[^>]+alt="([^"]+)"', page)[0].startswith("Images beside Grad-CAM maps")
+    browser.get("about:blank")
+    asked_for(browser)
+    browser.get(address := (folder / "report.html").as_uri())
+    assert [url for url in asked_for(browser) if not url.startswith("data:")] == [address]
+    pictures = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
+    assert pictures[0][0].startswith("Images beside Grad-CAM maps")
+    assert all(width for _, width in pictures)
     scores = pd.read_csv(folder / "scores.csv")
     assert list(scores["stage"].unique()) == stages
     facts = json.loads((folder / "report.json").read_text())
@@ -100,12 +105,12 @@ def check(folder, stages, skipped=("sand/notes.txt", "water/broken.jpg")):
 
 
 @pytest.mark.book
-def test_explain_torchvision_networks_with_a_control(here, images, checkpoint):
+def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, browser):
     student, base, base2 = (checkpoint(MOBILENET, seed, name) for seed, name in enumerate(("s", "b", "b2")))
     given = ["--student", student, "--base", base, "--base2", base2, "--build", MOBILENET, "--data", images]
     result = invoke(*given, "--size", 64, "--limit", 24, "--out", "report", *QUICK)
     assert result.exit_code == 0, result.output
-    page = check(here / "report", ["L1", "L2", "L3", "L4"])
+    page = check(here / "report", browser, ["L1", "L2", "L3", "L4"])
     assert "24 images" in page
     assert "broken.jpg" in page
     assert "than a second base would" in page
@@ -118,12 +123,12 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint):
 
 
 @pytest.mark.book
-def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, images, checkpoint):
+def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, images, checkpoint, browser):
     given = ["--student", checkpoint(TRANSFORMER, 0, "s"), "--base", checkpoint(CONVNEXT, 1, "b"), "--data", images]
     given += ["--build", TRANSFORMER, "--build-base", CONVNEXT, "--limit", 24, "--out", "deep/report", *QUICK]
     result = invoke(*given)
     assert result.exit_code == 0, result.output
-    page = check(here / "deep" / "report", ["L1", "L2", "L3", "L4"])
+    page = check(here / "deep" / "report", browser, ["L1", "L2", "L3", "L4"])
     assert "blocks.11" in page
     assert "No second base was given" in page
     maps = load_file(here / "deep" / "report" / "maps.safetensors")
@@ -131,7 +136,7 @@ def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, imag
 
 
 @pytest.mark.book
-def test_explain_a_network_of_ones_own_on_a_flat_folder(here, images, checkpoint):
+def test_explain_a_network_of_ones_own_on_a_flat_folder(here, images, checkpoint, browser):
     build = "own_networks_of_a_test:Network"
     flat = here / "flat"
     flat.mkdir()
@@ -151,7 +156,7 @@ def test_explain_a_network_of_ones_own_on_a_flat_folder(here, images, checkpoint
     given += ["--out", "report", "-p", "classes=[moss, sand, water]"]
     result = invoke(*given, *QUICK)
     assert result.exit_code == 0, result.output
-    page = check(here / "report", ["L1", "L2", "L3"], skipped=())
+    page = check(here / "report", browser, ["L1", "L2", "L3"], skipped=())
     assert "about the classes that the student <em>predicts</em>, right or wrong" in page
     assert "accuracy" not in page.partition("Settings")[0].partition("Their answers")[2].partition("Where they")[0]
 
@@ -166,14 +171,8 @@ def test_explain_says_in_one_line_what_is_wrong(here, images, tmp_path):
     assert "Traceback" not in result.output
     assert not (here / "report").exists()
     assert not list(here.glob(".partial-*"))
-    flat = "torch.nn:Linear(3072, 3)"
-    save_file(find_builder(flat)().state_dict(), "linear.safetensors")
-    given = ["--student", "linear.safetensors", "--base", "linear.safetensors", "--build", flat, "--data", images]
-    result = invoke(*given, "--size", 32)
-    assert result.exit_code == 2
-    assert "the student does not take images of 3 x 32 x 32" in result.output
     assert invoke(*given, "-p", "sizes=3").exit_code == 2
-    assert invoke(*given, "--out", "linear.safetensors").exit_code == 2
+    assert invoke(*given, "--out", "pickled.pt").exit_code == 2
 
 
 def test_debug_shows_where_an_error_came_from(here, monkeypatch):
