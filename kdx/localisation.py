@@ -7,7 +7,6 @@ number an image. Cells of a coarser map stand for all the pixels they cover.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +117,8 @@ def localisation(maps: Tensor, masks: Tensor, target: int, others: int) -> dict[
 def _on_pixels(maps: Tensor, truth: Tensor) -> Tensor:
     """Maps (n, h, w) as float64 (n, H * W) on the pixels of the truth."""
     if maps.ndim != 3 or truth.ndim != 3 or len(maps) != len(truth):
-        raise ValueError(f"expected maps (n, h, w) and truth (n, H, W), got {tuple(maps.shape)} and {tuple(truth.shape)}")
+        shapes = f"{tuple(maps.shape)} and {tuple(truth.shape)}"
+        raise ValueError(f"expected maps (n, h, w) and truth (n, H, W), got {shapes}")
     if not (maps >= 0).all():
         raise ValueError("expected maps without NaN or negative values")
     return F.interpolate(maps[:, None].double(), truth.shape[1:], mode="nearest-exact").flatten(1)

@@ -45,7 +45,8 @@ def _dots(u, v, value, values, rng):
     corner = 0.55
     places = [(0, 0), (-corner, -corner), (corner, corner), (-corner, corner), (corner, -corner)]
     faces = [[0], [1, 2], [0, 1, 2], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
-    distance = np.stack([np.min([np.hypot(u - places[i][0], v - places[i][1]) for i in face], axis=0) for face in faces])
+    away = [np.hypot(u - x, v - y) for x, y in places]
+    distance = np.stack([np.min([away[i] for i in face], axis=0) for face in faces])
     return _sign(rng, len(value)) * _ink(distance[value], 0.27)
 
 
@@ -94,12 +95,12 @@ class Family:
 
 
 FAMILIES = {
-    "gratings": Family(("upright grating", "tilted grating", "slanted grating", "flat grating", "steep grating"), _grating),
+    "gratings": Family(tuple(f"{way} grating" for way in ("upright", "tilted", "slanted", "flat", "steep")), _grating),
     "shapes": Family(("ring", "plus", "triangle", "square", "cross"), _shape),
     "dots": Family(("one dot", "two dots", "three dots", "four dots", "five dots"), _dots),
-    "colours": Family(("first hue", "second hue", "third hue", "fourth hue", "fifth hue"), _colour),
+    "colours": Family(tuple(f"{place} hue" for place in ("first", "second", "third", "fourth", "fifth")), _colour),
     "letters": Family(("L", "T", "H", "V", "Z"), _letter),
-    "checks": Family(("coarse checks", "wide checks", "middling checks", "narrow checks", "fine checks"), _checks),
+    "checks": Family(tuple(f"{width} checks" for width in ("coarse", "wide", "medium", "narrow", "fine")), _checks),
 }
 
 
@@ -136,7 +137,8 @@ class Scene:
         room = (self.size // self.cue_size) ** 2 if self.cue_size >= 5 else 0
         if room < len(self.cues) + (len(self.cues) > 1):
             raise ValueError(
-                f"cue_size: {len(self.cues)} cues of {self.cue_size} pixels (5 or more) do not fit an image of {self.size}"
+                f"cue_size: expected 5 or more and that {len(self.cues)} cues fit an image of {self.size} pixels, got "
+                f"{self.cue_size}"
             )
 
     @property

@@ -8,8 +8,10 @@ each image it lies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,9 +22,14 @@ from kdx import planted
 from kdx.cards import DATASETS
 from kdx.data import Dataset
 from kdx.distill import Recipe, evaluate, fit
+from kdx.explainers import Explainer, explainers
 from kdx.intervals import share_interval
+from kdx.localisation import localisation
 from kdx.planted import Scene
+from kdx.progress import progress
 from kdx.runs import Run
+from kdx.study import fit_all
+from kdx.unique import DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ PLANTINGS = {
 def images_of(scene: Scene, n: int, seed: int) -> Dataset:
     """``n`` images of a scene in memory, with the card of the registered dataset but for classes and size."""
     images, labels, masks = planted.draw(scene, n, seed)
-    card = replace(DATASETS["planted"], classes=scene.classes, size=tuple(images.shape[1:]), counts={})
+    card = replace(DATASETS["planted"], classes=scene.classes, size=(3, scene.size, scene.size), counts={})
     return Dataset(images, labels, card, masks)
 
 
@@ -67,15 +74,182 @@ def tell(dataset: Dataset, scene: Scene, known: Sequence[int], seed: int) -> Dat
     return replace(dataset, labels=scene.labels_of(values))
 
 
-def cue_accuracy(logits: Tensor, labels: Tensor, scene: Scene) -> dict[str, Any]:
-    """Cue -> the share of images in which its value is right in the likeliest class, with Wilson's interval.
-
-    The probability of a value is the sum over the classes that have it.
-    """
-    right = {}
-    values = scene.values_of(labels)
+def cue_hits(logits: Tensor, labels: Tensor, scene: Scene) -> Tensor:
+    """bool (n, cues): is the likeliest value of each cue right? Its probability is the sum over the classes
+    that have it."""
     table = logits.softmax(1).view(len(logits), *[scene.values] * len(scene.cues))
-    for i, cue in enumerate(scene.cues):
-        others = [axis for axis in range(1, table.ndim) if axis != i + 1]
-        right[cue] = share_interval((table.sum(others).argmax(1) == values[:, i]).numpy())
-    return right
+    axes = range(1, table.ndim)
+    likeliest = [table.sum([axis for axis in axes if axis != own]).argmax(1) for own in axes]
+    return torch.stack(likeliest, 1) == scene.values_of(labels)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A planting that was carried out, with one seed.
+
+    Attributes
+    ----------
+    networks : student, base, teacher, second base (as the base, from another seed).
+    images : what maps are scored on; no network has seen them.
+    reference : others, for explainers that need some.
+    """
+
+    planting: str
+    seed: int
+    scene: Scene
+    networks: dict[str, Run]
+    images: Dataset
+    reference: Dataset
+
+    @property
+    def plan(self) -> Planting:
+        return PLANTINGS[self.planting]
+
+
+def plant(
+    scene: Scene,
+    seeds: int = 3,
+    *,
+    images: int = 4000,
+    tested: int = 300,
+    reference: int = 256,
+    seed: int = 0,
+    model: str = "resnet10@0.125",
+    recipe: Recipe | None = None,
+    temperature: float = 4.0,
+    workers: int = 1,
+    device: str = "auto",
+) -> list[Grown]:
+    """Carry out all ``PLANTINGS``, or find their networks in the run store.
+
+    Every network is trained on the same images; labels tell what it is to know. Students are distilled from
+    logits alone (response with alpha = 1), so what they know they were told by their teacher. Networks that
+    several plantings need are shared: seven are trained a seed.
+
+    Parameters
+    ----------
+    seeds : repetitions, each with images and networks of its own.
+    seed : the first of them.
+    images, tested, reference : images to train on, to score maps on, and for reference sets.
+    workers : as for :func:`kdx.cross_fit`.
+    """
+    if len(scene.cues) < 3:
+        raise ValueError(f"cues: plantings need three, got {', '.join(scene.cues)}")
+    recipe = recipe or Recipe(epochs=6, sizes=(1.0,))
+    grown: list[Grown] = []
+    sets: dict[int, tuple[Dataset, Dataset, Dataset]] = {}
+    first: dict[Any, partial[Run]] = {}
+    for i in range(seed, seed + seeds):
+        train = images_of(scene, images, 3 * i)
+        sets[i] = (train, images_of(scene, tested, 3 * i + 1), images_of(scene, reference, 3 * i + 2))
+        common: dict[str, Any] = {"recipe": recipe, "device": device}
+        for plan in PLANTINGS.values():
+            for known, which in ((plan.base, 0), (plan.base, 1), (plan.teacher, 1)):
+                told = tell(train, scene, known, i)
+                first[i, known, which] = partial(fit, model, told, sets[i][1], seed=2 * i + which, **common)
+    taught = fit_all(first, workers)
+    second = {}
+    for i, (train, test, _) in sets.items():
+        mute = tell(train, scene, (), i)  # what a student's labels say does not enter its loss
+        common = {"recipe": recipe, "device": device, "technique": "response", "alpha": 1.0, "temperature": temperature}
+        for plan in PLANTINGS.values():
+            teacher = taught[i, plan.teacher, 1]
+            second[i, plan.teacher] = partial(fit, model, mute, test, seed=2 * i, teacher=teacher, **common)
+    students = fit_all(second, workers)
+    for i, (_, test, others) in sets.items():
+        for name, plan in PLANTINGS.items():
+            networks = {
+                "student": students[i, plan.teacher],
+                "base": taught[i, plan.base, 0],
+                "teacher": taught[i, plan.teacher, 1],
+                "second base": taught[i, plan.base, 1],
+            }
+            grown.append(Grown(name, i, scene, networks, test, others))
+    return grown
+
+
+def checks(grown: Sequence[Grown], enough: float = 0.95) -> pd.DataFrame:
+    """Did each planting take? A cue that was told must be known, one that was not must be guessed.
+
+    Returns
+    -------
+    DataFrame : planting, seed, network, cue, told, value (accuracy, the share of images), low, high (Wilson's
+        interval), took: at least ``enough`` if told; else chance within the 99.9 % interval.
+    """
+    rows = []
+    found: dict[tuple[str, str], Tensor] = {}
+    for one in grown:
+        for role, run in one.networks.items():
+            known = one.plan.base if "base" in role else one.plan.teacher
+            key = (run.key, one.images.fingerprint)
+            if key not in found:
+                logits = evaluate(run.model, one.images, device="cpu").logits
+                found[key] = cue_hits(logits, one.images.labels, one.scene)
+            for i, cue in enumerate(one.scene.cues):
+                hits = found[key][:, i].numpy()
+                share, wide = share_interval(hits), share_interval(hits, level=0.999)
+                guessed = wide.low <= 1 / one.scene.values <= wide.high
+                took = share.mean >= enough if i in known else guessed
+                row = (one.planting, one.seed, role, cue, i in known, share.mean, share.low, share.high, took)
+                rows.append(row)
+    columns = ["planting", "seed", "network", "cue", "told", "value", "low", "high", "took"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compare(
+    grown: Sequence[Grown], entries: Callable[[Tensor, Tensor, Tensor], Mapping[str, Explainer]] = explainers
+) -> pd.DataFrame:
+    """Score explainers on plantings.
+
+    Parameters
+    ----------
+    entries : called with a reference set, as :func:`kdx.explainers.explainers`; gives name -> explainer.
+
+    Returns
+    -------
+    DataFrame : planting, seed, explainer, direction, stage, score, value, images (those with a value).
+
+        Where something was planted, the scores of :func:`kdx.localisation.localisation`, means over the
+        images, and ``ratio``: mean mass on the cue that was planted over that on the other cue with the most.
+        Always ``magnitude``, the maps' mean, and ``magnitude, second base``: with the second base in the
+        student's place, so what a seed alone gives.
+    """
+    rows: list[tuple[Any, ...]] = []
+    floors: dict[tuple[str, ...], Any] = {}
+    for one in progress(grown, desc="plantings", unit="planting"):
+        networks = {role: run.model for role, run in one.networks.items()}
+        x, y = one.images.card.normalize(one.images.images), one.images.labels
+        known = one.reference.card.normalize(one.reference.images), one.reference.labels
+        for name, explain in entries(*known, one.scene.embeddings).items():
+            shared = (name, one.networks["base"].key, one.networks["second base"].key)
+            if shared not in floors:
+                floors[shared] = _magnitudes(explain(networks["second base"], networks["base"], x, y))
+            maps = explain(networks["student"], networks["base"], x, y)
+            sizes = {"magnitude": _magnitudes(maps), "magnitude, second base": floors[shared]}
+            for direction in DIRECTIONS:
+                target = getattr(one.plan, direction)
+                for stage, drawn in getattr(maps, direction).items():
+                    where = (one.planting, one.seed, name, direction, stage)
+                    rows += [(*where, kind, size[direction, stage], len(x)) for kind, size in sizes.items()]
+                    if target:
+                        rows += [(*where, *score) for score in _scores(drawn, one, target)]
+    columns = ["planting", "seed", "explainer", "direction", "stage", "score", "value", "images"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _magnitudes(maps: Any) -> dict[tuple[str, str], float]:
+    """(direction, stage) -> mean of the maps."""
+    return {(d, s): float(drawn.double().mean()) for d in DIRECTIONS for s, drawn in getattr(maps, d).items()}
+
+
+def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, float, int]]:
+    """Score, its mean over the images that have a value, and their number."""
+    cues = range(len(one.scene.cues))
+    bits = [sum(1 << cue for cue in cues if (cue in target) == wanted) for wanted in (True, False)]
+    assert one.images.masks is not None
+    scores = localisation(maps, one.images.masks, *bits)
+    means = {score: (float(values.nanmean()), int((~values.isnan()).sum())) for score, values in scores.items()}
+    mass, count = means["mass on target"]
+    most = max(value for score, (value, _) in means.items() if score.startswith("mass on cue"))
+    means["ratio"] = (mass / most if most > 0 else math.inf, count)
+    return [(score, *mean) for score, mean in means.items()]

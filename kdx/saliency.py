@@ -6,7 +6,7 @@ Maps are raw: non-negative, unscaled, at the resolution of the stage they come f
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from kdx.folders import UNKNOWN
 from kdx.tokens import first_tensor, to_grid
 from kdx.tracing import evaluating, stages, unwrapped
 
+METHODS = ("cam", "hires")
 CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
 
 
@@ -155,6 +156,7 @@ def grad_cam(
     images: Tensor,
     target: int | Tensor | None = None,
     layers: Mapping[str, str] | None = None,
+    method: str = "cam",
 ) -> dict[str, Tensor]:
     r"""Grad-CAM (Selvaraju et al. 2017) at every stage, from one forward and one backward pass.
 
@@ -172,6 +174,8 @@ def grad_cam(
     images : (n, c, h, w), normalised as the network expects.
     target : class index for all images, or (n,) one per image; None: the predicted class.
     layers : stage -> module name; None: :func:`kdx.stages`.
+    method : ``"cam"``, or ``"hires"``: gradient times activation element by element, then summed over
+        channels (HiResCAM, Draelos & Carin 2020).
 
     Returns
     -------
@@ -183,6 +187,37 @@ def grad_cam(
     >>> maps = kdx.grad_cam(kdx.build("resnet10", 3, "small", 0.125), torch.rand(2, 3, 32, 32), target=1)
     >>> {stage: tuple(m.shape) for stage, m in maps.items()}
     {'L1': (2, 32, 32), 'L2': (2, 16, 16), 'L3': (2, 8, 8), 'L4': (2, 4, 4)}
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
+    maps = {}
+    for stage, (activation, gradient) in gradients(
+        model, images, lambda logits: logits.gather(1, _targets(target, logits)[:, None]).sum(), layers
+    ).items():
+        with torch.autocast(images.device.type, enabled=False):
+            if method == "cam":
+                gradient = gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient)  # (n, k, h, w)
+            maps[stage] = torch.einsum("nkhw,nkhw->nhw", gradient, activation).relu()
+    return maps
+
+
+def gradients(
+    model: nn.Module,
+    images: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    layers: Mapping[str, str] | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Activations of every stage, and the gradient of a scalar function of the logits with respect to them.
+
+    The network runs in evaluation mode and is left as it was found, as by :func:`grad_cam`.
+
+    Parameters
+    ----------
+    objective : logits (n, classes) -> scalar.
+
+    Returns
+    -------
+    dict : stage -> activations and gradients, float32 (n, k, h, w) both.
     """
     model = unwrapped(model)
     check_input(model, images)
@@ -196,20 +231,17 @@ def grad_cam(
         }
         with evaluating(model), capture(model, layers, gradients=True) as captured:
             logits = logits_of(functional_call(model, frozen, (images,)))
-        chosen = logits.gather(1, _targets(target, logits)[:, None]).sum()
-        if not captured or not chosen.requires_grad:
+        value = objective(logits)
+        if not captured or not value.requires_grad:
             raise ValueError(f"the logits do not depend on any of {layers}; choose modules on the way to them")
-        gradients = torch.autograd.grad(chosen, list(captured.values()), allow_unused=True)
-    maps = {}
-    for (stage, activation), gradient in zip(captured.items(), gradients, strict=True):
+        found = torch.autograd.grad(value, list(captured.values()), allow_unused=True)
+    by_stage = {}
+    for (stage, activation), gradient in zip(captured.items(), found, strict=True):
         if gradient is None:
             raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
         activation, gradient = (to_grid(stage, layers[stage], values, images) for values in (activation, gradient))
-        with torch.autocast(images.device.type, enabled=False):
-            weights = gradient.float().mean(dim=(2, 3))  # (n, k)
-            activation = activation.detach().float()  # (n, k, h, w)
-            maps[stage] = torch.einsum("nk,nkhw->nhw", weights, activation).relu()
-    return {stage: maps[stage] for stage in layers}
+        by_stage[stage] = (activation.detach().float(), gradient.float())
+    return {stage: by_stage[stage] for stage in layers}
 
 
 def agreement(first: Tensor, second: Tensor) -> Tensor:

@@ -195,32 +195,34 @@ def _carry_out(
     training: Mapping[str, Any],
 ) -> dict[Plan, Run]:
     """Train what the run store lacks, teachers before their students."""
-    wanted = dict.fromkeys(ancestor for plan in plans for ancestor in plan.line)
+    wanted = list(dict.fromkeys(ancestor for plan in plans for ancestor in plan.line))
     names = {plan.technique for plan in wanted}
     own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
     if unknown := sorted(set(settings).difference(*map(settings_of, TECHNIQUES), *own.values())):
         raise ValueError(f"settings: no technique has {', '.join(unknown)}")
     parts = []
-    for rows, held_out in folds(train.labels, k, seed):
-        parts.append((train[rows], train[held_out].limit(min(watched or len(held_out), len(held_out)), seed)))
+    for rows, others in folds(train.labels, k, seed):
+        parts.append((train[rows], train[others].limit(min(watched or len(others), len(others)), seed)))
     size = partial(_size, classes=len(train.classes), stem=training.get("stem", "small"))
     runs: dict[Plan, Run] = {}
+    # the largest first, or the others would wait for them at the end
+    wanted = sorted(wanted, key=lambda plan: -sum(size(link.model) for link in plan.line[:2]))
     for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
         jobs = {}
-        # the largest first, or the others would wait for them at the end
-        for plan in sorted(wanted, key=lambda plan: -sum(size(link.model) for link in plan.line[:2])):
-            if len(plan.line) == generation:
-                jobs[plan] = partial(
-                    fit,
-                    plan.model,
-                    *parts[plan.fold - 1],
-                    technique=plan.technique,
-                    teacher=plan.teacher and runs[plan.teacher],
-                    recipe=replace(recipe, epochs=plan.epochs),
-                    seed=plan.seed,
-                    **own[plan.technique],
-                    **training,
-                )
+        for plan in (plan for plan in wanted if len(plan.line) == generation):
+            part, held_out = parts[plan.fold - 1]
+            jobs[plan] = partial(
+                fit,
+                plan.model,
+                part,
+                held_out,
+                technique=plan.technique,
+                teacher=runs[plan.teacher] if plan.teacher else None,
+                recipe=replace(recipe, epochs=plan.epochs),
+                seed=plan.seed,
+                **own[plan.technique],
+                **training,
+            )
         runs |= fit_all(jobs, workers)
     return runs
 

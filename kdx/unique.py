@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from kdx import distance
-from kdx.saliency import activations, agreement
+from kdx.saliency import METHODS, activations, agreement
 from kdx.tokens import to_grid
 from kdx.tracing import stages
 
-METHODS = ("cam", "hires")
 NETWORKS = ("student", "base")
 DIRECTIONS = {"distilled": (0, 1), "residual": (1, 0)}  # which of NETWORKS is explained, given which
 
@@ -88,7 +87,7 @@ class Reference:
         layers_base: Mapping[str, str] | None = None,
     ) -> None:
         self.networks = (student, base)
-        pair = _pair(images)
+        pair = both_inputs(images)
         self.layers = tuple(
             stages(network, x) if layers is None else dict(layers)
             for network, x, layers in zip(self.networks, pair, (layers_student, layers_base), strict=True)
@@ -102,7 +101,7 @@ class Reference:
         if n < 5:
             raise ValueError(f"UniCAM needs at least 5 images to compare, got {n}")
         self.labels = _check_labels(labels, n).to(pair[0].device)
-        self.images = pair[0]
+        self.inputs = pair
         features = self.features(*pair)
         d_labels = distance.distances(self.labels)
         if not distance.u_center(d_labels).any():
@@ -117,7 +116,7 @@ class Reference:
 
     @cached_property
     def members(self) -> dict[bytes, int]:
-        return {digest: row for row, digest in enumerate(_digests(self.images))}
+        return {digest: row for row, digest in enumerate(_digests(self.inputs[0]))}
 
     def features(self, *images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Stage -> activations (n, k, h, w) of student and base, from one forward pass of each."""
@@ -309,7 +308,7 @@ def unicam(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
-    pair = _pair(images)
+    pair = both_inputs(images)
     if reference is None:
         reference = Reference(student, base, pair, labels, layers_student=layers_student, layers_base=layers_base)
         own = torch.eye(len(reference), dtype=torch.bool, device=reference.labels.device)
@@ -362,7 +361,8 @@ def _pool(x: Tensor) -> Tensor:
     return x.mean((2, 3)).double()
 
 
-def _pair(images: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def both_inputs(images: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What student and base are given: images, or a pair of as many."""
     pair = (images, images) if isinstance(images, Tensor) else tuple(images)
     if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not len(pair[0]):
         raise ValueError(f"expected images, or a pair of as many, got {[tuple(x.shape) for x in pair]}")

@@ -1,0 +1,135 @@
+"""Sanity checks for saliency maps (Adebayo et al. 2018): does a map change when what it explains does?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from kdx.explainers import Explainer
+from kdx.intervals import mean_of_known
+from kdx.progress import progress
+from kdx.saliency import agreement
+from kdx.tracing import stages
+
+LOGITS, LABELS = "logits", "random labels"
+
+
+def cascade(model: nn.Module, layers: Mapping[str, str], seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a network that are random from the logits down to one stage after the other.
+
+    Parameters
+    ----------
+    layers : stage -> module name, shallow to deep, as :func:`kdx.stages` returns.
+
+    Yields
+    ------
+    name, network : ``logits``: what follows the deepest stage is initialised anew; then the deepest stage
+        with it, and so on; with the shallowest, everything. Modules count in the order in which the network
+        registers them.
+
+    Raises
+    ------
+    ValueError : a module with parameters that cannot be initialised (it has no ``reset_parameters``).
+    """
+    names = [name for name, _ in model.named_modules()]
+    ends = [max(i for i, name in enumerate(names) if (name + ".").startswith(layer + ".")) for layer in layers.values()]
+    starts = [0, *(end + 1 for end in ends)]
+    network = copy.deepcopy(model)
+    modules = list(network.modules())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        done = len(modules)
+        for name, start in zip([LOGITS, *reversed(list(layers))], reversed(starts), strict=True):
+            for place in range(start, done):
+                if next(modules[place].parameters(recurse=False), None) is None:
+                    continue
+                reset = getattr(modules[place], "reset_parameters", None)
+                if not callable(reset):
+                    raise ValueError(f"{names[place]}: {type(modules[place]).__name__} has no reset_parameters")
+                reset()
+            done = start
+            yield name, copy.deepcopy(network).eval()
+
+
+def sanity(
+    entries: Mapping[str, Explainer],
+    student: nn.Module,
+    base: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ignorant: nn.Module | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How alike the distilled maps of a student and of a randomised one are.
+
+    Parameters
+    ----------
+    entries : name -> explainer, see :mod:`kdx.explainers`.
+    images, labels : (n, c, h, w), normalised, and class indices (n,).
+    ignorant : the student's architecture, trained on random labels; compared as ``random labels``.
+
+    Returns
+    -------
+    DataFrame : explainer, randomised (as of :func:`cascade`, and ``random labels``), stage, measure (``rank
+        correlation``, Spearman's over the pixels, and ``SSIM`` of maps scaled by their maximum on the images'
+        pixels), value, low, high (95 % t interval over images), images: those where neither map is constant.
+        1: the map does not see the change.
+    """
+    layers = stages(student, images[:1])
+    changed = list(cascade(student, layers, seed))
+    if ignorant is not None:
+        changed.append((LABELS, ignorant))
+    rows = []
+    for name, explain in progress(entries.items(), desc="sanity checks", unit="explainer"):
+        right = explain(student, base, images, labels).distilled
+        for what, network in changed:
+            wrong = explain(network, base, images, labels).distilled
+            for stage in layers:
+                measures = {
+                    "rank correlation": rank_correlation(right[stage], wrong[stage]),
+                    "SSIM": similarity(right[stage], wrong[stage], images.shape[2:]),
+                }
+                for measure, values in measures.items():
+                    rows.append((name, what, stage, measure, *mean_of_known(values.numpy())))
+    columns = ["explainer", "randomised", "stage", "measure", "value", "low", "high", "images"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's correlation over the pixels of two maps of each image: (n, h, w) twice -> (n,); NaN where a
+    map is constant."""
+    ranks = [torch.from_numpy(rankdata(m.flatten(1).numpy(), axis=1)) for m in (first, second)]
+    return agreement(*(r.view(len(r), 1, -1) for r in ranks))
+
+
+def similarity(first: Tensor, second: Tensor, size: tuple[int, ...]) -> Tensor:
+    """SSIM (Wang et al. 2004) of two maps of each image, scaled by their maximum and enlarged to ``size``:
+    (n, h, w) twice -> (n,). NaN where a map is constant."""
+    from skimage.metrics import structural_similarity  # slow to import
+
+    pictures = []
+    for maps in (first, second):
+        scaled = maps / maps.amax((1, 2), keepdim=True)
+        pictures.append(F.interpolate(scaled[:, None], tuple(size), mode="nearest-exact")[:, 0].double().numpy())
+    known = np.array([np.ptp(a) > 0 and np.ptp(b) > 0 for a, b in zip(*pictures, strict=True)])
+    values = np.full(len(first), np.nan)
+    if known.any():
+        a, b = (p[known] for p in pictures)
+        per_pixel = structural_similarity(a, b, channel_axis=0, data_range=1.0, full=True)[1]
+        values[known] = per_pixel.mean((1, 2))
+    return torch.from_numpy(values)
+
+
+def indifferent(table: pd.DataFrame, limit: float = 0.5) -> list[str]:
+    """Explainers that do not care about the weights: with all of them random, maps whose rank correlation
+    with the right ones is certainly above ``limit``, on the mean over stages."""
+    last = table[(table["measure"] == "rank correlation") & (table["randomised"] == table["stage"].iloc[0])]
+    lows = last.groupby("explainer", sort=False)["low"].mean()
+    return lows[lows > limit].index.tolist()
