@@ -20,6 +20,7 @@ from kdx.study import cross_chains, cross_fit
 from kdx.teachers import complexity, fidelity, rank_teachers
 from kdx.techniques import TECHNIQUES
 from kdx.tracing import stages
+from kdx.unexplained import Unexplained, unexplained, unexplained_share
 from kdx.unique import Reference, UniCAM, unicam
 from kdx.version import __version__
 
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "Reference",
     "Run",
+    "Unexplained",
     "UniCAM",
     "__version__",
     "activations",
@@ -61,6 +63,8 @@ __all__ = [
     "rs",
     "save_checkpoint",
     "stages",
+    "unexplained",
+    "unexplained_share",
     "unicam",
     "unique_rs",
 ]

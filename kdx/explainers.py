@@ -61,8 +61,12 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
 
         return explain
 
-    def missing(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Any:
-        return unexplained(student, base, x, reference=reference(student, base))
+    def missing(power: int = 1, **settings: Any) -> Explainer:
+        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+            maps = unexplained(student, base, x, reference=reference(student, base), **settings)
+            return Maps(**{d: {s: m**power for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
+
+        return explain
 
     def energy(by_class: bool) -> Explainer:
         def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
@@ -84,7 +88,9 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
 
     generator = torch.Generator().manual_seed(seed)
     return {
-        "unexplained": missing,
+        "unexplained": missing(),
+        "unexplained, squared": missing(power=2),
+        "unexplained, no window": missing(window=0),
         "UniCAM": uni("cam", batch=False),
         "UniCAM, batch": uni("cam", batch=True),
         "UniCAM hires": uni("hires", batch=False),

@@ -21,7 +21,8 @@ from torch import Tensor
 from kdx.home import DataError, data_home
 from kdx.notebook import score_cell
 from kdx.pairs import Pair, stored_pairs
-from kdx.view import OWN, PICKS, REFERENCES, Settings, View
+from kdx.unexplained import ANSWER
+from kdx.view import METHODS, OWN, PICKS, REFERENCES, Settings, View
 
 THUMBNAILS = 10
 
@@ -65,6 +66,7 @@ class Explorer:
         self.dataset = dropdown("dataset", names)
         self.networks = dropdown("networks", [], "44em")
         self.technique = dropdown("technique", [])
+        self.method = dropdown("maps", METHODS)
         self.pick = dropdown("images", list(PICKS))
         self.of_class = dropdown("class", ["all classes"])
         self.stage = widgets.SelectionSlider(description="stage", options=["L3"], style=wide, layout=slim)
@@ -100,7 +102,7 @@ class Explorer:
                     [self.pick, self.of_class, self.previous, self.next, self.random, self.uploader], layout=wrap
                 ),
                 strip,
-                widgets.HBox([self.stage, self.opacity, self.keep, self.reference], layout=wrap),
+                widgets.HBox([self.method, self.stage, self.opacity, self.keep, self.reference], layout=wrap),
                 self.picture,
                 widgets.HBox([self.export, self.status, self.link], layout=wrap),
                 self.table,
@@ -111,7 +113,7 @@ class Explorer:
         self.technique.observe(self._guard(self._open_pair), "value")
         for widget in (self.pick, self.of_class):
             widget.observe(self._guard(self._choose), "value")
-        for widget in (self.stage, self.opacity, self.keep, self.reference):
+        for widget in (self.method, self.stage, self.opacity, self.keep, self.reference):
             widget.observe(self._guard(self._redraw), "value")
         self.uploader.observe(self._guard(self._upload), "value")
         self.previous.on_click(self._guard(lambda: self._turn(-1)))
@@ -155,7 +157,8 @@ class Explorer:
         return self.views[pair]
 
     def settings(self) -> Settings:
-        return Settings(self.image, self.stage.value, self.opacity.value, self.keep.value, self.reference.value)
+        knobs = (self.stage, self.opacity, self.keep, self.reference, self.method)
+        return Settings(self.image, *(knob.value for knob in knobs))
 
     def _options(self, widget: Any, options: Any, value: Any = None) -> None:
         """New options, and ``value`` or the old one where it is still there, without an event."""
@@ -267,13 +270,14 @@ class Explorer:
     def _write_table(self) -> None:
         """Scores at every stage; that of the slider is marked."""
         view = self.view
-        head = "".join(f"<th style='padding:2px 12px'>{s}</th>" for s in view.stages)
+        columns = [*view.stages, ANSWER]
+        head = "".join(f"<th style='padding:2px 12px'>{s}</th>" for s in columns)
         body = ""
         for name, table in view.scores.items():
             cells = "".join(
                 f"<td style='padding:2px 12px;{'background:#fff3d6' * (s == self.stage.value)}'>"
-                f"{score_cell(table.loc[s]).replace(chr(10), ' ')}</td>"
-                for s in view.stages
+                f"{score_cell(table.loc[s]).replace(chr(10), ' ') if s in table.index else ''}</td>"
+                for s in columns
             )
             body += f"<tr><th style='text-align:left'>{name}</th>{cells}</tr>"
         self.table.value = (

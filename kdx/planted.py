@@ -63,7 +63,7 @@ def _letter(u, v, value, values, rng):
         "Z": [(-0.5, -0.7, 0.5, -0.7), (0.5, -0.7, -0.5, 0.7), (-0.5, 0.7, 0.5, 0.7)],
     }
     distance = np.stack([np.min([_segment(u, v, *line) for line in lines], axis=0) for lines in strokes.values()])
-    return _sign(rng, len(value)) * _ink(distance[value], 0.18)
+    return _sign(rng, len(value)) * _ink(distance[value], 0.24)
 
 
 def _checks(u, v, value, values, rng):

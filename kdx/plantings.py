@@ -8,8 +8,7 @@ each image it lies.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,14 +21,10 @@ from kdx import planted
 from kdx.cards import DATASETS
 from kdx.data import Dataset
 from kdx.distill import Recipe, evaluate, fit
-from kdx.explainers import Explainer, explainers
 from kdx.intervals import share_interval
-from kdx.localisation import localisation
 from kdx.planted import Scene
-from kdx.progress import progress
 from kdx.runs import Run
 from kdx.study import fit_all
-from kdx.unique import DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,12 @@ def tell(dataset: Dataset, scene: Scene, known: Sequence[int], seed: int) -> Dat
     hidden = [cue for cue in range(len(scene.cues)) if cue not in known]
     values[:, hidden] = noise[:, hidden]
     return replace(dataset, labels=scene.labels_of(values))
+
+
+def shuffled(dataset: Dataset, seed: int = 0) -> Dataset:
+    """The same images with their labels in a random order."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return replace(dataset, labels=dataset.labels[order])
 
 
 def cue_hits(logits: Tensor, labels: Tensor, scene: Scene) -> Tensor:
@@ -135,7 +136,7 @@ def plant(
     """
     if len(scene.cues) < 3:
         raise ValueError(f"cues: plantings need three, got {', '.join(scene.cues)}")
-    recipe = recipe or Recipe(epochs=6, sizes=(1.0,))
+    recipe = recipe or Recipe(epochs=8, sizes=(1.0,))
     grown: list[Grown] = []
     sets: dict[int, tuple[Dataset, Dataset, Dataset]] = {}
     first: dict[Any, partial[Run]] = {}
@@ -194,62 +195,3 @@ def checks(grown: Sequence[Grown], enough: float = 0.95) -> pd.DataFrame:
                 rows.append(row)
     columns = ["planting", "seed", "network", "cue", "told", "value", "low", "high", "took"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def compare(
-    grown: Sequence[Grown], entries: Callable[[Tensor, Tensor, Tensor], Mapping[str, Explainer]] = explainers
-) -> pd.DataFrame:
-    """Score explainers on plantings.
-
-    Parameters
-    ----------
-    entries : called with a reference set, as :func:`kdx.explainers.explainers`; gives name -> explainer.
-
-    Returns
-    -------
-    DataFrame : planting, seed, explainer, direction, stage, score, value, images (those with a value).
-
-        Where something was planted, the scores of :func:`kdx.localisation.localisation`, means over the
-        images, and ``ratio``: mean mass on the cue that was planted over that on the other cue with the most.
-        Always ``magnitude``, the maps' mean, and ``magnitude, second base``: with the second base in the
-        student's place, so what a seed alone gives.
-    """
-    rows: list[tuple[Any, ...]] = []
-    floors: dict[tuple[str, ...], Any] = {}
-    for one in progress(grown, desc="plantings", unit="planting"):
-        networks = {role: run.model for role, run in one.networks.items()}
-        x, y = one.images.card.normalize(one.images.images), one.images.labels
-        known = one.reference.card.normalize(one.reference.images), one.reference.labels
-        for name, explain in entries(*known, one.scene.embeddings).items():
-            shared = (name, one.networks["base"].key, one.networks["second base"].key)
-            if shared not in floors:
-                floors[shared] = _magnitudes(explain(networks["second base"], networks["base"], x, y))
-            maps = explain(networks["student"], networks["base"], x, y)
-            sizes = {"magnitude": _magnitudes(maps), "magnitude, second base": floors[shared]}
-            for direction in DIRECTIONS:
-                target = getattr(one.plan, direction)
-                for stage, drawn in getattr(maps, direction).items():
-                    where = (one.planting, one.seed, name, direction, stage)
-                    rows += [(*where, kind, size[direction, stage], len(x)) for kind, size in sizes.items()]
-                    if target:
-                        rows += [(*where, *score) for score in _scores(drawn, one, target)]
-    columns = ["planting", "seed", "explainer", "direction", "stage", "score", "value", "images"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _magnitudes(maps: Any) -> dict[tuple[str, str], float]:
-    """(direction, stage) -> mean of the maps."""
-    return {(d, s): float(drawn.double().mean()) for d in DIRECTIONS for s, drawn in getattr(maps, d).items()}
-
-
-def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, float, int]]:
-    """Score, its mean over the images that have a value, and their number."""
-    cues = range(len(one.scene.cues))
-    bits = [sum(1 << cue for cue in cues if (cue in target) == wanted) for wanted in (True, False)]
-    assert one.images.masks is not None
-    scores = localisation(maps, one.images.masks, *bits)
-    means = {score: (float(values.nanmean()), int((~values.isnan()).sum())) for score, values in scores.items()}
-    mass, count = means["mass on target"]
-    most = max(value for score, (value, _) in means.items() if score.startswith("mass on cue"))
-    means["ratio"] = (mass / most if most > 0 else math.inf, count)
-    return [(score, *mean) for score, mean in means.items()]

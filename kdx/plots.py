@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor
 
 from kdx.data import Dataset
@@ -26,6 +27,7 @@ ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": R
 ROLES |= {"direct": ROLES["student"], "assisted": ROLES["overhaul"]}
 ROLES |= {"distant teacher": ROLES["teacher"], "assistant": "#8f8f8f"}
 MAPS = "magma"
+CUES = ("#1b9e77", "#e6ab02", "#4c8ed9", "#d95f9f", "#a6761d", "#66a61e", "#7570b3", "#666666")
 INK = "#222222"
 
 
@@ -426,4 +428,117 @@ def overview(image: Tensor, maps: Mapping[str, Mapping[str, Tensor]], answers: M
                 axes.set_title(stage, fontsize=12)
             if column == 0:
                 axes.set_ylabel(f"{role}:\n{answers[role]}", color=ROLES[role], fontsize=11, weight="bold")
+    return figure
+
+
+def cues(dataset: Dataset, names: Sequence[str], per_row: int = 8) -> Figure:
+    """Images of :mod:`kdx.planted` with the outline of every cue in a colour of its own."""
+    assert dataset.masks is not None
+    rows = -(-len(dataset) // per_row)
+    figure, grid = plt.subplots(rows, per_row, figsize=(1.35 * per_row, 1.35 * rows + 0.35), squeeze=False)
+    for axes in grid.flat:
+        _bare(axes)
+    for axes, image, mask in zip(grid.flat, dataset.images, dataset.masks, strict=False):
+        show_image(axes, image)
+        _outline(axes, mask, range(len(names)))
+    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in zip(names, CUES, strict=False)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
+def cue_maps(dataset: Dataset, maps: Mapping[str, Tensor], wanted: Sequence[int]) -> Figure:
+    """Images of :mod:`kdx.planted` beside raw maps (n, h, w) of several explainers, each map on a scale of its
+    own, with the outlines of the cues ``wanted``, which the maps should show; those of the others are thin."""
+    assert dataset.masks is not None
+    across = min(8, 1 + len(maps))
+    names = ["image", *maps]
+    bands = -(-len(names) // across)
+    n = len(dataset)
+    figure, grid = plt.subplots(bands * n, across, figsize=(1.35 * across, 1.35 * bands * n + 0.5 * bands))
+    for axes in grid.flat:
+        _bare(axes)
+    others = [cue for cue in range(len(CUES)) if cue not in wanted]
+    for j, name in enumerate(names):
+        for i in range(n):
+            axes = grid[j // across * n + i, j % across]
+            if name == "image":
+                show_image(axes, dataset.images[i])
+            else:
+                side = dataset.images.shape[-1] - 0.5
+                whole = (-0.5, side, side, -0.5)
+                axes.imshow(maps[name][i], cmap=MAPS, vmin=0, interpolation="nearest", extent=whole)
+            _outline(axes, dataset.masks[i], wanted)
+            _outline(axes, dataset.masks[i], others, width=0.5)
+            if i == 0:
+                axes.set_title(textwrap.fill(name, 16), fontsize=9)
+    return figure
+
+
+def _outline(axes: Axes, mask: Tensor, wanted: Iterable[int], width: float = 1.6) -> None:
+    for cue in wanted:
+        if (inside := (mask >> cue) & 1).any():
+            rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+            corner = (int(columns[0]) - 0.5, int(rows[0]) - 0.5)
+            sides = (int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1)
+            axes.add_patch(Rectangle(corner, *sides, fill=False, ec=CUES[cue], lw=width))
+
+
+def contest(table: pd.DataFrame, xlabel: str, logarithmic: bool = False, line: float | None = None) -> Figure:
+    """One score of many explainers: a row each, a column a stage, a colour a direction (or ``kind``).
+
+    Columns: explainer, stage, direction, value, low, high. ``line`` marks what to compare with.
+    """
+    levels, names = list(table["stage"].unique()), list(table["explainer"].unique())
+    figure, grid = plt.subplots(1, len(levels), figsize=(9.2, 0.26 * len(names) + 1), sharex=True, sharey=True)
+    palette = colours(table["direction"].unique())
+    for axes, stage in zip(np.atleast_1d(grid), levels, strict=True):
+        for i, (direction, rows) in enumerate(table[table["stage"] == stage].groupby("direction", sort=False)):
+            rows = rows.set_index("explainer").reindex(names)
+            y = [j + 0.22 * (i - 0.5 * (table["direction"].nunique() - 1)) for j in range(len(names))]
+            spread = [(rows["value"] - rows["low"]).fillna(0), (rows["high"] - rows["value"]).fillna(0)]
+            axes.errorbar(rows["value"], y, xerr=spread, fmt="o", ms=4, capsize=2, color=palette[direction])
+        if line is not None:
+            axes.axvline(line, color="#999999", lw=0.8, zorder=0)
+        axes.set(title=stage, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axes.grid(axis="y", alpha=0.3)
+        if logarithmic:
+            axes.set_xscale("log")
+            axes.set_xlim(max(0.02, table["value"].min() / 1.5), min(150, table["value"].max() * 1.5))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
+    handles = [plt.Line2D([], [], color=palette[d], marker="o", label=d) for d in table["direction"].unique()]
+    if len(handles) > 1:
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.supxlabel(xlabel, fontsize="medium")
+    sns.despine(figure)
+    return figure
+
+
+def cascades(table: pd.DataFrame) -> Figure:
+    """Similarity of maps over how much of a network is random, a panel an explainer: the table of
+    :func:`kdx.sanity.sanity`, with a line a measure and the mean over stages; bars: from the least to the most
+    similar stage."""
+    names = list(table["explainer"].unique())
+    depths = list(table["randomised"].unique())
+    across = 4
+    figure, grid = plt.subplots(
+        -(-len(names) // across), across, figsize=(9.2, 1.75 * -(-len(names) // across) + 0.4), sharex=True, sharey=True
+    )
+    palette = dict(zip(table["measure"].unique(), (ROLES["student"], ROLES["base"]), strict=True))
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        for measure, rows in table[table["explainer"] == name].groupby("measure", sort=False):
+            by_depth = rows.groupby("randomised", sort=False)["value"].agg(["mean", "min", "max"]).loc[depths]
+            spread = [by_depth["mean"] - by_depth["min"], by_depth["max"] - by_depth["mean"]]
+            axes.errorbar(
+                range(len(depths)), by_depth["mean"], yerr=spread, fmt="o-", ms=3, lw=1, color=palette[measure]
+            )
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(depths)), depths, rotation=60, ha="right", rotation_mode="anchor")
+        axes.axhline(0, color="#999999", lw=0.8, zorder=0)
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in palette.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+    figure.supylabel("similarity with the right map", fontsize="medium")
+    sns.despine(figure)
     return figure

@@ -86,15 +86,15 @@ def sanity(
     changed = list(cascade(student, layers, seed))
     if ignorant is not None:
         changed.append((LABELS, ignorant))
+    right = {name: explain(student, base, images, labels).distilled for name, explain in entries.items()}
     rows = []
-    for name, explain in progress(entries.items(), desc="sanity checks", unit="explainer"):
-        right = explain(student, base, images, labels).distilled
-        for what, network in changed:
+    for what, network in progress(changed, desc="sanity checks", unit="network"):
+        for name, explain in entries.items():
             wrong = explain(network, base, images, labels).distilled
             for stage in layers:
                 measures = {
-                    "rank correlation": rank_correlation(right[stage], wrong[stage]),
-                    "SSIM": similarity(right[stage], wrong[stage], images.shape[2:]),
+                    "rank correlation": rank_correlation(right[name][stage], wrong[stage]),
+                    "SSIM": similarity(right[name][stage], wrong[stage], images.shape[2:]),
                 }
                 for measure, values in measures.items():
                     rows.append((name, what, stage, measure, *mean_of_known(values.numpy())))

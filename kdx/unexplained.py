@@ -140,7 +140,7 @@ def unexplained_share(
     >>> kdx.unexplained_share(reference, images, labels, batches=2, batch_size=12).shape
     (10, 7)
     """
-    fit = _fit_of(reference)
+    fitted = fit(reference)
     pair = both_inputs(images)
     shares: dict[tuple[str, str], list[float]] = {}
     for rows in balanced_batches(labels, batches, batch_size, seed):
@@ -148,7 +148,7 @@ def unexplained_share(
         features[ANSWER] = tuple(_answers(net, x[rows]) for net, x in zip(reference.networks, pair, strict=True))
         for direction, (explained, given) in DIRECTIONS.items():
             for stage, both in features.items():
-                of, left = both[explained], fit[direction][stage].left_over(both[explained], both[given])
+                of, left = both[explained], fitted[direction][stage].left_over(both[explained], both[given])
                 spread = (of - of.mean((0, *range(2, of.ndim)), keepdim=True)).square().sum()
                 share = float(left.square().sum() / spread) if spread > 0 else math.nan
                 shares.setdefault((direction, stage), []).append(share)
@@ -223,7 +223,7 @@ def _error(moments: list[Any], weights: Tensor, intercept: Tensor) -> float:
 _FITS: WeakKeyDictionary[Reference, dict[str, dict[str, _Regression]]] = WeakKeyDictionary()
 
 
-def _fit_of(reference: Reference) -> dict[str, dict[str, _Regression]]:
+def fit(reference: Reference) -> dict[str, dict[str, _Regression]]:
     """Direction -> stage, or ``ANSWER`` -> regression; fitted once a reference."""
     if reference not in _FITS:
         features: dict[str, Any] = {name: stage.features for name, stage in reference.stages.items()}
@@ -249,17 +249,17 @@ def _centred(logits: Tensor) -> Tensor:
 
 def _contributions(reference: Reference, x: tuple[Tensor, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Direction -> stage -> signed contributions (n, h, w) of unexplained features to the unexplained answer."""
-    fit = _fit_of(reference)
+    fitted = fit(reference)
     answers = [_answers(network, images) for network, images in zip(reference.networks, x, strict=True)]
     features = unexplained_features(reference, x)
     found = {}
     for direction, (explained, given) in DIRECTIONS.items():
-        left = fit[direction][ANSWER].left_over(answers[explained], answers[given])
+        left = fitted[direction][ANSWER].left_over(answers[explained], answers[given])
 
         def objective(logits: Tensor, left: Tensor = left) -> Tensor:
             return (_centred(logits.float()) * left).sum()
 
-        scale = fit[direction][ANSWER].spread
+        scale = fitted[direction][ANSWER].spread
         slopes = gradients(reference.networks[explained], x[explained], objective, reference.layers[explained])
         found[direction] = {s: (slopes[s][1] * left).sum(1) / scale for s, left in features[direction].items()}
     return found
@@ -268,9 +268,9 @@ def _contributions(reference: Reference, x: tuple[Tensor, Tensor]) -> dict[str, 
 def unexplained_features(reference: Reference, images: Tensor | tuple[Tensor, Tensor]) -> dict[str, dict[str, Tensor]]:
     """E of :func:`unexplained`: direction -> stage -> what the other network cannot express of the features,
     (n, k, h, w)."""
-    fit, features = _fit_of(reference), reference.features(*both_inputs(images))
+    fitted, features = fit(reference), reference.features(*both_inputs(images))
     return {
-        direction: {s: fit[direction][s].left_over(both[explained], both[given]) for s, both in features.items()}
+        direction: {s: fitted[direction][s].left_over(both[explained], both[given]) for s, both in features.items()}
         for direction, (explained, given) in DIRECTIONS.items()
     }
 

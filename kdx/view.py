@@ -22,11 +22,13 @@ from kdx.perturb import perturb
 from kdx.saliency import grad_cam
 from kdx.scores import fss, rs, scorable, unique_rs
 from kdx.tracing import stages
+from kdx.unexplained import fit, unexplained, unexplained_share
 from kdx.unique import Reference, unicam
 
 REFERENCES = (32, 64, 128, 256)  # images in the reference set
 GRAD_CAM = ("Grad-CAM, base", "Grad-CAM, student")
 UNIQUE = ("distilled", "residual", "control")  # control: distilled of the second base in the student's place
+METHODS = ("unexplained", "UniCAM")  # of the maps of UNIQUE
 DPI = 100
 OWN = -1  # place of an uploaded image
 PICKS = {
@@ -47,6 +49,7 @@ class Settings:
     opacity: float = 0.6
     keep: float = 0.5
     reference: int = 128
+    method: str = METHODS[0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Scene:
     Attributes
     ----------
     maps : of ``GRAD_CAM`` and ``UNIQUE``; control only where there is a second base.
-    stability : kind in ``UNIQUE`` -> stage -> correlation of maps from two halves of the reference set.
+    stability : kind in ``UNIQUE`` -> stage -> correlation of maps from two halves of the reference set; of UniCAM.
     probabilities : network -> (classes,).
     """
 
@@ -85,7 +88,7 @@ class View:
         self.embeddings = label_embeddings(self.images.classes, "one-hot")
         self.own: tuple[Tensor, int] | None = None  # an uploaded image (3, h, w), and the class predicted for it
         self._references: dict[tuple[str, int], Reference] = {}
-        self._scenes: dict[tuple[int, int], Scene] = {}
+        self._scenes: dict[tuple[int, int, str], Scene] = {}
         self._canvas: _Canvas | None = None
 
     @cached_property
@@ -129,12 +132,12 @@ class View:
         self.own = (image, predicted)
         self._scenes = {key: scene for key, scene in self._scenes.items() if key[0] != OWN}
 
-    def scene(self, image: int, reference: int) -> Scene:
+    def scene(self, image: int, reference: int, method: str = METHODS[0]) -> Scene:
         """Maps and answers for an image, explained with ``reference`` others; kept for the next time.
 
         An uploaded image is explained for the class that the student predicts.
         """
-        if (key := (image, reference)) in self._scenes:
+        if (key := (image, reference, method)) in self._scenes:
             return self._scenes[key]
         if image == OWN:
             if self.own is None:
@@ -147,16 +150,21 @@ class View:
         x = self.images.card.normalize(pixels[None])
         two = {role: self.networks[role] for role in ("student", "base")}
         maps = {f"Grad-CAM, {role}": grad_cam(net, x, target, self.layers[role]) for role, net in two.items()}
-        found = {
-            role: unicam(net, two["base"], x, self.embeddings[[target]], reference=self.reference(reference, role))
-            for role, net in self.networks.items()
-            if role != "base"
-        }
+        found: dict[str, Any] = {}
+        for role, net in self.networks.items():
+            if role != "base":
+                of = self.reference(reference, role)
+                if method == "UniCAM":
+                    found[role] = unicam(net, two["base"], x, self.embeddings[[target]], reference=of)
+                else:
+                    found[role] = unexplained(net, two["base"], x, reference=of)
         kinds = {"distilled": ("student", "distilled"), "residual": ("student", "residual")}
         if "second base" in found:
             kinds["control"] = ("second base", "distilled")
         maps |= {kind: getattr(found[role], direction) for kind, (role, direction) in kinds.items()}
-        stability = {kind: found[role].stability[direction] for kind, (role, direction) in kinds.items()}
+        stability = {}
+        if method == "UniCAM":
+            stability = {kind: found[role].stability[direction] for kind, (role, direction) in kinds.items()}
         with torch.no_grad():
             probabilities = {role: F.softmax(net(x)[0], 0) for role, net in two.items()}
         self._scenes[key] = Scene(
@@ -184,7 +192,8 @@ class View:
 
     @cached_property
     def scores(self) -> Any:
-        """FSS, RS of both networks and unique relevance, by score and stage: value, interval and p."""
+        """FSS, RS of both networks, unique relevance and what is unexplained, by score and stage: value, interval
+        and, but for the last, p."""
         rows, size = scorable(self.images.labels, 4, 64)
         x, y = self.x[rows], self.images.labels[rows]
         setting: dict[str, Any] = dict(batches=4, batch_size=size, permutations=99, seed=self.seed, kept={})
@@ -207,13 +216,29 @@ class View:
                 kind = direction if role == "student" else "control" * (direction == "distilled")
                 if kind:
                     tables[f"unique, {kind}"] = of
+            # regressions are tested on images that they were not fitted on
+            count = self.references[-1]
+            others = self.images.split(count, seed=self.seed)[1]
+            rest, size_of_rest = scorable(others.labels, 4, 64)
+            share = unexplained_share(
+                self.reference(count, role),
+                others.card.normalize(others.images[rest]),
+                others.labels[rest],
+                batches=4,
+                batch_size=size_of_rest,
+                seed=self.seed,
+            )
+            for direction, of in share.groupby("direction", sort=False):
+                kind = direction if role == "student" else "control" * (direction == "distilled")
+                if kind:
+                    tables[f"unexplained, {kind}"] = of
         return {name: table.set_index("stage") for name, table in tables.items()}
 
     def prepare(self) -> None:
         """Make what the knobs will ask for: reference sets of every size, and scores."""
         for role in self.networks:
             for size in self.references if role != "base" else ():
-                self.reference(size, role)
+                fit(self.reference(size, role))
         _ = self.scores
 
     def perturbed(self, scene: Scene, stage: str, keep: float) -> Tensor:
@@ -224,7 +249,7 @@ class View:
 
     def draw(self, settings: Settings) -> bytes:
         """The view as PNG."""
-        scene = self.scene(settings.image, settings.reference)
+        scene = self.scene(settings.image, settings.reference, settings.method)
         if self._canvas is None:
             self._canvas = _Canvas(self.images)
         return self._canvas.draw(scene, settings, self.perturbed(scene, settings.stage, settings.keep))

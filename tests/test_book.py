@@ -49,6 +49,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/02_unicam",
         "executed/03_capacity_gap",
         "executed/04_own_models",
+        "executed/05_planted",
         "executed/explorer",
         "own_models",
         "glossary",

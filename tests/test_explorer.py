@@ -96,13 +96,14 @@ def test_every_knob_changes_the_picture_and_going_back_restores_it(view):
     with Image.open(io.BytesIO(picture)) as opened:
         assert opened.size == (860, 470)
     others = [{"image": 4}, {"stage": "L2"}, {"opacity": 0.2}, {"keep": 0.2}, {"reference": 64}]
+    others.append({"method": "UniCAM"})
     drawn = [view.draw(Settings(**{**vars(first), **change})) for change in others]
-    assert len({picture, *drawn}) == 6
+    assert len({picture, *drawn}) == 7
     assert view.draw(first) == picture
 
 
 def test_maps_of_a_scene_are_those_of_unicam_and_grad_cam(view):
-    scene = view.scene(5, 64)
+    scene = view.scene(5, 64, "UniCAM")
     x, label = view.x[5:6], view.images.labels[5]
     own = view_room.unicam(
         view.networks["student"], view.networks["base"], x, view.embeddings[label][None], reference=view.reference(64)
@@ -113,6 +114,13 @@ def test_maps_of_a_scene_are_those_of_unicam_and_grad_cam(view):
     assert torch.equal(scene.maps["Grad-CAM, base"]["L4"], cam["L4"][0])
     assert set(scene.maps) == {*view_room.GRAD_CAM, *view_room.UNIQUE}
     assert abs(float(scene.probabilities["student"].sum()) - 1) < 1e-5
+    assert set(scene.stability) == set(view_room.UNIQUE)
+    other = view.scene(5, 64, "unexplained")
+    nets = view.networks["student"], view.networks["base"]
+    expected = view_room.unexplained(*nets, x, reference=view.reference(64))
+    assert torch.equal(other.maps["residual"]["L3"], expected.residual["L3"][0])
+    assert torch.equal(other.maps["Grad-CAM, base"]["L4"], cam["L4"][0])
+    assert other.stability == {}
 
 
 def test_images_are_picked_by_what_the_networks_make_of_them(view):
@@ -128,10 +136,11 @@ def test_images_are_picked_by_what_the_networks_make_of_them(view):
 
 def test_scores_have_intervals_for_every_stage(view):
     expected = ["FSS of student and base", "RS of the student", "RS of the base"]
-    expected += ["unique, distilled", "unique, residual", "unique, control"]
+    for kinds in (("distilled", "residual"), ("control",)):
+        expected += [f"{score}, {kind}" for score in ("unique", "unexplained") for kind in kinds]
     assert list(view.scores) == expected
-    for table in view.scores.values():
-        assert list(table.index) == view.stages
+    for name, table in view.scores.items():
+        assert list(table.index) == [*view.stages, *["answer"] * name.startswith("unexplained")]
         assert (table["low"] <= table["value"]).all()
         assert (table["value"] <= table["high"]).all()
 

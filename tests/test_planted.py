@@ -1,0 +1,183 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kdx
+from kdx.planted import FAMILIES, Scene, draw
+from kdx.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
+
+SMALL = Scene(size=24, cue_size=8)
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def test_images_are_the_same_for_a_seed_and_differ_between_seeds():
+    one, two, other = draw(SMALL, 30, 3), draw(SMALL, 30, 3), draw(SMALL, 30, 4)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0], other[0])
+    assert one[0].shape == (30, 3, 24, 24)
+    assert one[0].dtype == one[2].dtype == torch.uint8
+
+
+def test_classes_have_equal_shares_and_cues_are_independent():
+    labels = draw(Scene(), 540, 0)[1]
+    assert labels.bincount().tolist() == [20] * 27
+    values = Scene().values_of(labels)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (values[:, i] * 3 + values[:, j]).bincount().tolist() == [60] * 9
+
+
+def test_every_cue_has_its_square_and_no_other_covers_it():
+    masks = draw(SMALL, 200, 0)[2]
+    assert masks.unique().tolist() == [0, 1, 2, 4]
+    for bit in range(3):
+        assert ((masks >> bit & 1).flatten(1).sum(1) == 64).all()
+
+
+def test_cues_may_overlap_by_the_share_that_is_allowed_and_no_more():
+    masks = draw(Scene(size=24, cue_size=8, overlap=0.5), 400, 0)[2]
+    both = torch.stack([((masks & bits) == bits).flatten(1).sum(1) for bits in (3, 5, 6)])
+    assert both.any()
+    assert both.max() <= 4 * 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_value_decides_the_picture_of_a_cue(name):
+    at = (np.arange(10) + 0.5) / 5 - 1
+    v, u = np.meshgrid(at, at, indexing="ij")
+    drawn = [FAMILIES[name].draw(u, v, np.array([value]), 5, np.random.default_rng(0)) for value in range(5)]
+    assert all(picture.shape == (1, 10, 10) and np.abs(picture).max() <= 1 for picture in drawn)
+    if name == "colours":  # the hue is the value, the ink is the same
+        images, _, masks = draw(Scene(("colours", "shapes", "dots")), 270, 0)
+        hues = torch.stack([image[:, mask & 1 > 0].float().mean(1) for image, mask in zip(images, masks, strict=True)])
+        values = Scene().values_of(draw(Scene(("colours", "shapes", "dots")), 270, 0)[1])[:, 0]
+        assert [int(hues[values == value].mean(0).argmax()) for value in range(3)] == [0, 2, 1]
+        return
+    assert all(np.abs(a - b).max() > 0.5 for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_values_labels_and_embeddings_belong_together():
+    scene = Scene(values=4)
+    labels = torch.arange(64)
+    values = scene.values_of(labels)
+    assert values[27].tolist() == [1, 2, 3]
+    assert torch.equal(scene.labels_of(values), labels)
+    assert scene.embeddings[27].nonzero()[:, 0].tolist() == [1, 6, 11]
+    assert scene.classes[27] == "tilted grating, triangle, four dots"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cues": ("gratings", "smells")}, "unknown cues smells; choose from: gratings"),
+        ({"cues": ("dots", "dots")}, "1 to 8 different ones"),
+        ({"values": 6}, "values: expected 2 to 5"),
+        ({"contrast": 0}, "0 < contrast <= 1"),
+        ({"overlap": 1}, "0 <= overlap < 1"),
+        ({"cue_size": 20}, "cue_size: expected 5 or more and that 3 cues fit an image of 32 pixels, got 20"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Scene(**wrong)
+
+
+def test_planted_is_a_registered_dataset():
+    data = kdx.load_dataset("planted", "test", limit=54)
+    assert (len(data), len(data.classes), data.masks.max()) == (54, 27, 4)
+    assert data.card.normalize(data.images).mean().abs() < 0.1
+
+
+# --- what labels tell --------------------------------------------------------------------------
+
+
+def test_what_maps_must_show_follows_from_what_is_told():
+    assert {name: (plan.distilled, plan.residual) for name, plan in PLANTINGS.items()} == {
+        "distilled": ((1,), ()),
+        "residual": ((), (2,)),
+        "both": ((1,), (2,)),
+        "nothing": ((), ()),
+    }
+
+
+def test_labels_tell_known_cues_and_nothing_of_the_others():
+    data = images_of(SMALL, 2700, 0)
+    told = tell(data, SMALL, (0, 2), 5)
+    before, after = SMALL.values_of(data.labels), SMALL.values_of(told.labels)
+    assert torch.equal(before[:, [0, 2]], after[:, [0, 2]])
+    share = (before[:, 1] == after[:, 1]).double().mean()
+    assert abs(share - 1 / 3) < 0.04
+    assert torch.equal(told.images, data.images)
+    assert torch.equal(tell(data, SMALL, (0, 2), 5).labels, told.labels)
+    assert torch.equal(tell(data, SMALL, (0, 1, 2), 5).labels, data.labels)
+
+
+def test_shuffled_labels_are_the_same_ones_elsewhere():
+    data = images_of(SMALL, 270, 0)
+    other = shuffled(data, 1)
+    assert torch.equal(other.labels.sort().values, data.labels.sort().values)
+    assert (other.labels == data.labels).double().mean() < 0.15
+
+
+def test_a_cue_is_right_by_the_sum_over_its_classes():
+    scene = Scene(("gratings", "shapes"), values=2, size=16, cue_size=5)
+    probabilities = torch.tensor([[0.30, 0.30, 0.35, 0.05]])  # the likeliest class is (1, 0), grating 0 is likelier
+    hits = cue_hits(probabilities.log(), torch.tensor([0]), scene)
+    assert hits.tolist() == [[True, True]]
+
+
+class Knows(nn.Module):
+    """Tells some cues of images whose first pixel is the class."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def forward(self, x):
+        labels = (x[:, 0, 0, 0] * 0.2 * 255 + 127.5).round().long()
+        values = SMALL.values_of(labels)
+        score = torch.zeros(len(x), 27)
+        for cue in self.known:
+            score += 9.0 * (SMALL.values_of(torch.arange(27))[:, cue] == values[:, cue, None])
+        return score
+
+
+def grown(**known):
+    data = images_of(SMALL, 540, 0)
+    data.images[:, 0, 0, 0] = data.labels.byte()
+    nets = {role: SimpleNamespace(key=f"{role}{cues}", model=Knows(cues)) for role, cues in known.items()}
+    return Grown("distilled", 0, SMALL, nets, data, data)
+
+
+def test_checks_tell_plantings_that_took_from_those_that_did_not():
+    table = checks([grown(student=(0, 1), base=(0,))])
+    assert table["took"].all()
+    assert table[table["told"]]["value"].eq(1).all()
+    wrong = checks([grown(student=(0,), base=(0, 1))])  # the student lacks the cue, and the base has it
+    missed = wrong[~wrong["took"]]
+    assert missed[["network", "cue"]].to_numpy().tolist() == [["student", "shapes"], ["base", "shapes"]]
+
+
+def test_plantings_share_their_networks_and_are_found_again(home):
+    setting = dict(images=54, tested=27, reference=27, seed=4, recipe=kdx.Recipe(0, batch_size=27), device="cpu")
+    found = plant(SMALL, 1, **setting)
+    assert [one.planting for one in found] == list(PLANTINGS)
+    keys = {run.key for one in found for run in one.networks.values()}
+    assert len(keys) == 7 == len(list((home / "runs").iterdir()))
+    by_name = {one.planting: one.networks for one in found}
+    assert by_name["distilled"]["base"] is by_name["nothing"]["base"]
+    assert by_name["distilled"]["student"] is by_name["both"]["student"]
+    assert by_name["nothing"]["teacher"] is by_name["nothing"]["second base"]
+    assert found[0].images.fingerprint != found[0].reference.fingerprint
+    again = plant(SMALL, 1, **setting)
+    assert {run.key for one in again for run in one.networks.values()} == keys
+    assert len(list((home / "runs").iterdir())) == 7
+
+
+def test_plantings_need_three_cues():
+    with pytest.raises(ValueError, match="cues: plantings need three, got gratings, shapes"):
+        plant(Scene(("gratings", "shapes")))

@@ -1,0 +1,162 @@
+import copy
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import nn
+
+import kdx
+from kdx.unexplained import _contributions, _Regression, _smooth, unexplained_features
+from kdx.unique import Reference
+
+
+class Colours(nn.Module):
+    """Answers with the mean amounts of some colour channels; its one stage holds them, mixed."""
+
+    def __init__(self, channels, mix=None):
+        super().__init__()
+        mix = torch.eye(len(channels)) if mix is None else mix
+        self.features = nn.Conv2d(3, len(mix), 1, bias=False)
+        self.features.weight.data = (mix @ torch.eye(3)[list(channels)])[:, :, None, None]
+        self.head = nn.Linear(len(mix), 3, bias=False)
+        back = torch.zeros(3, len(channels))
+        back[list(channels), range(len(channels))] = 1.0
+        self.head.weight.data = back @ torch.linalg.pinv(mix)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+LAYERS = {"L1": "features"}
+
+
+def blots(n, seed, strength=None):
+    """Images with a red, a green and a blue pixel at random places, of one or random strength up to 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(n, 3, 6, 6)
+    places = torch.stack([torch.randperm(36, generator=generator)[:3] for _ in range(n)])
+    for i in range(3):
+        x.flatten(2)[torch.arange(n), i, places[:, i]] = strength or 2 * torch.rand(n, generator=generator)
+    return x, places
+
+
+def reference_of(student, base, n=60):
+    x, _ = blots(n, 1)
+    labels = torch.eye(3)[torch.arange(n) % 3]
+    return Reference(student, base, x, labels, layers_student=LAYERS, layers_base=LAYERS)
+
+
+def test_maps_lie_where_the_student_sees_what_its_base_does_not():
+    student, base = Colours((0, 1)), Colours((0, 2))
+    x, places = blots(20, 2, strength=2.0)
+    maps = kdx.unexplained(student, base, x, reference=reference_of(student, base), window=0)
+    for direction, colour in (("distilled", 1), ("residual", 2)):
+        found = getattr(maps, direction)["L1"].flatten(1)
+        assert torch.equal(found.argmax(1), places[:, colour])
+        on = found.gather(1, places[:, [colour]]).sum() / found.sum()
+        assert on > 0.9
+
+
+def test_nothing_is_unexplained_of_the_same_features_in_another_basis():
+    mix = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    student, base = Colours((0, 1), mix), Colours((0, 1))
+    x, _ = blots(20, 2)
+    reference = reference_of(student, base)
+    maps = kdx.unexplained(student, base, x, reference=reference)
+    assert max(float(m.max()) for of in (maps.distilled, maps.residual) for m in of.values()) < 1e-6
+    share = kdx.unexplained_share(reference, x, torch.arange(20) % 2, batches=2, batch_size=10)
+    assert share["value"].max() < 1e-6
+
+
+def test_share_is_one_where_the_base_knows_nothing_of_it():
+    student, base = Colours((0,)), Colours((1,))
+    x, _ = blots(400, 2)
+    share = kdx.unexplained_share(reference_of(student, base, 400), x, torch.arange(400) % 2, batches=2, batch_size=200)
+    found = share.set_index(["direction", "stage"])["value"]
+    assert found["distilled", "answer"] == pytest.approx(1, abs=0.05)
+    assert found["distilled", "L1"] == pytest.approx(1, abs=0.05)
+    assert share.columns.tolist() == ["direction", "stage", "value", "low", "high", "n", "batches"]
+
+
+def test_contributions_of_the_last_stage_add_up_to_what_they_make_of_the_answer():
+    """Behind it the network is linear: their sum is r . W mean(E) / V."""
+    student, base = Colours((0, 1)), Colours((0, 2))
+    x, _ = blots(8, 2)
+    reference = reference_of(student, base)
+    left = unexplained_features(reference, x)["distilled"]["L1"]
+    centre = lambda z: z - z.mean(1, keepdim=True)  # noqa: E731
+    z = [centre(network(reference.inputs[0]).detach()) for network in (student, base)]
+    fit = Ridge(alpha=1e-9).fit(z[1].double().numpy(), z[0].double().numpy())
+    predicted = torch.from_numpy(fit.predict(centre(base(x)).detach().double().numpy()))
+    r = centre(student(x)).detach() - predicted
+    spread = (z[0] - z[0].mean(0)).square().sum(1).mean()
+    expected = (r * centre(left.mean((2, 3)) @ student.head.weight.detach().T)).sum(1) / spread
+    found = _contributions(reference, (x, x))["distilled"]["L1"].sum((1, 2))
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-3, atol=1e-5)
+
+
+def test_regression_is_ridge_with_an_intercept_and_the_strength_that_predicts_best():
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(40, 5, 3, 3, generator=generator) + 2
+    of = torch.einsum("nkhw,kj->njhw", given, torch.randn(5, 4, generator=generator)) - 1
+    of += 0.1 * torch.randn(of.shape, generator=generator)
+    fit = _Regression.fit(of, given)
+    x, y = (t.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for t in (given, of))
+    oracle = Ridge(alpha=1e-5 * len(x)).fit(x, y)
+    torch.testing.assert_close(fit.weights.double(), torch.from_numpy(oracle.coef_.T), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(fit.intercept.double(), torch.from_numpy(oracle.intercept_), rtol=1e-2, atol=1e-2)
+    noise = _Regression.fit(torch.randn(40, 2), torch.randn(40, 60))
+    assert noise.weights.abs().max() < 0.5  # more features than images: the strongest ridge
+
+
+def test_features_that_do_not_vary_explain_nothing():
+    of = torch.randn(10, 2, 2, 2)
+    fit = _Regression.fit(of, torch.ones(10, 3, 2, 2))
+    torch.testing.assert_close(fit.left_over(of, torch.ones(10, 3, 2, 2)), of - of.mean((0, 2, 3), keepdim=True))
+
+
+def test_networks_of_other_sizes_grids_and_families(one_thread):
+    student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    base = kdx.build("mobilenet_v2", 3, "small", 0.25, seed=1)
+    images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.eye(3)[torch.arange(12) % 3]
+    reference = Reference(student, base, (images, images[:, :, :24, :24]), labels)
+    maps = kdx.unexplained(student, base, (images, images[:, :, :24, :24]), reference=reference)
+    for direction, side in (("distilled", 32), ("residual", 24)):
+        found = getattr(maps, direction)
+        assert found["L1"].shape[0] == 12
+        assert found["L1"].shape[1] <= side
+        assert all(m.isfinite().all() and (m >= 0).all() for m in found.values())
+
+
+def test_images_are_explained_alike_alone_and_in_batches_and_networks_are_left_as_they_were(one_thread):
+    student = kdx.build("resnet10", 3, "small", 0.125, seed=0).train()
+    base = kdx.build("resnet10", 3, "small", 0.125, seed=1)
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reference = Reference(student, base, images, torch.eye(3)[torch.arange(12) % 3])
+    before = copy.deepcopy(student.state_dict())
+    together = kdx.unexplained(student, base, images, reference=reference)
+    alone = kdx.unexplained(student, base, images, reference=reference, batch_size=1)
+    for direction in ("distilled", "residual"):
+        for stage, maps in getattr(together, direction).items():
+            torch.testing.assert_close(maps, getattr(alone, direction)[stage], rtol=1e-4, atol=1e-6)
+    assert student.training
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    assert not any(m._forward_hooks for m in student.modules())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_what_cannot_be_explained_is_refused():
+    student, base = Colours((0, 1)), Colours((0, 2))
+    reference, (x, _) = reference_of(student, base), blots(4, 0)
+    with pytest.raises(ValueError, match="the reference was made with other networks"):
+        kdx.unexplained(base, student, x, reference=reference)
+    with pytest.raises(ValueError, match="window: expected a share"):
+        kdx.unexplained(student, base, x, reference=reference, window=2)
+
+
+def test_a_window_averages_contributions():
+    maps = torch.zeros(1, 6, 6)
+    maps[0, 2, 2], maps[0, 2, 3] = 9.0, -9.0
+    assert _smooth(maps, 0.5)[0, 2].tolist() == [0, 1, 0, 0, -1, 0]
+    assert torch.equal(_smooth(maps, 0), maps)
