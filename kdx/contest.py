@@ -109,6 +109,19 @@ def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, 
     return [(score, *mean) for score, mean in means.items()]
 
 
+def over_stages(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of :func:`compare` with means over the stages in the place of stages (``all``): geometric ones of
+    ratios and magnitudes, whose scale differs between stages."""
+    geometric = table["score"].str.contains("ratio|magnitude")
+    with np.errstate(divide="ignore"):
+        logs = table.assign(value=np.where(geometric, np.log(table["value"].where(geometric, 1)), table["value"]))
+    keys = ["planting", "seed", "explainer", "direction", "score"]
+    means = logs.groupby(keys, sort=False).agg({"value": "mean", "images": "min"}).reset_index()
+    geometric = means["score"].str.contains("ratio|magnitude")
+    means["value"] = np.where(geometric, np.exp(means["value"].where(geometric, 0)), means["value"])
+    return means.assign(stage="all")[list(table.columns)]
+
+
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """The table of :func:`compare`, averaged over seeds.
 

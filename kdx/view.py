@@ -219,7 +219,10 @@ class View:
             # regressions are tested on images that they were not fitted on
             count = self.references[-1]
             others = self.images.split(count, seed=self.seed)[1]
-            rest, size_of_rest = scorable(others.labels, 4, 64)
+            try:
+                rest, size_of_rest = scorable(others.labels, 4, 64)
+            except ValueError:  # too few are left
+                continue
             share = unexplained_share(
                 self.reference(count, role),
                 others.card.normalize(others.images[rest]),

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import kdx
-from kdx.contest import CLAIMED, compare, duel, oracles, over_seeds
+from kdx.contest import CLAIMED, compare, duel, oracles, over_seeds, over_stages
 from kdx.explainers import Maps, explainers
 from kdx.planted import Scene
 from kdx.plantings import PLANTINGS, Grown, images_of
@@ -117,6 +117,15 @@ def test_seeds_are_averaged_and_ratios_on_the_logarithmic_scale():
     single = over_seeds(pd.DataFrame(rows[:1], columns=COLUMNS)).iloc[0]
     assert (single["value"], single["seeds"]) == (1, 1)
     assert math.isnan(single["low"])
+
+
+def test_stages_are_averaged_ratios_and_magnitudes_by_their_geometric_mean():
+    rows = [row(0, "a", score, 1.0) for score in ("ratio", "magnitude", "AUPRC")]
+    rows += [(*r[:4], "L2", r[5], 4.0, 8) for r in rows]
+    found = over_stages(pd.DataFrame(rows, columns=COLUMNS)).set_index("score")
+    assert found["value"].to_dict() == pytest.approx({"ratio": 2, "magnitude": 2, "AUPRC": 2.5})
+    assert found["stage"].eq("all").all()
+    assert found["images"].eq(8).all()
 
 
 def test_a_duel_is_decided_where_intervals_do_not_overlap():
