@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdx.explainers import Explainer, Maps, explainers
 from kdx.intervals import mean_interval
-from kdx.localisation import localisation
+from kdx.localisation import auroc, localisation
 from kdx.plantings import Grown
 from kdx.progress import progress
 from kdx.saliency import activations
 from kdx.tracing import stages
 from kdx.unique import DIRECTIONS, NETWORKS
 
-CLAIMED = "claimed"
-BETTER = {"ratio": 1, "AUPRC": 1, CLAIMED: -1}  # is more better?
+CLAIMED, DETECTED = "claimed", "detected"
+DECISIVE = ("ratio", "AUPRC", DETECTED)  # the more, the better
 
 
 def compare(
@@ -35,14 +36,17 @@ def compare(
 
     Returns
     -------
-    DataFrame : planting, seed, explainer, direction, stage, score, value, images (those with a value).
+    DataFrame : planting, seed, explainer, direction, stage, score, value.
 
         Where something was planted, the scores of :func:`kdx.localisation.localisation`, means over the
         images, and ``ratio``: mean mass on the cue that was planted over that on the other cue with the most.
         Always ``magnitude``, the maps' mean, and ``magnitude, second base``: with the second base in the
-        student's place, so what a seed alone gives.
+        student's place, so what a seed alone gives. Where nothing was planted, ``detected``: the area under the
+        ROC curve by which the means of distilled maps tell the images of *distilled* from the same images here;
+        0.5 is chance. It sees no scale, so explainers of different units can be compared by it.
     """
     rows: list[tuple[Any, ...]] = []
+    sizes: dict[tuple[Any, ...], Tensor] = {}
     floors: dict[tuple[str, ...], dict[str, Any]] = {}
     for one in progress(grown, desc="plantings", unit="planting"):
         networks = {role: run.model for role, run in one.networks.items()}
@@ -55,21 +59,30 @@ def compare(
             floors[same] = {name: _magnitudes(explain(*pair, x, y)) for name, explain in named.items()}
         for name, explain in named.items():
             maps = explain(networks["student"], networks["base"], x, y)
-            sizes = {"magnitude": _magnitudes(maps), "magnitude, second base": floors[same][name]}
+            own, floor = _magnitudes(maps), floors[same][name]
             for direction in DIRECTIONS:
                 target = getattr(one.plan, direction)
                 for stage, drawn in getattr(maps, direction).items():
                     where = (one.planting, one.seed, name, direction, stage)
-                    rows += [(*where, kind, size[direction, stage], len(x)) for kind, size in sizes.items()]
+                    sizes[where] = own[direction, stage]
+                    for kind, size in (("magnitude", own), ("magnitude, second base", floor)):
+                        rows.append((*where, kind, float(size[direction, stage].mean())))
                     if target:
                         rows += [(*where, *score) for score in _scores(drawn, one, target)]
-    columns = ["planting", "seed", "explainer", "direction", "stage", "score", "value", "images"]
+    for where, size in sizes.items():
+        planting, seed, name, direction, stage = where
+        other = sizes.get(("distilled", seed, name, direction, stage))
+        if planting == "nothing" and direction == "distilled" and other is not None:
+            truth = torch.cat([torch.ones_like(other), torch.zeros_like(size)])[None, None] > 0
+            told_apart = auroc(torch.cat([other, size])[None, None], truth)
+            rows.append((*where, DETECTED, float(told_apart)))
+    columns = ["planting", "seed", "explainer", "direction", "stage", "score", "value"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def oracles(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[str, Explainer]]:
     """Entries for :func:`compare` that know the truth: the masks of what was planted, at the resolution of each
-    stage; the best that a map of that stage can be."""
+    stage. For the images of the plantings, in their order."""
 
     def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
         networks = {
@@ -82,6 +95,8 @@ def oracles(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[s
             for one in grown:
                 if (one.networks["student"].model, one.networks["base"].model) == (student, base):
                     assert one.images.masks is not None
+                    if len(x) != len(one.images):
+                        raise ValueError(f"expected all {len(one.images)} images of the planting, got {len(x)}")
                     for cue in getattr(one.plan, direction):
                         truth = truth.maximum((one.images.masks >> cue & 1).float())
             grids = {s: (output.shape[2], output.shape[3]) for s, output in networks[NETWORKS[explained]].items()}
@@ -91,22 +106,21 @@ def oracles(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[s
     return lambda images, labels, embeddings: {"the mask itself": explain}
 
 
-def _magnitudes(maps: Any) -> dict[tuple[str, str], float]:
-    """(direction, stage) -> mean of the maps."""
-    return {(d, s): float(drawn.double().mean()) for d in DIRECTIONS for s, drawn in getattr(maps, d).items()}
+def _magnitudes(maps: Any) -> dict[tuple[str, str], Tensor]:
+    """(direction, stage) -> mean of each map, (n,)."""
+    return {(d, s): drawn.flatten(1).double().mean(1) for d in DIRECTIONS for s, drawn in getattr(maps, d).items()}
 
 
-def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, float, int]]:
-    """Score, its mean over the images that have a value, and their number."""
+def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, float]]:
+    """Score and its mean over the images."""
     cues = range(len(one.scene.cues))
     bits = [sum(1 << cue for cue in cues if (cue in target) == wanted) for wanted in (True, False)]
     assert one.images.masks is not None
     scores = localisation(maps, one.images.masks, *bits)
-    means = {score: (float(values.nanmean()), int((~values.isnan()).sum())) for score, values in scores.items()}
-    mass, count = means["mass on target"]
-    most = max(value for score, (value, _) in means.items() if score.startswith("mass on cue"))
-    means["ratio"] = (mass / most if most > 0 else math.inf, count)
-    return [(score, *mean) for score, mean in means.items()]
+    means = {score: float(values.mean()) for score, values in scores.items()}
+    most = max(value for score, value in means.items() if score.startswith("mass on cue"))
+    means["ratio"] = means["mass on target"] / most if most > 0 else math.inf
+    return list(means.items())
 
 
 def over_stages(table: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +130,7 @@ def over_stages(table: pd.DataFrame) -> pd.DataFrame:
     with np.errstate(divide="ignore"):
         logs = table.assign(value=np.where(geometric, np.log(table["value"].where(geometric, 1)), table["value"]))
     keys = ["planting", "seed", "explainer", "direction", "score"]
-    means = logs.groupby(keys, sort=False).agg({"value": "mean", "images": "min"}).reset_index()
+    means = logs.groupby(keys, sort=False)["value"].agg(lambda values: values.mean(skipna=False)).reset_index()
     geometric = means["score"].str.contains("ratio|magnitude")
     means["value"] = np.where(geometric, np.exp(means["value"].where(geometric, 0)), means["value"])
     return means.assign(stage="all")[list(table.columns)]
@@ -158,7 +172,8 @@ def _claims(table: pd.DataFrame) -> pd.DataFrame:
     for kind in ("magnitude", "magnitude, second base"):
         false = maps[(maps["planting"] == "nothing") & (maps["score"] == kind)]
         share = false["value"].to_numpy() / true.reindex(pd.MultiIndex.from_frame(false[keys])).to_numpy()
-        found.append(false.assign(score=kind.replace("magnitude", CLAIMED), value=share))
+        false = false.assign(score=kind.replace("magnitude", CLAIMED), value=share)
+        found.append(false[~np.isnan(share)])  # seeds of which both plantings took
     return pd.concat(found)
 
 
@@ -167,18 +182,17 @@ def duel(table: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame : planting, direction, stage, score (those of ``BETTER``), the values of both, and verdict: better,
-        worse or open.
+    DataFrame : planting, direction, stage, score (those of ``DECISIVE``), the values of both, and verdict: better,
+        worse or open (also where there is one seed only).
     """
-    rows = []
+    names = table["explainer"].unique()
+    if unknown := [name for name in (one, other) if name not in names]:
+        raise ValueError(f"unknown explainer {unknown[0]!r}; choose from: {', '.join(names)}")
     keys = ["planting", "direction", "stage", "score"]
-    chosen = table[table["score"].isin(list(BETTER))]
-    sides = [chosen[chosen["explainer"] == name].set_index(keys) for name in (one, other)]
-    for place, first in sides[0].iterrows():
-        second = sides[1].loc[place]
-        sign = BETTER[place[-1]]
-        low, high = (first["low"], first["high"]) if sign > 0 else (-first["high"], -first["low"])
-        other_low, other_high = (second["low"], second["high"]) if sign > 0 else (-second["high"], -second["low"])
-        verdict = "better" if low > other_high else "worse" if high < other_low else "open"
-        rows.append((*place, first["value"], second["value"], verdict))
-    return pd.DataFrame(rows, columns=[*keys, one, other, "verdict"])
+    chosen = table[table["score"].isin(DECISIVE)]
+    first, second = (chosen[chosen["explainer"] == name].set_index(keys) for name in (one, other))
+    second = second.reindex(first.index)
+    found = pd.DataFrame({one: first["value"], other: second["value"], "verdict": "open"})
+    found.loc[first["low"] > second["high"], "verdict"] = "better"
+    found.loc[first["high"] < second["low"], "verdict"] = "worse"
+    return found.reset_index()

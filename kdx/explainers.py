@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdx.saliency import grad_cam, gradients, logits_of
 from kdx.tracing import evaluating, stages
-from kdx.unexplained import unexplained, unexplained_features
+from kdx.unexplained import WINDOW, contributions, smooth, unexplained, unexplained_features
 from kdx.unique import DIRECTIONS, Reference, unicam
 
 StageMaps = dict[str, Tensor]
@@ -68,6 +68,11 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
 
         return explain
 
+    def answer_alone(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        """`unexplained` with all features in the place of those that are unexplained."""
+        parts = [contributions(reference(student, base), (a, a), whole=True) for a, _ in _batches(x, y)]
+        return _joined([Maps(**{d: _smoothed(of) for d, of in part.items()}) for part in parts])
+
     def energy(by_class: bool) -> Explainer:
         def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
             return _joined([part(student, base, a, b) for a, b in _batches(x, y)])
@@ -91,6 +96,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "unexplained": missing(),
         "unexplained, squared": missing(power=2),
         "unexplained, no window": missing(window=0),
+        "unexplained, answer alone": answer_alone,
         "UniCAM": uni("cam", batch=False),
         "UniCAM, batch": uni("cam", batch=True),
         "UniCAM hires": uni("hires", batch=False),
@@ -100,6 +106,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "Grad-CAM": _grad_cams("cam", difference=False),
         "Grad-CAM difference": _grad_cams("cam", difference=True),
         "HiResCAM difference": _grad_cams("hires", difference=True),
+        "HiResCAM difference, window": _signed_difference,
         "input x gradients": _input_gradients,
         "edges": _fixed(_edges),
         "random": _fixed(lambda x: torch.rand(x[:, 0].shape, generator=generator).to(x.device)),
@@ -120,6 +127,21 @@ def _grad_cams(method: str, difference: bool) -> Explainer:
         )
 
     return explain
+
+
+def _signed_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    """HiResCAM of one network minus the other's, both with their signs, averaged over the window of `unexplained`."""
+    parts = []
+    for a, b in _batches(x, y):
+        slopes = [gradients(network, a, _logit_of(b)) for network in (student, base)]
+        signed = [{s: (activation * g).sum(1) for s, (activation, g) in of.items()} for of in slopes]
+        both = [{s: maps - _on_grid(two[s], maps) for s, maps in one.items()} for one, two in (signed, signed[::-1])]
+        parts.append(Maps(*map(_smoothed, both)))
+    return _joined(parts)
+
+
+def _smoothed(maps: StageMaps) -> StageMaps:
+    return {s: smooth(m, WINDOW).relu() for s, m in maps.items()}
 
 
 def _input_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:

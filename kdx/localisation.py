@@ -20,12 +20,11 @@ BANDS = (0.3, 0.7)  # of a map's maximum: below the first nothing, above the sec
 def pointing_game(maps: Tensor, truth: Tensor) -> Tensor:
     """The share of the maps' highest pixels that lie on the truth (Zhang et al. 2018): (n,) in [0, 1].
 
-    NaN where a map is constant: it points nowhere.
+    A constant map points everywhere: chance, the share that the truth covers.
     """
     fine = _on_pixels(maps, truth)
     highest = fine == fine.amax(1, keepdim=True)
-    hits = (highest & truth.flatten(1)).sum(1) / highest.sum(1)
-    return torch.where(_varies(maps), hits.double(), math.nan)
+    return (highest & truth.flatten(1)).sum(1).double() / highest.sum(1)
 
 
 def auroc(maps: Tensor, truth: Tensor) -> Tensor:
@@ -76,19 +75,21 @@ def five_band(maps: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """
     fine, truth = _on_pixels(maps, truth), truth.flatten(1)
     scaled = fine / fine.amax(1, keepdim=True).clamp(min=torch.finfo(fine.dtype).tiny)
-    band = torch.bucketize(scaled, torch.tensor(BANDS, dtype=fine.dtype), right=True)
+    band = torch.bucketize(scaled, fine.new_tensor(BANDS), right=True)
     right = band == truth
     hit, shown, empty = (right & (truth > 0)).sum(1).double(), (band > 0).sum(1), truth == 0
     return {
         "pixel accuracy": right.double().mean(1),
         "recall": hit / (truth > 0).sum(1),
         "precision": torch.where(shown > 0, hit / shown, math.nan),
-        "false positive rate": (empty & (band > 0)).sum(1) / empty.sum(1),
+        "false positive rate": (empty & (band > 0)).sum(1).double() / empty.sum(1),
     }
 
 
 def localisation(maps: Tensor, masks: Tensor, target: int, others: int) -> dict[str, Tensor]:
     """All scores of maps that should lie on some cues of :mod:`kdx.planted` and not on others.
+
+    A map that is 0 everywhere tells no place from another, and is scored as one that is 1 everywhere: at chance.
 
     Parameters
     ----------
@@ -97,9 +98,11 @@ def localisation(maps: Tensor, masks: Tensor, target: int, others: int) -> dict[
 
     Returns
     -------
-    dict : score -> float64 (n,): mass on target, mass on others (of which the cue with the most counts),
+    dict : score -> float64 (n,): mass on target, mass on each of the others,
         pointing game, AUROC, AUPRC, and those of :func:`five_band`.
     """
+    empty = maps.flatten(1).amax(1) == 0
+    maps = torch.where(empty[:, None, None], torch.ones_like(maps), maps)
     truth = (masks & target) > 0
     ternary = (masks > 0).long() + truth
     mass = {"mass on target": mass_on(maps, truth.byte())}
@@ -119,11 +122,6 @@ def _on_pixels(maps: Tensor, truth: Tensor) -> Tensor:
     if maps.ndim != 3 or truth.ndim != 3 or len(maps) != len(truth):
         shapes = f"{tuple(maps.shape)} and {tuple(truth.shape)}"
         raise ValueError(f"expected maps (n, h, w) and truth (n, H, W), got {shapes}")
-    if not (maps >= 0).all():
-        raise ValueError("expected maps without NaN or negative values")
+    if not ((maps >= 0) & maps.isfinite()).all():
+        raise ValueError("expected finite maps without negative values")
     return F.interpolate(maps[:, None].double(), truth.shape[1:], mode="nearest-exact").flatten(1)
-
-
-def _varies(maps: Tensor) -> Tensor:
-    flat = maps.flatten(1)
-    return flat.amax(1) > flat.amin(1)

@@ -91,15 +91,15 @@ def multiline(table: pd.DataFrame) -> Styler:
 def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
     """The paper's values in ``data/paper/NAME.csv``, by stage; those of a table that names its data, for a
     dataset, by technique and stage, and no rows if it has none."""
-    path = Path(__file__).parents[1] / "data" / "paper" / f"{name}.csv"
-    if not path.is_file():
-        raise ValueError(
-            f"no {path}: the paper's tables come with a checkout; install kdx from one, with pip install -e"
-        )
-    table = pd.read_csv(path)
+    table = pd.read_csv(_checkout_file(f"paper/{name}.csv"))
     if "dataset" not in table:
         return table.set_index("stage")
     return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
+
+
+def stored_table(name: str) -> pd.DataFrame:
+    """Scores that came out of an earlier run of a notebook: ``data/NAME.csv`` of the checkout."""
+    return pd.read_csv(_checkout_file(f"{name}.csv"))
 
 
 def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | str:
@@ -107,6 +107,13 @@ def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | s
     if column not in paper or technique not in paper.index.get_level_values("technique"):
         return ""
     return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
+
+
+def _checkout_file(name: str) -> Path:
+    path = Path(__file__).parents[1] / "data" / name
+    if not path.is_file():
+        raise ValueError(f"no {path}: tables come with a checkout; install kdx from one, with pip install -e")
+    return path
 
 
 def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int]) -> None:

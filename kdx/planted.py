@@ -19,6 +19,7 @@ from torch import Tensor
 COUNTS = {"train": 8_000, "test": 1_000}
 BACKGROUNDS = ("noise", "blur", "1/f")
 BLOCK = 500  # images drawn at a time
+MOST = 0.35  # of an image that cues may cover; more would seldom find places apart
 
 
 def _grating(u, v, value, values, rng):
@@ -134,11 +135,11 @@ class Scene:
             raise ValueError(f"values: expected 2 to 5 a cue, got {self.values}")
         if not 0 < self.contrast <= 1 or not 0 <= self.overlap < 1:
             raise ValueError(f"expected 0 < contrast <= 1 and 0 <= overlap < 1, got {self.contrast} and {self.overlap}")
-        room = (self.size // self.cue_size) ** 2 if self.cue_size >= 5 else 0
-        if room < len(self.cues) + (len(self.cues) > 1):
+        share = len(self.cues) * self.cue_size**2 / self.size**2
+        if self.cue_size < 5 or share > MOST:
             raise ValueError(
-                f"cue_size: expected 5 or more and that {len(self.cues)} cues fit an image of {self.size} pixels, got "
-                f"{self.cue_size}"
+                f"cue_size: expected 5 or more, and {len(self.cues)} cues that cover {MOST:.0%} of an image of "
+                f"{self.size} pixels at most, got {self.cue_size} ({share:.0%})"
             )
 
     @property

@@ -16,7 +16,7 @@ from kdx.explainers import Explainer
 from kdx.intervals import mean_of_known
 from kdx.progress import progress
 from kdx.saliency import agreement
-from kdx.tracing import stages
+from kdx.tracing import stages, unwrapped
 
 LOGITS, LABELS = "logits", "random labels"
 
@@ -38,6 +38,7 @@ def cascade(model: nn.Module, layers: Mapping[str, str], seed: int = 0) -> Itera
     ------
     ValueError : a module with parameters that cannot be initialised (it has no ``reset_parameters``).
     """
+    model = unwrapped(model)
     names = [name for name, _ in model.named_modules()]
     ends = [max(i for i, name in enumerate(names) if (name + ".").startswith(layer + ".")) for layer in layers.values()]
     starts = [0, *(end + 1 for end in ends)]
@@ -129,7 +130,7 @@ def similarity(first: Tensor, second: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def indifferent(table: pd.DataFrame, limit: float = 0.5) -> list[str]:
     """Explainers that do not care about the weights: with all of them random, maps whose rank correlation
-    with the right ones is certainly above ``limit``, on the mean over stages."""
+    with the right ones is certainly above ``limit``, on the mean over stages, or maps that are always constant."""
     last = table[(table["measure"] == "rank correlation") & (table["randomised"] == table["stage"].iloc[0])]
     lows = last.groupby("explainer", sort=False)["low"].mean()
-    return lows[lows > limit].index.tolist()
+    return lows[(lows > limit) | lows.isna()].index.tolist()

@@ -9,6 +9,7 @@ where unexplained features make the unexplained answer, there is what was distil
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,11 @@ from kdx.intervals import mean_interval
 from kdx.saliency import gradients, logits_of
 from kdx.scores import balanced_batches
 from kdx.tracing import evaluating
-from kdx.unique import DIRECTIONS, Reference, both_inputs
+from kdx.unique import DIRECTIONS, NETWORKS, Reference, both_inputs
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean variance of what is regressed on
 ANSWER = "answer"
+WINDOW = 1 / 6  # of a map's side
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Unexplained:
     Attributes
     ----------
     distilled, residual : stage -> float32 map (n, h, w) >= 0 of the student given the base, at the
-        student's resolution; and of the base given the student, at the base's. A map's sum is about the
-        share of the answers' mean energy that the stage's unexplained features make: comparable between
-        stages, directions and pairs, and near 0 where there is nothing to explain.
+        student's resolution; and of the base given the student, at the base's. Before what is negative is
+        cut off, a map's sum is about the share of the answers' mean energy that the stage's unexplained
+        features make, so maps are comparable between stages, directions and pairs.
     """
 
     distilled: dict[str, Tensor]
@@ -51,7 +53,7 @@ def unexplained(
     images: Tensor | tuple[Tensor, Tensor],
     *,
     reference: Reference,
-    window: float = 1 / 6,
+    window: float = WINDOW,
     batch_size: int = 64,
 ) -> Unexplained:
     r"""Where unexplained features make the unexplained answer: of the student given its base (*distilled*),
@@ -66,20 +68,23 @@ def unexplained(
 
     with V the mean of :math:`\lVert z - \bar z \rVert^2` and :math:`\bar c` the mean of c over a window: to
     first order, how much less the unexplained answer would be if the features here were those that the base
-    can express.
+    can express. A stage on whose places the answer does not depend, such as the last block of a vision
+    transformer that answers from its class token, has empty maps.
 
     Parameters
     ----------
     student, base : the networks of the reference.
     images : (n, c, h, w), normalised as the networks expect; or a pair, student's and base's.
-    reference : images on which the regressions are fitted, once; best others than those explained.
+    reference : images on which the regressions are fitted, once (the networks must not change afterwards);
+        best others than those explained, and several times as many as there are classes.
     window : side of the window, as a share of the map's; 0: none. Contributions have signs, and what pushes
         and pulls side by side is to cancel.
     batch_size : images explained at a time.
 
     Raises
     ------
-    ValueError : a reference of other networks; a window outside [0, 1].
+    ValueError : a reference of other networks, or one on which a network always answers the same; a window
+        outside [0, 1]. A reference of fewer than two images a class is a warning.
 
     Examples
     --------
@@ -96,12 +101,13 @@ def unexplained(
         raise ValueError("the reference was made with other networks; make one for these")
     if not 0 <= window <= 1:
         raise ValueError(f"window: expected a share of the map's side, 0 to 1, got {window}")
-    pair = both_inputs(images)
+    pair = tuple(x.clone() if x.is_inference() else x for x in both_inputs(images))
     found: dict[str, dict[str, list[Tensor]]] = {d: {s: [] for s in reference.stages} for d in DIRECTIONS}
-    for x in zip(*(part.split(batch_size) for part in pair), strict=True):
-        for direction, maps in _contributions(reference, x).items():
-            for stage, contribution in maps.items():
-                found[direction][stage].append(_smooth(contribution, window).relu())
+    with torch.inference_mode(False):
+        for x in zip(*(part.split(batch_size) for part in pair), strict=True):
+            for direction, maps in contributions(reference, x).items():
+                for stage, contribution in maps.items():
+                    found[direction][stage].append(smooth(contribution, window).relu())
     return Unexplained(**{d: {s: torch.cat(maps) for s, maps in of.items()} for d, of in found.items()})
 
 
@@ -171,7 +177,8 @@ class _Regression:
     def fit(cls, of: Tensor, given: Tensor) -> _Regression:
         """``given`` -> ``of``, (n, k, ...) both; the ridge of ``RIDGES`` that predicts one half of the rows
         best from the other."""
-        halves = [_moments(of[i::2], given[i::2]) for i in range(2)]
+        order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0)).to(of.device)
+        halves = [_moments(of[rows], given[rows]) for rows in order.tensor_split(2)]
         errors = [0.0] * len(RIDGES)
         for here, there in (halves, halves[::-1]):
             for i, ridge in enumerate(RIDGES):
@@ -228,7 +235,13 @@ def fit(reference: Reference) -> dict[str, dict[str, _Regression]]:
     if reference not in _FITS:
         features: dict[str, Any] = {name: stage.features for name, stage in reference.stages.items()}
         pairs = zip(reference.networks, reference.inputs, strict=True)
-        features[ANSWER] = tuple(_answers(network, images) for network, images in pairs)
+        answers = features[ANSWER] = tuple(_answers(network, images) for network, images in pairs)
+        if len(reference) < 2 * max(z.shape[1] for z in answers):
+            warnings.warn(
+                f"{len(reference)} reference images for {answers[0].shape[1]} classes: too few for regressions that "
+                "hold for other images, so too much counts as unexplained; use two a class or more",
+                stacklevel=3,
+            )
         _FITS[reference] = {
             direction: {s: _Regression.fit(both[explained], both[given]) for s, both in features.items()}
             for direction, (explained, given) in DIRECTIONS.items()
@@ -244,14 +257,17 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _centred(logits: Tensor) -> Tensor:
+    if logits.shape[1] == 1:  # one output tells two classes
+        return logits
     return logits - logits.mean(1, keepdim=True)
 
 
-def _contributions(reference: Reference, x: tuple[Tensor, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Direction -> stage -> signed contributions (n, h, w) of unexplained features to the unexplained answer."""
+def contributions(reference: Reference, x: tuple[Tensor, ...], whole: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Direction -> stage -> signed contributions (n, h, w) of unexplained features (``whole``: of all features) to
+    the unexplained answer."""
     fitted = fit(reference)
     answers = [_answers(network, images) for network, images in zip(reference.networks, x, strict=True)]
-    features = unexplained_features(reference, x)
+    features = {} if whole else unexplained_features(reference, x)
     found = {}
     for direction, (explained, given) in DIRECTIONS.items():
         left = fitted[direction][ANSWER].left_over(answers[explained], answers[given])
@@ -260,12 +276,17 @@ def _contributions(reference: Reference, x: tuple[Tensor, Tensor]) -> dict[str, 
             return (_centred(logits.float()) * left).sum()
 
         scale = fitted[direction][ANSWER].spread
+        if not scale > 0:
+            raise ValueError(f"the {NETWORKS[explained]} gives the same answer to every image of the reference")
         slopes = gradients(reference.networks[explained], x[explained], objective, reference.layers[explained])
-        found[direction] = {s: (slopes[s][1] * left).sum(1) / scale for s, left in features[direction].items()}
+        found[direction] = {
+            s: (gradient * (activation if whole else features[direction][s])).sum(1) / scale
+            for s, (activation, gradient) in slopes.items()
+        }
     return found
 
 
-def unexplained_features(reference: Reference, images: Tensor | tuple[Tensor, Tensor]) -> dict[str, dict[str, Tensor]]:
+def unexplained_features(reference: Reference, images: Tensor | tuple[Tensor, ...]) -> dict[str, dict[str, Tensor]]:
     """E of :func:`unexplained`: direction -> stage -> what the other network cannot express of the features,
     (n, k, h, w)."""
     fitted, features = fit(reference), reference.features(*both_inputs(images))
@@ -282,7 +303,7 @@ def _resample(given: Tensor, of: Tensor) -> Tensor:
     return F.interpolate(given, of.shape[2:], mode="bilinear", antialias=True, align_corners=False)
 
 
-def _smooth(maps: Tensor, window: float) -> Tensor:
+def smooth(maps: Tensor, window: float) -> Tensor:
     """Means over windows of an odd number of cells, cut at the borders."""
     sides = [2 * int(window * side / 2) + 1 for side in maps.shape[1:]]
     pads = [side // 2 for side in sides]

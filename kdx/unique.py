@@ -361,7 +361,7 @@ def _pool(x: Tensor) -> Tensor:
     return x.mean((2, 3)).double()
 
 
-def both_inputs(images: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def both_inputs(images: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """What student and base are given: images, or a pair of as many."""
     pair = (images, images) if isinstance(images, Tensor) else tuple(images)
     if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not len(pair[0]):

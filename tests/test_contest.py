@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import kdx
-from kdx.contest import CLAIMED, compare, duel, oracles, over_seeds, over_stages
+from kdx.contest import CLAIMED, DETECTED, compare, duel, oracles, over_seeds, over_stages
 from kdx.explainers import Maps, explainers
 from kdx.planted import Scene
 from kdx.plantings import PLANTINGS, Grown, images_of
@@ -60,9 +60,10 @@ def test_an_oracle_scores_best_and_a_constant_map_is_at_chance(grown):
             assert best["false positive rate"] == 0
             assert chance[["mass on target", "AUPRC"]].tolist() == pytest.approx([share, share])
             assert chance[["AUROC", "ratio"]].tolist() == pytest.approx([0.5, 1])
-            assert math.isnan(chance["pointing game"])
-    nothing = table[table["planting"] == "nothing"]
-    assert set(nothing["score"]) == {"magnitude", "magnitude, second base"}
+            assert chance["pointing game"] == pytest.approx(share)
+    nothing = table[(table["planting"] == "nothing") & (table["direction"] == "distilled")]
+    assert set(nothing["score"]) == {"magnitude", "magnitude, second base", DETECTED}
+    assert nothing[nothing["score"] == DETECTED]["value"].eq(0.5).all()  # neither looks at the networks
     claims = over_seeds(table).set_index(["score", "explainer", "stage"])["value"]
     assert claims[CLAIMED, "constant", "L2"] == claims[f"{CLAIMED}, second base", "constant", "L2"] == pytest.approx(1)
 
@@ -99,11 +100,28 @@ def test_every_explainer_gives_maps_of_both_directions(grown):
     torch.testing.assert_close(found["unexplained, squared"].residual["L4"], found["unexplained"].residual["L4"] ** 2)
 
 
+def test_an_explainer_that_abstains_is_at_chance_and_an_oracle_tells_nothing_from_something(grown):
+    def entries(images, labels, embeddings):
+        def empty(student, base, x, y):
+            names = kdx.stages(student, x[:1])
+            return Maps(*(dict.fromkeys(names, torch.zeros(len(x), 4, 4)) for _ in range(2)))
+
+        return {"empty": empty} | oracles(grown)(images, labels, embeddings)
+
+    table = compare(grown, entries)
+    found = table[table["explainer"] == "empty"]
+    assert found[found["score"].isin(["ratio", "AUROC"])]["value"].to_numpy() == pytest.approx(
+        [{"ratio": 1, "AUROC": 0.5}[s] for s in found["score"] if s in ("ratio", "AUROC")]
+    )
+    told = table[table["score"] == DETECTED].groupby("explainer")["value"].unique()
+    assert (list(told["the mask itself"]), list(told["empty"])) == ([1.0], [0.5])
+
+
 def row(seed, explainer, score, value, planting="both"):
-    return (planting, seed, explainer, "distilled", "L1", score, value, 10)
+    return (planting, seed, explainer, "distilled", "L1", score, value)
 
 
-COLUMNS = ["planting", "seed", "explainer", "direction", "stage", "score", "value", "images"]
+COLUMNS = ["planting", "seed", "explainer", "direction", "stage", "score", "value"]
 
 
 def test_seeds_are_averaged_and_ratios_on_the_logarithmic_scale():
@@ -121,11 +139,10 @@ def test_seeds_are_averaged_and_ratios_on_the_logarithmic_scale():
 
 def test_stages_are_averaged_ratios_and_magnitudes_by_their_geometric_mean():
     rows = [row(0, "a", score, 1.0) for score in ("ratio", "magnitude", "AUPRC")]
-    rows += [(*r[:4], "L2", r[5], 4.0, 8) for r in rows]
+    rows += [(*r[:4], "L2", r[5], 4.0) for r in rows]
     found = over_stages(pd.DataFrame(rows, columns=COLUMNS)).set_index("score")
     assert found["value"].to_dict() == pytest.approx({"ratio": 2, "magnitude": 2, "AUPRC": 2.5})
     assert found["stage"].eq("all").all()
-    assert found["images"].eq(8).all()
 
 
 def test_a_duel_is_decided_where_intervals_do_not_overlap():
@@ -133,12 +150,19 @@ def test_a_duel_is_decided_where_intervals_do_not_overlap():
     for seed, noise in enumerate((0.0, 0.01, -0.01)):
         rows += [row(seed, "a", "AUPRC", 0.8 + noise), row(seed, "b", "AUPRC", 0.3 + noise)]
         rows += [row(seed, "a", "ratio", 2 + 50 * noise), row(seed, "b", "ratio", 2.2 + 50 * noise)]
-        for name, size in (("a", 1.0), ("b", 20.0)):
-            rows += [row(seed, name, "magnitude", 10 + noise, "distilled")]
-            rows += [row(seed, name, kind, size + noise, "nothing") for kind in ("magnitude", "magnitude, second base")]
+        rows += [row(seed, "a", DETECTED, 0.5 + noise, "nothing"), row(seed, "b", DETECTED, 0.9 + noise, "nothing")]
     found = duel(over_seeds(pd.DataFrame(rows, columns=COLUMNS)), "a", "b").set_index("score")
-    assert found["verdict"].to_dict() == {"AUPRC": "better", "ratio": "open", CLAIMED: "better"}
-    assert found.loc[CLAIMED, ["a", "b"]].tolist() == pytest.approx([0.1, 2], rel=1e-2)
+    assert found["verdict"].to_dict() == {"AUPRC": "better", "ratio": "open", DETECTED: "worse"}
+    assert found.loc["AUPRC", ["a", "b"]].tolist() == pytest.approx([0.8, 0.3])
+    with pytest.raises(ValueError, match="unknown explainer 'c'; choose from: a, b"):
+        duel(over_seeds(pd.DataFrame(rows, columns=COLUMNS)), "a", "c")
+
+
+def test_a_claim_is_made_of_seeds_in_which_both_plantings_took():
+    rows = [row(s, "a", kind, v, p) for s in (0, 1) for kind in ("magnitude", "magnitude, second base")
+            for p, v in (("distilled", 10.0), ("nothing", 1.0)) if (s, p) != (1, "distilled")]  # fmt: skip
+    found = over_seeds(pd.DataFrame(rows, columns=COLUMNS)).set_index("score").loc[CLAIMED]
+    assert (found["value"], found["seeds"]) == (pytest.approx(0.1), 1)
 
 
 # --- sanity checks -----------------------------------------------------------------------------
@@ -184,10 +208,10 @@ def test_explainers_that_ask_no_network_are_named(grown):
     x = one.images.card.normalize(one.images.images)
     pair = one.networks["student"].model, one.networks["base"].model
     named = explainers(x, one.images.labels, SCENE.embeddings)
-    chosen = {name: named[name] for name in ("edges", "Grad-CAM", "random")}
+    chosen = {name: named[name] for name in ("edges", "Grad-CAM", "random")} | {"constant": constant}
     table = sanity(chosen, *pair, x, one.images.labels, ignorant=one.networks["second base"].model)
     assert list(table["randomised"].unique()) == ["logits", "L4", "L3", "L2", "L1", "random labels"]
     same = table[table["explainer"] == "edges"]
     assert same["value"].tolist() == pytest.approx([1] * len(same))
     assert table[(table["explainer"] == "random") & (table["measure"] == "rank correlation")]["value"].abs().max() < 0.1
-    assert indifferent(table) == ["edges"]
+    assert indifferent(table) == ["edges", "constant"]

@@ -28,11 +28,11 @@ def test_areas_under_curves_are_those_of_scikit_learn(truth, side, levels):
         assert ours(maps, truth).tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_constant_map_is_at_chance_and_points_nowhere(truth):
+def test_a_constant_map_is_at_chance(truth):
     ones = torch.ones(6, 4, 4)
     assert auroc(ones, truth).tolist() == [0.5] * 6
     assert auprc(ones, truth).tolist() == pytest.approx(truth.flatten(1).double().mean(1).tolist())
-    assert pointing_game(ones, truth).isnan().all()
+    assert pointing_game(ones, truth).tolist() == pytest.approx(auprc(ones, truth).tolist())
 
 
 def test_the_mask_itself_is_perfect(truth):
@@ -81,9 +81,16 @@ def test_scores_of_a_map_on_one_of_three_cues():
     assert found["pointing game"].item() == 0
 
 
+def test_a_map_that_abstains_is_at_chance():
+    masks = torch.tensor([[[1, 2], [4, 0]]], dtype=torch.uint8)
+    found = localisation(torch.zeros(1, 2, 2), masks, target=2, others=5)
+    assert found["mass on target"].item() == found["pointing game"].item() == found["mass on cue 0"].item() == 0.25
+    assert found["AUROC"].item() == 0.5
+
+
 def test_maps_that_are_none_are_refused(truth):
     with pytest.raises(ValueError, match=r"expected maps \(n, h, w\) and truth"):
         auroc(torch.rand(5, 3, 3), truth)
-    for wrong in (math.nan, -1.0):
-        with pytest.raises(ValueError, match="without NaN or negative values"):
+    for wrong in (math.nan, -1.0, math.inf):
+        with pytest.raises(ValueError, match="expected finite maps without negative values"):
             auprc(torch.full((6, 3, 3), wrong), truth)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import kdx
+from kdx import plantings
 from kdx.planted import FAMILIES, Scene, draw
 from kdx.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
@@ -78,7 +79,7 @@ def test_values_labels_and_embeddings_belong_together():
         ({"values": 6}, "values: expected 2 to 5"),
         ({"contrast": 0}, "0 < contrast <= 1"),
         ({"overlap": 1}, "0 <= overlap < 1"),
-        ({"cue_size": 20}, "cue_size: expected 5 or more and that 3 cues fit an image of 32 pixels, got 20"),
+        ({"cue_size": 20}, r"3 cues that cover 35% of an image of 32 pixels at most, got 20 \(117%\)"),
     ],
 )
 def test_scenes_that_cannot_be_drawn_are_refused(wrong, message):
@@ -146,14 +147,20 @@ class Knows(nn.Module):
         return score
 
 
-def grown(**known):
-    data = images_of(SMALL, 540, 0)
+def coded(*arguments):
+    data = images_of(*arguments)
     data.images[:, 0, 0, 0] = data.labels.byte()
+    return data
+
+
+def grown(**known):
+    data = coded(SMALL, 54, 0)
     nets = {role: SimpleNamespace(key=f"{role}{cues}", model=Knows(cues)) for role, cues in known.items()}
     return Grown("distilled", 0, SMALL, nets, data, data)
 
 
-def test_checks_tell_plantings_that_took_from_those_that_did_not():
+def test_checks_tell_plantings_that_took_from_those_that_did_not(monkeypatch):
+    monkeypatch.setattr(plantings, "images_of", coded)
     table = checks([grown(student=(0, 1), base=(0,))])
     assert table["took"].all()
     assert table[table["told"]]["value"].eq(1).all()

@@ -9,6 +9,8 @@ from kdx import plots
 from kdx.cards import DATASETS
 from kdx.data import Dataset
 from kdx.folders import UNKNOWN
+from kdx.planted import Scene
+from kdx.plantings import images_of
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,31 @@ def test_samples_fill_at_most_ten_columns(classes, columns):
     assert len(drawn) == 2 * classes * (5 if classes == 2 else 1)
     titles = [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.get_title()]
     assert titles == names
+
+
+def test_cues_are_outlined_where_they_lie():
+    scene = Scene(size=24, cue_size=8)
+    images = images_of(scene, 2, 0)
+    frames = plots.cues(images, scene.cues, per_row=2).axes[1].patches
+    for cue, frame in enumerate(frames):
+        rows, columns = (images.masks[1] >> cue & 1).nonzero().T
+        found = (frame.get_x() + 0.5, frame.get_y() + 0.5, frame.get_width(), frame.get_height())
+        assert found == (columns.min(), rows.min(), 8, 8)
+    assert len(frames) == 3
+    maps = {"one": torch.rand(2, 6, 6), "other": torch.rand(2, 24, 24)}
+    drawn = plots.cue_maps(images, maps, [1])
+    assert [patch.get_linewidth() for patch in drawn.axes[0].patches] == [1.6, 0.5, 0.5]
+    assert all(axes.images[0].get_extent() == [-0.5, 23.5, 23.5, -0.5] for axes in drawn.axes[1:3])
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+def test_a_contest_has_a_panel_a_stage_and_a_row_an_explainer(stages):
+    levels = [f"L{s}" for s in range(1, stages + 1)]
+    rows = [(name, s, kind, 2.0, 1.0, 4.0) for name in "abc" for s in levels for kind in ("distilled", "residual")]
+    table = pd.DataFrame(rows, columns=["explainer", "stage", "direction", "value", "low", "high"])
+    figure = plots.contest(table, "score", logarithmic=True, line=1)
+    assert [axes.get_title() for axes in figure.axes] == levels
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list("abc")
 
 
 def test_samples_prefer_images_with_masks():

@@ -6,7 +6,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 import kdx
-from kdx.unexplained import _contributions, _Regression, _smooth, unexplained_features
+from kdx.unexplained import _Regression, contributions, fit, smooth, unexplained_features
 from kdx.unique import Reference
 
 
@@ -86,12 +86,11 @@ def test_contributions_of_the_last_stage_add_up_to_what_they_make_of_the_answer(
     left = unexplained_features(reference, x)["distilled"]["L1"]
     centre = lambda z: z - z.mean(1, keepdim=True)  # noqa: E731
     z = [centre(network(reference.inputs[0]).detach()) for network in (student, base)]
-    fit = Ridge(alpha=1e-9).fit(z[1].double().numpy(), z[0].double().numpy())
-    predicted = torch.from_numpy(fit.predict(centre(base(x)).detach().double().numpy()))
-    r = centre(student(x)).detach() - predicted
+    answer = fit(reference)["distilled"]["answer"]
+    r = answer.left_over(centre(student(x)).detach(), centre(base(x)).detach())
     spread = (z[0] - z[0].mean(0)).square().sum(1).mean()
     expected = (r * centre(left.mean((2, 3)) @ student.head.weight.detach().T)).sum(1) / spread
-    found = _contributions(reference, (x, x))["distilled"]["L1"].sum((1, 2))
+    found = contributions(reference, (x, x))["distilled"]["L1"].sum((1, 2))
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-3, atol=1e-5)
 
 
@@ -100,19 +99,21 @@ def test_regression_is_ridge_with_an_intercept_and_the_strength_that_predicts_be
     given = torch.randn(40, 5, 3, 3, generator=generator) + 2
     of = torch.einsum("nkhw,kj->njhw", given, torch.randn(5, 4, generator=generator)) - 1
     of += 0.1 * torch.randn(of.shape, generator=generator)
-    fit = _Regression.fit(of, given)
+    found = _Regression.fit(of, given)
     x, y = (t.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for t in (given, of))
     oracle = Ridge(alpha=1e-5 * len(x)).fit(x, y)
-    torch.testing.assert_close(fit.weights.double(), torch.from_numpy(oracle.coef_.T), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(fit.intercept.double(), torch.from_numpy(oracle.intercept_), rtol=1e-2, atol=1e-2)
-    noise = _Regression.fit(torch.randn(40, 2), torch.randn(40, 60))
-    assert noise.weights.abs().max() < 0.5  # more features than images: the strongest ridge
+    torch.testing.assert_close(found.weights.double(), torch.from_numpy(oracle.coef_.T), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.intercept.double(), torch.from_numpy(oracle.intercept_), rtol=1e-2, atol=1e-2)
+    noise = [torch.randn(40, k, generator=generator) for k in (2, 60)]
+    found = _Regression.fit(*noise)  # more features than images: the strongest ridge
+    weakest = Ridge(alpha=1e-6, solver="svd").fit(noise[1].numpy(), noise[0].numpy())
+    assert found.weights.norm() < 0.9 * float(torch.from_numpy(weakest.coef_).norm())
 
 
 def test_features_that_do_not_vary_explain_nothing():
     of = torch.randn(10, 2, 2, 2)
-    fit = _Regression.fit(of, torch.ones(10, 3, 2, 2))
-    torch.testing.assert_close(fit.left_over(of, torch.ones(10, 3, 2, 2)), of - of.mean((0, 2, 3), keepdim=True))
+    found = _Regression.fit(of, torch.ones(10, 3, 2, 2))
+    torch.testing.assert_close(found.left_over(of, torch.ones(10, 3, 2, 2)), of - of.mean((0, 2, 3), keepdim=True))
 
 
 def test_networks_of_other_sizes_grids_and_families(one_thread):
@@ -155,8 +156,32 @@ def test_what_cannot_be_explained_is_refused():
         kdx.unexplained(student, base, x, reference=reference, window=2)
 
 
-def test_a_window_averages_contributions():
+def test_inside_inference_mode_and_with_one_output():
+    student, base = Colours((0, 1)), Colours((0, 2))
+    x, _ = blots(4, 2)
+    expected = kdx.unexplained(student, base, x, reference=reference_of(student, base))
+    with torch.inference_mode():
+        found = kdx.unexplained(student, base, x.clone(), reference=reference_of(student, base))
+    assert torch.equal(found.distilled["L1"], expected.distilled["L1"])
+    for network in (student, base):
+        network.head = nn.Linear(2, 1)
+    single = kdx.unexplained(student, base, x, reference=reference_of(student, base))
+    assert single.distilled["L1"].isfinite().all()
+    nn.init.zeros_(base.head.weight)
+    with pytest.raises(ValueError, match="the base gives the same answer to every image of the reference"):
+        kdx.unexplained(student, base, x, reference=reference_of(student, base))
+
+
+def test_too_few_reference_images_for_the_classes_are_a_warning():
+    student, base = (kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(2))
+    x = torch.rand(12, 3, 16, 16)
+    reference = Reference(student, base, x, torch.eye(3)[torch.arange(12) % 3])
+    with pytest.warns(UserWarning, match="12 reference images for 20 classes: too few"):
+        kdx.unexplained(student, base, x, reference=reference)
+
+
+def test_a_window_averagescontributions():
     maps = torch.zeros(1, 6, 6)
     maps[0, 2, 2], maps[0, 2, 3] = 9.0, -9.0
-    assert _smooth(maps, 0.5)[0, 2].tolist() == [0, 1, 0, 0, -1, 0]
-    assert torch.equal(_smooth(maps, 0), maps)
+    assert smooth(maps, 0.5)[0, 2].tolist() == [0, 1, 0, 0, -1, 0]
+    assert torch.equal(smooth(maps, 0), maps)
