@@ -63,10 +63,10 @@ def unexplained(
     classes) from the base's, and at each stage the student's features A from the base's at the same place.
     What is left over, :math:`r = z - \hat z` and :math:`E = A - \hat A`, is unexplained. Then
 
-    .. math:: c_{hw} = \frac{1}{V} \sum_k \frac{\partial}{\partial A_{khw}} \tfrac12 \lVert r \rVert^2\, E_{khw},
+    .. math:: c_{hw} = \frac{1}{S} \sum_k \frac{\partial}{\partial A_{khw}} \tfrac12 \lVert r \rVert^2\, E_{khw},
               \qquad \mathrm{map} = \mathrm{ReLU}(\bar c),
 
-    with V the mean of :math:`\lVert z - \bar z \rVert^2` and :math:`\bar c` the mean of c over a window: to
+    with S the mean of :math:`\lVert z - \bar z \rVert^2` and :math:`\bar c` the mean of c over a window: to
     first order, how much less the unexplained answer would be if the features here were those that the base
     can express. A stage on whose places the answer does not depend, such as the last block of a vision
     transformer that answers from its class token, has empty maps.
