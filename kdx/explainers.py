@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdx.saliency import grad_cam, gradients, logits_of
 from kdx.tracing import evaluating, stages
-from kdx.unexplained import WINDOW, contributions, smooth, unexplained, unexplained_features
+from kdx.unexplained import WINDOW, contributions, resample, smooth, unexplained, unexplained_features
 from kdx.unique import DIRECTIONS, Reference, unicam
 
 StageMaps = dict[str, Tensor]
@@ -190,6 +190,4 @@ def _joined(parts: list[Any]) -> Maps:
 
 
 def _on_grid(maps: Tensor, like: Tensor) -> Tensor:
-    if maps.shape[1:] == like.shape[1:]:
-        return maps
-    return F.interpolate(maps[:, None], like.shape[1:], mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    return resample(maps[:, None], like[:, None])[:, 0]

@@ -190,7 +190,7 @@ class _Regression:
         return cls(weights.float(), intercept.float(), spread)
 
     def left_over(self, of: Tensor, given: Tensor) -> Tensor:
-        predicted = torch.einsum("nk...,kj->nj...", _resample(given, of), self.weights)
+        predicted = torch.einsum("nk...,kj->nj...", resample(given, of), self.weights)
         return of - predicted - self.intercept.view(-1, *[1] * (of.ndim - 2))
 
 
@@ -205,7 +205,7 @@ def _moments(of: Tensor, given: Tensor) -> list[Any]:
 
 def _chunks(of: Tensor, given: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for y, x in zip(of.split(32), given.split(32), strict=True):
-        x = _resample(x, y)
+        x = resample(x, y)
         yield y.transpose(1, -1).flatten(0, -2).double(), x.transpose(1, -1).flatten(0, -2).double()
 
 
@@ -296,7 +296,7 @@ def unexplained_features(reference: Reference, images: Tensor | tuple[Tensor, ..
     }
 
 
-def _resample(given: Tensor, of: Tensor) -> Tensor:
+def resample(given: Tensor, of: Tensor) -> Tensor:
     """Features (n, k, h, w) on the grid of others; logits (n, k) are left as they are."""
     if given.shape[2:] == of.shape[2:]:
         return given
