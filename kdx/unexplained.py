@@ -267,22 +267,25 @@ def contributions(reference: Reference, x: tuple[Tensor, ...], whole: bool = Fal
     the unexplained answer."""
     fitted = fit(reference)
     answers = [_answers(network, images) for network, images in zip(reference.networks, x, strict=True)]
-    features = {} if whole else unexplained_features(reference, x)
-    found = {}
+    slopes: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # activations and gradients of each network
     for direction, (explained, given) in DIRECTIONS.items():
+        if not fitted[direction][ANSWER].spread > 0:
+            raise ValueError(f"the {NETWORKS[explained]} gives the same answer to every image of the reference")
         left = fitted[direction][ANSWER].left_over(answers[explained], answers[given])
 
         def objective(logits: Tensor, left: Tensor = left) -> Tensor:
             return (_centred(logits.float()) * left).sum()
 
-        scale = fitted[direction][ANSWER].spread
-        if not scale > 0:
-            raise ValueError(f"the {NETWORKS[explained]} gives the same answer to every image of the reference")
-        slopes = gradients(reference.networks[explained], x[explained], objective, reference.layers[explained])
-        found[direction] = {
-            s: (gradient * (activation if whole else features[direction][s])).sum(1) / scale
-            for s, (activation, gradient) in slopes.items()
-        }
+        slopes[explained] = gradients(
+            reference.networks[explained], x[explained], objective, reference.layers[explained]
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for direction, (explained, given) in DIRECTIONS.items():
+        found[direction] = {}
+        for stage, (activation, gradient) in slopes[explained].items():
+            other = slopes[given][stage][0]
+            features = activation if whole else fitted[direction][stage].left_over(activation, other)
+            found[direction][stage] = (gradient * features).sum(1) / fitted[direction][ANSWER].spread
     return found
 
 
