@@ -1,8 +1,8 @@
-# make book: everything from a fresh clone to the HTML    make explore: the explorer, in a browser
-# make test: the whole test suite
+# make book: everything from a fresh clone to the HTML    make explore: the explorer in a browser
+# make test: the whole test suite                         make clean: removes .venv and the built book
 PYTHON ?= python3
 PROFILE ?= quick
-CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` takes the newest versions instead
+CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` installs the newest versions instead
 BIN = .venv/bin
 
 .PHONY: install book explore test clean

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kdx.cards import DATASETS, find_card
-from kdx.data import prepare
-from kdx.home import data_home
-from kdx.sources import adopt, fetch, find_source
+from kdx.data.registry import DATASETS, find_card
+from kdx.data.dataset import prepare
+from kdx.paths import data_home
+from kdx.data.sources import adopt, fetch, find_source
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
@@ -102,7 +102,7 @@ def run(
 ) -> None:
     """Execute a page of the book with the parameters of a profile, or any notebook, and your own on top."""
     with _errors():
-        from kdx import book
+        from kdx.pages import build
 
         path, pages = Path(notebook), {}
         if path.suffix != ".ipynb":
@@ -129,7 +129,7 @@ def build(
 ) -> None:
     """Execute the pages that changed and build the HTML, warnings being errors."""
     with _errors():
-        from kdx import book
+        from kdx.pages import build
 
         root = book.find_root(root)
         pages = book.load_pages(root, profile)
@@ -161,7 +161,7 @@ def explain(
 ) -> None:
     """Explain what a student holds and its base lacks: one folder with a self-contained report."""
     with _errors(code=2, debug=debug), _seconds("explain"):
-        from kdx import book, report
+        from kdx.pages import build, report
 
         paths = {"student": student, "base": base, "base2": base2 or "", "data": data}
         given: dict[str, Any] = {name: str(path) for name, path in paths.items()}

@@ -1,15 +1,17 @@
 import os
 import shutil
+from dataclasses import replace
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kdx
-from kdx.home import DataError
-from kdx.sources import find_source
+from kdx.data.sources import find_source
+from kdx.paths import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,53 @@ def home(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_shapes():
     return {split: kdx.load_dataset("shapes", split, limit=80, size=32) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def shapes16(tiny_shapes):
+    """The shapes at 16 px, on which networks with the small stem are quick."""
+    shrink = lambda d: replace(d, images=F.avg_pool2d(d.images.float(), 2).byte(), masks=None)  # noqa: E731
+    return {split: shrink(dataset) for split, dataset in tiny_shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def shared_home(fresh_home, shared_store, monkeypatch):
+    """A data home that tests of a session share: a network that one of them has trained, the others find."""
+    monkeypatch.setenv("KDX_HOME", str(shared_store))
+    return shared_store
+
+
+@pytest.fixture(scope="session")
+def trained_store(tmp_path_factory, tiny_shapes):
+    """A run store with students by two techniques, a second base, and a student of a random teacher."""
+    home = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDX_HOME", str(home))
+        kdx.cross_fit(
+            tiny_shapes["train"],
+            teacher="resnet10",
+            student="resnet10",
+            techniques=["response", "attention"],
+            k=2,
+            controls=1,
+            recipe=kdx.Recipe(epochs=1, batch_size=20, sizes=(1.0,)),
+            stem="small",
+            width=0.125,
+            device="cpu",
+        )
+    return home
+
+
+@pytest.fixture
+def trained_home(fresh_home, trained_store, monkeypatch):
+    """The data home of ``trained_store``."""
+    monkeypatch.setenv("KDX_HOME", str(trained_store))
+    return trained_store
 
 
 @pytest.fixture(scope="session")

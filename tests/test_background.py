@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from kdx.background import _border, background_control, explained_share
-from kdx.cards import DATASETS
-from kdx.data import Dataset
+from kdx.data.dataset import Dataset
+from kdx.data.registry import DATASETS
+from kdx.measure.background import _border, background_control, explained_share
 
 
 def images_of(labels, border, seed=0):

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import nbformat
 import pytest
 
-from kdx import book
+from kdx.pages import build
 from tests.checkout import ROOT, asked_for, copy_sources
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kdx.claims import Verdict, effects, judge
+from kdx.pages.claims import Verdict, effects, judge
 
 
 def table(*columns):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kdx import book
+from kdx.pages import build
 from kdx.cli import app
 from tests.checkout import ROOT, copy_sources
 

@@ -1,42 +1,20 @@
-"""Explainers through the protocol: oracles, constants, the built-in ones, and the sanity checks."""
+"""Explainers through the protocol: oracles, constants, and comparisons."""
 
-import copy
 import math
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import spearmanr
-from torch import nn
 
 import kdx
-from kdx.contest import CLAIMED, DETECTED, compare, duel, oracles, over_seeds, over_stages
-from kdx.explainers import Maps, explainers
-from kdx.planted import Scene
-from kdx.plantings import PLANTINGS, Grown, images_of
-from kdx.sanity import cascade, indifferent, rank_correlation, sanity, similarity
-
-SCENE = Scene(size=24, cue_size=8)
+from kdx.explain.explainers import Maps
+from kdx.planted.contest import CLAIMED, DETECTED, compare, duel, oracles, over_seeds, over_stages
+from tests.planted import constant, make_networks, make_plantings
 
 
 @pytest.fixture(scope="module")
-def networks():
-    roles = ("student", "base", "second base")
-    found = {role: kdx.build("resnet10", 27, "small", 0.125, seed=i).eval() for i, role in enumerate(roles)}
-    return {role: SimpleNamespace(key=role, model=net) for role, net in found.items()}
-
-
-@pytest.fixture(scope="module")
-def grown(networks):
-    test, others = images_of(SCENE, 12, 0), images_of(SCENE, 54, 1)
-    students = {name: SimpleNamespace(key=name, model=copy.deepcopy(networks["student"].model)) for name in PLANTINGS}
-    return [Grown(name, 0, SCENE, networks | {"student": students[name]}, test, others) for name in PLANTINGS]
-
-
-def constant(student, base, images, labels):
-    names = kdx.stages(student, images[:1])
-    return Maps(*(dict.fromkeys(names, torch.ones(len(images), 4, 4)) for _ in range(2)))
+def grown():
+    return make_plantings(make_networks())
 
 
 def test_an_oracle_scores_best_and_a_constant_map_is_at_chance(grown):
@@ -76,28 +54,6 @@ def test_the_mask_at_the_resolution_of_a_stage(grown):
     assert 0.2 < found["L4", "mass on target"] < 0.9
     nothing = table[(table["planting"] == "nothing") & (table["score"] == "magnitude")]
     assert nothing["value"].eq(0).all()
-
-
-def test_every_explainer_gives_maps_of_both_directions(grown):
-    one = grown[2]
-    x = one.images.card.normalize(one.images.images)
-    known = one.reference.card.normalize(one.reference.images), one.reference.labels
-    pair = one.networks["student"].model, one.networks["base"].model
-    found = {}
-    for name, explain in explainers(*known, SCENE.embeddings).items():
-        maps = found[name] = explain(*pair, x, one.images.labels)
-        for direction in ("distilled", "residual"):
-            drawn = getattr(maps, direction)
-            assert list(drawn) == ["L1", "L2", "L3", "L4"], name
-            assert all(len(m) == 12 and m.ndim == 3 and m.isfinite().all() and (m >= 0).all() for m in drawn.values())
-    looks = [kdx.grad_cam(net, x, one.images.labels)["L3"] for net in pair]
-    torch.testing.assert_close(found["Grad-CAM"].residual["L3"], looks[1])
-    torch.testing.assert_close(found["Grad-CAM difference"].distilled["L3"], (looks[0] - looks[1]).relu())
-    reference = kdx.Reference(*pair, known[0], SCENE.embeddings[known[1]])
-    torch.testing.assert_close(
-        found["unexplained"].distilled["L2"], kdx.unexplained(*pair, x, reference=reference).distilled["L2"]
-    )
-    torch.testing.assert_close(found["unexplained, squared"].residual["L4"], found["unexplained"].residual["L4"] ** 2)
 
 
 def test_an_explainer_that_abstains_is_at_chance_and_an_oracle_tells_nothing_from_something(grown):
@@ -163,55 +119,3 @@ def test_a_claim_is_made_of_seeds_in_which_both_plantings_took():
             for p, v in (("distilled", 10.0), ("nothing", 1.0)) if (s, p) != (1, "distilled")]  # fmt: skip
     found = over_seeds(pd.DataFrame(rows, columns=COLUMNS)).set_index("score").loc[CLAIMED]
     assert (found["value"], found["seeds"]) == (pytest.approx(0.1), 1)
-
-
-# --- sanity checks -----------------------------------------------------------------------------
-
-
-def test_the_cascade_goes_from_the_logits_to_the_whole_network(networks):
-    model = networks["student"].model
-    before = copy.deepcopy(model.state_dict())
-    changed = {}
-    for name, network in cascade(model, kdx.stages(model, torch.zeros(1, 3, 24, 24))):
-        weights = {key for key in before if key.endswith("weight") and before[key].ndim > 1}
-        changed[name] = {key for key in weights if not torch.equal(before[key], network.state_dict()[key])}
-    assert list(changed) == ["logits", "L4", "L3", "L2", "L1"]
-    assert all(key.startswith("fc") for key in changed["logits"])
-    assert any(key.startswith("layer4") for key in changed["L4"])
-    assert not any(key.startswith("layer3") for key in changed["L4"])
-    assert changed["logits"] < changed["L4"] < changed["L3"] < changed["L2"] < changed["L1"] == weights
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_a_module_that_cannot_be_made_random_is_named():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.factor = nn.Parameter(torch.ones(1))
-
-    with pytest.raises(ValueError, match="1: Scale has no reset_parameters"):
-        list(cascade(nn.Sequential(nn.Conv2d(3, 2, 1), Scale()), {"L1": "0"}))
-
-
-def test_similarities_of_maps():
-    a, b = torch.rand(2, 5, 6, 6, generator=torch.Generator().manual_seed(0)).round(decimals=1)
-    expected = [spearmanr(x.flatten(), y.flatten()).statistic for x, y in zip(a, b, strict=True)]
-    assert rank_correlation(a, b).tolist() == pytest.approx(expected)
-    assert similarity(a, 3 * a, (24, 24)).tolist() == pytest.approx([1] * 5)
-    assert similarity(a, b, (24, 24)).max() < 0.9
-    a[2] = 0.5
-    assert rank_correlation(a, b).isnan().tolist() == similarity(a, b, (24, 24)).isnan().tolist() == [0, 0, 1, 0, 0]
-
-
-def test_explainers_that_ask_no_network_are_named(grown):
-    one = grown[0]
-    x = one.images.card.normalize(one.images.images)
-    pair = one.networks["student"].model, one.networks["base"].model
-    named = explainers(x, one.images.labels, SCENE.embeddings)
-    chosen = {name: named[name] for name in ("edges", "Grad-CAM", "random")} | {"constant": constant}
-    table = sanity(chosen, *pair, x, one.images.labels, ignorant=one.networks["second base"].model)
-    assert list(table["randomised"].unique()) == ["logits", "L4", "L3", "L2", "L1", "random labels"]
-    same = table[table["explainer"] == "edges"]
-    assert same["value"].tolist() == pytest.approx([1] * len(same))
-    assert table[(table["explainer"] == "random") & (table["measure"] == "rank correlation")]["value"].abs().max() < 0.1
-    assert indifferent(table) == ["edges", "constant"]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import kdx
-from kdx import cifar, shapes
-from kdx.cards import DATASETS
-from kdx.data import augment, folds, load_dataset
-from kdx.home import DataError, data_home, places
-from kdx.sources import fingerprint
+from kdx.data.dataset import cifar10, shapes
+from kdx.data.registry import DATASETS
+from kdx.data.dataset import augment, folds, load_dataset
+from kdx.paths import DataError, data_home, places
+from kdx.data.sources import fingerprint
 
 # --- a small dataset whose files are bytes: n images of 1 x 2 x 2 pixels, then n labels ---------
 

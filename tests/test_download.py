@@ -11,11 +11,11 @@ import zipfile
 import pytest
 import requests
 
-from kdx import download
-from kdx.cards import DATASETS
-from kdx.download import archive_source, unpack
-from kdx.home import DataError
-from kdx.sources import fetch
+from kdx.data.dataset import download
+from kdx.data.registry import DATASETS
+from kdx.data.download import archive_source, unpack
+from kdx.paths import DataError
+from kdx.data.sources import fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from kdx import book, report
+from kdx.pages import build, report
 from kdx.cli import app
-from kdx.own import find_builder, load_own, network_input
-from kdx.pictures import read_pictures
+from kdx.networks.own_networks import find_builder, load_own, network_input
+from kdx.data.own_images import read_pictures
 from tests.checkout import asked_for
 
 MOBILENET = "torchvision.models:mobilenet_v2(num_classes=3)"

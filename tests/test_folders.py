@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import kdx
-from kdx import folders, plantvillage
-from kdx.cards import DATASETS
-from kdx.data import available, load_dataset, prepare
-from kdx.folders import Layout
-from kdx.home import DataError
-from kdx.sources import adopt
+from kdx.data.dataset import folders, plantvillage
+from kdx.data.registry import DATASETS
+from kdx.data.dataset import available, load_dataset, prepare
+from kdx.data.folders import Layout
+from kdx.paths import DataError
+from kdx.data.sources import adopt
 
 
 def picture(seed, size=(40, 32), mode="RGB"):

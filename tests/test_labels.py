@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kdx
-from kdx import labels
-from kdx.labels import label_embeddings, shipped_encoder
+from kdx.data.dataset import label_embeddings
+from kdx.data.label_embeddings import label_embeddings, shipped_encoder
 
 
 @pytest.fixture(scope="module")

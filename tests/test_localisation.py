@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from kdx.localisation import auprc, auroc, five_band, localisation, pointing_game
+from kdx.measure.localisation import auprc, auroc, five_band, localisation, pointing_game
 
 
 @pytest.fixture

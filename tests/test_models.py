@@ -4,9 +4,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from kdx.models import MODELS, build, load_checkpoint, parse_name, save_checkpoint
-from kdx.saliency import activations
-from kdx.tracing import stages
+from kdx.networks.models import MODELS, build, load_checkpoint, parse_name, save_checkpoint
+from kdx.explain.grad_cam import activations
+from kdx.networks.stages import stages
 
 STAGES = {
     "resnet18": ["layer1.1", "layer2.1", "layer3.1", "layer4.1"],

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdx import build, save_checkpoint
-from kdx.own import (
+from kdx.networks.own_networks import (
     answers,
     check_answers,
     check_class_order,

@@ -2,9 +2,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kdx.home import DataError
-from kdx.pictures import as_dataset, label, read_pictures
-from kdx.scores import scorable
+from kdx.paths import DataError
+from kdx.data.own_images import as_dataset, label, read_pictures
+from kdx.measure.scores import scorable
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import kdx
-from kdx import plantings
-from kdx.planted import FAMILIES, Scene, draw
-from kdx.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
+from kdx.data.cues import plantings
+from kdx.data.cues import FAMILIES, Scene, draw
+from kdx.planted.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
 SMALL = Scene(size=24, cue_size=8)
 

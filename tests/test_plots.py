@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from kdx import plots
-from kdx.cards import DATASETS
-from kdx.data import Dataset
-from kdx.folders import UNKNOWN
-from kdx.planted import Scene
-from kdx.plantings import images_of
+from kdx.pages import plots
+from kdx.data.registry import DATASETS
+from kdx.data.dataset import Dataset
+from kdx.data.folders import UNKNOWN
+from kdx.data.cues import Scene
+from kdx.planted.plantings import images_of
 
 
 @pytest.fixture(autouse=True)

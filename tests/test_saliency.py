@@ -10,9 +10,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 import kdx
-from kdx import activations, agreement, capture, grad_cam, mass_on, saliency
-from kdx.models import build
-from kdx.saliency import OverwrittenError
+from kdx import activations, agreement, capture, grad_cam, mass_on
+from kdx.explain import grad_cam
+from kdx.networks.models import build
+from kdx.explain.grad_cam import OverwrittenError
 
 NETWORKS = {
     "resnet10": lambda: build("resnet10", 10, "small"),

@@ -10,7 +10,16 @@ from torch import nn
 
 import kdx
 from kdx import Recipe, cross_chains, rank_teachers
-from kdx.teachers import complexity, fidelity, gains, measure_students, name_chain, rank, rank_agreement
+from kdx.measure.teachers import (
+    complexity,
+    evaluate_chains,
+    fidelity,
+    gains,
+    measure_students,
+    name_chain,
+    rank,
+    rank_agreement,
+)
 
 QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "k": 2, "device": "cpu"}
 STUDENT, MIDDLE, LARGE = "resnet10@0.125", "resnet18@0.125", "resnet10@0.25"
@@ -134,12 +143,14 @@ def test_what_is_not_known_is_not_ranked():
         rank(full.dropna())
 
 
-def test_measures_of_chains(tiny_shapes):
-    runs = cross_chains(tiny_shapes["train"], {"direct": [LARGE, STUDENT]}, **QUICK)
-    embeddings = kdx.label_embeddings(tiny_shapes["train"].classes, "one-hot")
-    images = tiny_shapes["test"]
+def test_measures_of_chains(shapes16, shared_home):
+    runs = cross_chains(shapes16["train"], {"direct": [LARGE, STUDENT]}, **QUICK)
+    embeddings = kdx.label_embeddings(shapes16["train"].classes, "one-hot")
+    images = shapes16["test"]
     scoring = {"batches": 2, "batch_size": 20, "permutations": 0}
-    found = measure_students(runs, lambda fold: images, embeddings, "cpu", **scoring)
+    answers = evaluate_chains(runs, images, "cpu")
+    assert len(answers) == 2 * 3  # base, teacher and student of each fold
+    found = measure_students(runs, answers, lambda fold: images, embeddings, **scoring)
     found = found.set_index(["network", "fold", "measure"])["value"]
     teacher, student = runs["direct", 2]
     answers = [kdx.evaluate(run.model, images, "cpu") for run in (student, teacher)]
@@ -155,10 +166,10 @@ def test_measures_of_chains(tiny_shapes):
     assert ("base", 1, "agreement") not in found.index
 
 
-def test_rank_teachers_spends_the_budget_on_the_student_alone(tiny_shapes):
+def test_rank_teachers_spends_the_budget_on_the_student_alone(shapes16, shared_home):
     settings = QUICK | {"recipe": Recipe(epochs=2, batch_size=16, lr=0.05)}
     found = rank_teachers(
-        STUDENT, [LARGE, [LARGE, MIDDLE]], tiny_shapes["train"], budget=1, batches=2, batch_size=20, **settings
+        STUDENT, [LARGE, [LARGE, MIDDLE]], shapes16["train"], budget=1, batches=2, batch_size=20, **settings
     )
     assert set(found.table["network"]) == {LARGE, f"{LARGE} via {MIDDLE}"}
     measures = {"accuracy", "teacher's accuracy", "agreement", "KL", "cost", "RS L1", "RS L2", "RS L3", "RS L4"}

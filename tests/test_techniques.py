@@ -1,5 +1,5 @@
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,14 +9,15 @@ from torch import nn
 from torchdistill.losses.mid_level import ATLoss, KDLoss
 from torchvision import models as torchvision_models
 
-from kdx import distill, models
-from kdx.distill import Recipe, fit
-from kdx.saliency import capture
-from kdx.techniques import TECHNIQUES, Seen, find_techniques, margin, partial_l2, technique
-from kdx.tracing import Tap, pre_activations, stages
-from tests.networks import Small
+from kdx import Recipe, capture, fit, stages
+from kdx.distil.techniques import TECHNIQUES, Seen, find_techniques, margin, partial_l2
+from kdx.networks import models
+from kdx.networks.stages import Tap, pre_activations
 
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
+
+
+pytestmark = pytest.mark.usefixtures("shared_home")
 
 
 def seen(logits=None, **features):
@@ -211,17 +212,6 @@ def test_alp_of_one_stage_is_a_plain_projection():
 # --- all of them, in training -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shapes32(tiny_shapes):
-    """The shapes at 32 px, on which networks with the small stem are quick."""
-
-    def shrink(dataset):
-        images = F.avg_pool2d(dataset.images.float(), 2).byte()
-        return replace(dataset, images=images, masks=None)
-
-    return {split: shrink(dataset) for split, dataset in tiny_shapes.items()}
-
-
 def train(data, model="resnet10", width=0.125, **settings):
     settings = {"recipe": QUICK, "device": "cpu", "stem": "small"} | settings
     return fit(model, data["train"], data["test"], width=width, **settings)
@@ -236,70 +226,15 @@ def train(data, model="resnet10", width=0.125, **settings):
     ],
 )
 @pytest.mark.parametrize("name", ["response", "attention", "overhaul", "alp", "response+attention"])
-def test_student_of_another_width_depth_or_family(shapes32, name, teacher, student):
-    guide = train(shapes32, *teacher)
+def test_student_of_another_width_depth_or_family(shapes16, name, teacher, student):
+    guide = train(shapes16, *teacher)
     before = {k: v.clone() for k, v in guide.model.state_dict().items()}
-    run = train(shapes32, *student, technique=name, teacher=guide)
+    run = train(shapes16, *student, technique=name, teacher=guide)
     assert math.isfinite(run.history["loss"].iloc[-1])
     assert all(torch.equal(v, before[k]) for k, v in guide.model.state_dict().items())
     assert all(parameter.grad is None for parameter in guide.model.parameters())
-    alone = train(shapes32, *student)  # the teacher made a difference
+    alone = train(shapes16, *student)  # the teacher made a difference
     assert not torch.equal(next(run.model.parameters()), next(alone.model.parameters()))
-
-
-def untouched(model):
-    """No hooks, and in-place layers as torchvision builds them."""
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooks and all(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
-
-
-@pytest.mark.parametrize("name", ["response", "attention", "overhaul", "alp", "overhaul+attention"])
-def test_training_leaves_no_hooks_and_no_switched_layers(shapes32, name):
-    guide, student = train(shapes32), models.build("resnet10", 10, "small", 0.125, seed=1)
-    parameters = set(student.state_dict())
-    data = shapes32["train"], shapes32["test"]
-    distill._train(student, *data, find_techniques(name, {}), guide, QUICK, 0, torch.device("cpu"))
-    assert untouched(student)
-    assert untouched(guide.model)
-    assert set(student.state_dict()) == parameters  # adapters are no part of it
-    assert student.bn1.num_batches_tracked == 5  # 80 images in batches of 16: looking first counts for nothing
-
-
-@pytest.mark.parametrize("name", ["attention", "overhaul", "alp"])
-def test_guidance_moves_the_students_features(name):
-    student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
-    teacher.eval()
-    x, part = torch.rand(16, 3, 32, 32), find_techniques(name, {})
-    objective = distill._Objective(part, student, teacher, x, seed=0)
-    optimizer = torch.optim.Adam(student.parameters(), 0.01)  # the adapters stay as they are
-    losses = []
-    with objective.watching():
-        for _ in range(20):
-            with torch.no_grad():
-                answers = teacher(x)
-            loss = part[0].guidance(*objective._seen(0, [student(x), answers]), objective.adapters[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_joined_techniques_add_up(shapes32):
-    student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
-    student.eval(), teacher.eval()
-    x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
-
-    def loss(name, **settings):
-        objective = distill._Objective(find_techniques(name, settings), student, teacher, x, seed=0)
-        with objective.watching():
-            return objective(x, labels)[1]
-
-    label = F.cross_entropy(student(x), labels)
-    response, attention = loss("response", alpha=0.25), loss("attention")
-    joined = loss("response+attention", alpha=0.25)
-    torch.testing.assert_close(joined, response + attention - label)
-    torch.testing.assert_close(joined, loss("attention+response", alpha=0.25))
 
 
 def test_find_techniques_names_the_choices():
@@ -322,30 +257,3 @@ def test_find_techniques_names_the_choices():
 def test_names_of_settings_differ_between_techniques():
     settings = [field.name for known in TECHNIQUES.values() for field in fields(known)]
     assert len(set(settings)) == len(settings)
-
-
-def test_techniques_that_compare_stages_refuse_networks_with_others():
-    with pytest.raises(ValueError, match="attention: expected the same stages in student and teacher, got L1, L2, L3"):
-        distill._Objective(
-            find_techniques("attention", {}),
-            Small(),
-            models.build("resnet10", 10, "small", 0.125),
-            torch.rand(2, 3, 32, 32),
-            seed=0,
-        )
-
-
-@pytest.mark.parametrize("name", ["attention", "overhaul"])
-def test_hooks_are_gone_after_a_failure(shapes32, name):
-    @technique("fails")
-    class Fails(TECHNIQUES[name]):
-        def guidance(self, student, teacher, adapter):
-            raise RuntimeError("on purpose")
-
-    guide = train(shapes32)
-    try:
-        with pytest.raises(RuntimeError, match="on purpose"):
-            train(shapes32, technique="fails", teacher=guide)
-    finally:
-        del TECHNIQUES["fails"]
-    assert untouched(guide.model)

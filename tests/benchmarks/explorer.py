@@ -1,13 +1,13 @@
-"""How long the explorer takes to redraw when a knob is turned: medians in milliseconds.
+"""Time that the explorer takes to redraw after a change of a control: medians in milliseconds.
 
-Over the first pair of the run store: ``python tests/benchmarks/explorer.py [DATASET]``.
+For the first pair of the run store: ``python tests/benchmarks/explorer.py [DATASET]``.
 """
 
 import statistics
 import sys
 import time
 
-from kdx.explorer import Explorer
+from kdx.explorer.app import Explorer
 
 
 def median_ms(widget, values):
@@ -19,12 +19,12 @@ def median_ms(widget, values):
     return 1000 * statistics.median(times)
 
 
-def main(dataset=None, repeats=5):
-    """Print the median time of every knob and of a new image; return them."""
-    app = Explorer(dataset)
+def main(dataset=None, repeats=5, limit=2000):
+    """Print the median time of every control and of a new image; return them."""
+    app = Explorer(dataset, limit)
     stages, sizes = app.stage.options, app.reference.options
     for size in sizes:
-        app.reference.value = size  # the maps of this image are there from now on
+        app.reference.value = size  # the maps of this image are kept from now on
     knobs = {
         "stage": (app.stage, [stages[i % len(stages)] for i in range(4 * repeats)]),
         "overlay": (app.opacity, [0.1 + 0.05 * i for i in range(2 * repeats)]),

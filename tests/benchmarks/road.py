@@ -1,8 +1,8 @@
-"""What does ROAD's imputation cost? 64 images of 224 x 224 and 512 of 32 x 32, half of the pixels kept.
+"""Time of ROAD's imputation: 64 images of 224 x 224 and 512 of 32 x 32, half of the pixels kept.
 
-The peer, pytorch_grad_cam's NoisyLinearImputer, solves the same system directly (scipy's sparse LU in
-float64), image by image; it gets 8 images, scaled to the batch, and its solution is what errors are
-measured from. Prints medians of one run:  python tests/benchmarks/road.py
+pytorch_grad_cam's NoisyLinearImputer solves the same system directly (scipy's sparse LU in float64), image by image.
+It runs on 8 images, and its time is scaled to the batch. Errors are measured against its solution. Prints medians of
+one run:  python tests/benchmarks/road.py
 """
 
 import time
@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
-from kdx.perturb import impute, keep_mask
+from kdx.explain.road import impute, keep_mask
 
 ROUNDS, SAMPLE = 5, 8
 
@@ -40,7 +40,7 @@ def rows():
             kept = keep_mask(maps, (size, size))
             ours = impute(images, kept)  # warm up
             times, peer_times, error = [], [], 0.0
-            for i in range(SAMPLE):  # in turn, so that a busy moment hits both alike
+            for i in range(SAMPLE):  # alternating, so that a busy moment affects both
                 start = time.perf_counter()
                 theirs = peer(images[i], kept[i].float())
                 peer_times.append(time.perf_counter() - start)

@@ -1,11 +1,12 @@
-"""Time and peak memory beside the peers, all in one run, on one machine.
+"""Time and peak memory of kdx and of other implementations, all in one run, on one machine.
 
-python tests/benchmarks/run.py            prints the table (some ten minutes)
-python tests/benchmarks/run.py --write    and stores it for the book (book/benchmarks*.csv)
+python tests/benchmarks/run.py            prints the table (about ten minutes)
+python tests/benchmarks/run.py --write    also stores it for the book (book/benchmarks*.csv)
+python tests/benchmarks/run.py --job JOB  runs one job, the name of a function below, in this process
 
-Every job runs in a process of its own, which reports its median time and its peak memory. Where
-a ratio matters to a few percent, the jobs take turns in several processes each and the median
-counts: how lucky a process is with its memory moves even a bare forward pass by a tenth.
+Every job runs in its own process, which reports its median time and its peak memory. If a ratio matters to a few
+percent, the jobs alternate in several processes each and the median counts: the memory layout of a process alone
+changes the time of a bare forward pass by a tenth.
 """
 
 import csv
@@ -26,9 +27,9 @@ from torchvision.transforms import v2
 
 import kdx
 from kdx import distance
-from kdx.distill import autocast
-from kdx.folders import find_roots
-from kdx.sources import find_source
+from kdx.data.folders import find_roots
+from kdx.data.sources import find_source
+from kdx.networks.devices import autocast
 
 N, SIZE = 16, 224
 BOOK = Path(__file__).resolve().parents[2] / "book"
@@ -65,7 +66,7 @@ def fit_kdx():
 
 
 def fit_bare():
-    """The same steps on floats that need no augmentation, by the shortest loop there is."""
+    """The same steps on floats without augmentation, in the shortest possible loop."""
     train, layout = cifar_like(), torch.channels_last
     images, labels = train.card.normalize(train.images).contiguous(memory_format=layout), train.labels
     model = kdx.build("resnet10", 10, "small").to(memory_format=layout)
@@ -107,12 +108,13 @@ def forwards():
 
 def unicam():
     student, base, x, g = pair()
-    kdx.unicam(student, base, x, g)
-    return seconds(lambda: kdx.unicam(student, base, x, g), 5)
+    unique = lambda: kdx.unicam(kdx.Reference(student, base, x), g)  # noqa: E731
+    unique()
+    return seconds(unique, 5)
 
 
 def unicam_autograd():
-    """From the formulas, with the n x n x d tensor of differences and one backward per map."""
+    """From the formulas, with the n x n x d tensor of differences and one backward pass per map."""
     student, base, x, g = pair()
     layers = kdx.stages(student, x)
 
@@ -237,7 +239,7 @@ def photographs():
 
 
 def epoch_cache():
-    """Batches of 64 normalised images of 96 px from memory, as `fit` makes them but not augmented."""
+    """Batches of 64 normalised images of 96 px from memory, as in `fit` but without augmentation."""
     train = kdx.load_dataset("plantvillage", "train")
 
     def work():
@@ -249,7 +251,7 @@ def epoch_cache():
 
 
 def epoch_files():
-    """The same from the JPEG files, by torchvision's ImageFolder and a loader with two processes."""
+    """The same from the JPEG files, with torchvision's ImageFolder and a loader with two processes."""
     card = kdx.DATASETS["plantvillage"]
     steps = [v2.Resize(96), v2.CenterCrop(96), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     steps += [v2.Normalize([0.5] * 3, [0.2] * 3)]

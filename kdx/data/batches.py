@@ -1,0 +1,52 @@
+"""Batches with as many images of each class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 0) -> list[Tensor]:
+    """Rows of disjoint random batches with the same number of images of each class, to one.
+
+    Raises ValueError if the smallest class is too small for that.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
+    counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2:
+        raise ValueError(f"labels: expected images of at least two classes, got {len(labels)} of one class")
+    if batches < 2 or batch_size < 5:
+        raise ValueError(f"expected at least 2 batches of at least 5 images, got {batches} of {batch_size}")
+    if batches * batch_size > int(counts.min()) * len(counts):
+        raise ValueError(
+            f"{batches} balanced batches of {batch_size} need more images than {int(counts.min())} of the smallest of "
+            f"{len(counts)} classes; lower batches or batch_size"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    members = shuffled[:, None] == shuffled.unique()
+    rank = (members.cumsum(0) * members).sum(1)  # of an image within its class, in this order
+    by_turns = (rank * len(counts) + members.int().argmax(1)).argsort()  # one image of each class after the other
+    balanced = order[by_turns][: batches * batch_size]
+    return [rows.to(labels.device) for rows in balanced.split(batch_size)]
+
+
+def scorable(labels: Tensor, batches: int, most: int = 128) -> tuple[Tensor, int]:
+    """Rows of the largest set of classes that fill balanced batches best, and how large these can be.
+
+    Raises
+    ------
+    ValueError : not even for batches of 8 images.
+    """
+    classes, counts = labels.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    usable = counts[order] * torch.arange(1, len(order) + 1)
+    best = int(usable[1:].argmax()) + 1 if len(order) > 1 else 0
+    size = min(most, int(usable[best]) // batches)
+    if best < 1 or size < 8:
+        raise ValueError(
+            f"too few images for {batches} class-balanced batches of 8 or more, by class: "
+            f"{', '.join(map(str, counts.tolist()))}; give more images, or lower batches"
+        )
+    return torch.isin(labels, classes[order[: best + 1]]).nonzero()[:, 0], size

@@ -1,0 +1,228 @@
+"""Generated images with several independent cues, each with its mask.
+
+Every image shows one cue of each family, at random places over a structured background. What a
+network knows of a family can then be planted by what its labels tell (:mod:`kdx.planted.plantings`), and
+the masks say where that knowledge must show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+COUNTS = {"train": 8_000, "test": 1_000}
+BACKGROUNDS = ("noise", "blur", "1/f")
+BLOCK = 500  # images drawn at a time
+MOST = 0.35  # of an image that cues may cover; more would seldom find places apart
+
+
+def _grating(u, v, value, values, rng):
+    angle, phase = np.pi * value / values, rng.uniform(0, 2 * np.pi, (len(value), 1, 1))
+    return np.cos(3.5 * (u * np.cos(angle)[:, None, None] + v * np.sin(angle)[:, None, None]) + phase)
+
+
+def _shape(u, v, value, values, rng):
+    radius, larger = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
+    triangle = np.maximum(0.87 * np.abs(u) + 0.5 * (v + 0.1), -(v + 0.1)) + 0.25
+    outlines = np.stack(
+        [
+            np.abs(radius - 0.7),
+            np.where(larger < 0.85, np.minimum(np.abs(u), np.abs(v)), 1),
+            np.abs(triangle - 0.7),
+            np.abs(larger - 0.65),
+            np.where(larger < 0.75, np.minimum(np.abs(u - v), np.abs(u + v)) / 1.41, 1),
+        ]
+    )
+    return _sign(rng, len(value)) * _ink(outlines[value], 0.18)
+
+
+def _dots(u, v, value, values, rng):
+    corner = 0.55
+    places = [(0, 0), (-corner, -corner), (corner, corner), (-corner, corner), (corner, -corner)]
+    faces = [[0], [1, 2], [0, 1, 2], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    away = [np.hypot(u - x, v - y) for x, y in places]
+    distance = np.stack([np.min([away[i] for i in face], axis=0) for face in faces])
+    return _sign(rng, len(value)) * _ink(distance[value], 0.27)
+
+
+def _colour(u, v, value, values, rng):
+    return np.broadcast_to(_ink(np.hypot(u, v), 0.8), (len(value), *u.shape))
+
+
+def _letter(u, v, value, values, rng):
+    strokes = {
+        "L": [(-0.5, -0.7, -0.5, 0.7), (-0.5, 0.7, 0.5, 0.7)],
+        "T": [(-0.6, -0.7, 0.6, -0.7), (0, -0.7, 0, 0.7)],
+        "H": [(-0.5, -0.7, -0.5, 0.7), (0.5, -0.7, 0.5, 0.7), (-0.5, 0, 0.5, 0)],
+        "V": [(-0.6, -0.7, 0, 0.7), (0, 0.7, 0.6, -0.7)],
+        "Z": [(-0.5, -0.7, 0.5, -0.7), (0.5, -0.7, -0.5, 0.7), (-0.5, 0.7, 0.5, 0.7)],
+    }
+    distance = np.stack([np.min([_segment(u, v, *line) for line in lines], axis=0) for lines in strokes.values()])
+    return _sign(rng, len(value)) * _ink(distance[value], 0.24)
+
+
+def _checks(u, v, value, values, rng):
+    pitch = (2.0 + 1.4 * np.arange(values))[value][:, None, None]
+    shift = rng.uniform(0, 2 * np.pi, (2, len(value), 1, 1))
+    return np.tanh(4 * np.sin(pitch * u + shift[0]) * np.sin(pitch * v + shift[1]))
+
+
+def _segment(u, v, x0, y0, x1, y1):
+    along = np.clip(((u - x0) * (x1 - x0) + (v - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
+    return np.hypot(u - x0 - along * (x1 - x0), v - y0 - along * (y1 - y0))
+
+
+def _ink(distance, reach):
+    """Ink 0..1 within ``reach`` of a line, with soft edges of a tenth of the cue."""
+    return np.clip((reach - distance) / 0.2 + 0.5, 0, 1)
+
+
+def _sign(rng, n):
+    return rng.choice([-1.0, 1.0], (n, 1, 1))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of cue: names of its values, and what draws them from coordinates in [-1, 1]."""
+
+    names: tuple[str, ...]
+    draw: Callable[..., np.ndarray]
+
+
+FAMILIES = {
+    "gratings": Family(tuple(f"{way} grating" for way in ("upright", "tilted", "slanted", "flat", "steep")), _grating),
+    "shapes": Family(("ring", "plus", "triangle", "square", "cross"), _shape),
+    "dots": Family(("one dot", "two dots", "three dots", "four dots", "five dots"), _dots),
+    "colours": Family(tuple(f"{place} hue" for place in ("first", "second", "third", "fourth", "fifth")), _colour),
+    "letters": Family(("L", "T", "H", "V", "Z"), _letter),
+    "checks": Family(tuple(f"{width} checks" for width in ("coarse", "wide", "medium", "narrow", "fine")), _checks),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the images look like.
+
+    Attributes
+    ----------
+    cues : names in ``FAMILIES``; an image shows one cue of each.
+    values : classes of each family, 2 to 5.
+    cue_size : pixels a side of a cue's square, which is its mask.
+    contrast : of a cue, in (0, 1].
+    overlap : the largest share of a cue's side by which another may cover it, in [0, 1); later cues lie on top.
+    size : pixels a side of an image.
+    """
+
+    cues: tuple[str, ...] = ("gratings", "shapes", "dots")
+    values: int = 3
+    cue_size: int = 10
+    contrast: float = 0.9
+    overlap: float = 0.0
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        if unknown := [cue for cue in self.cues if cue not in FAMILIES]:
+            raise ValueError(f"unknown cues {', '.join(unknown)}; choose from: {', '.join(FAMILIES)}")
+        if not 1 <= len(self.cues) <= 8 or len(set(self.cues)) < len(self.cues):
+            raise ValueError(f"cues: expected 1 to 8 different ones, got {self.cues}")
+        if not 2 <= self.values <= 5:
+            raise ValueError(f"values: expected 2 to 5 a cue, got {self.values}")
+        if not 0 < self.contrast <= 1 or not 0 <= self.overlap < 1:
+            raise ValueError(f"expected 0 < contrast <= 1 and 0 <= overlap < 1, got {self.contrast} and {self.overlap}")
+        share = len(self.cues) * self.cue_size**2 / self.size**2
+        if self.cue_size < 5 or share > MOST:
+            raise ValueError(
+                f"cue_size: expected 5 or more, and {len(self.cues)} cues that cover {MOST:.0%} of an image of "
+                f"{self.size} pixels at most, got {self.cue_size} ({share:.0%})"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes: all combinations, the last cue varying fastest."""
+        return tuple(map(", ".join, product(*(FAMILIES[cue].names[: self.values] for cue in self.cues))))
+
+    def values_of(self, labels: Tensor) -> Tensor:
+        """Class indices (n,) -> the value of each cue, int64 (n, cues)."""
+        places = self.values ** torch.arange(len(self.cues) - 1, -1, -1)
+        return labels[:, None] // places % self.values
+
+    def labels_of(self, values: Tensor) -> Tensor:
+        """The reverse of :meth:`values_of`."""
+        return (values * self.values ** torch.arange(len(self.cues) - 1, -1, -1)).sum(1)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """float32 (classes, cues x values): the values of all cues side by side, one-hot."""
+        values = self.values_of(torch.arange(len(self.classes)))
+        return torch.nn.functional.one_hot(values, self.values).flatten(1).float()
+
+    def bits(self, cues: tuple[str, ...]) -> int:
+        """What ``masks &`` finds these cues by."""
+        return sum(1 << self.cues.index(cue) for cue in cues)
+
+
+def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images uint8 (n, 3, size, size), labels int64 (n,) over ``scene.classes`` in equal shares, and masks
+    uint8 (n, size, size), of which bit i is set where cue i lies."""
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.permutation(np.arange(n) % len(scene.classes)))
+    blocks = [_draw(scene, part.numpy(), rng) for part in scene.values_of(labels).split(BLOCK)]
+    images, masks = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return torch.from_numpy(images), labels, torch.from_numpy(masks)
+
+
+def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A split of the registered dataset, with the default :class:`Scene`."""
+    return draw(Scene(), COUNTS[split], 2 * seed + list(COUNTS).index(split))
+
+
+def _draw(scene: Scene, values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    n, side, cue = len(values), scene.size, scene.cue_size
+    canvas = _background(n, side, rng)
+    masks = np.zeros((n, side, side), dtype=np.uint8)
+    at = (np.arange(cue) + 0.5) / cue * 2 - 1
+    v, u = np.meshgrid(at, at, indexing="ij")
+    image = np.arange(n)[:, None, None]
+    for i, (name, (top, left)) in enumerate(zip(scene.cues, _places(scene, n, rng), strict=True)):
+        ink = FAMILIES[name].draw(u, v, values[:, i], scene.values, rng)[:, None]
+        hue = values[:, i] / scene.values if name == "colours" else rng.random(n)
+        tint = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] + np.arange(3) / 3))
+        colour = 1.4 * tint - 0.7 if name == "colours" else 0.4 + 0.6 * tint
+        rows, columns = top[:, None, None] + np.arange(cue)[:, None], left[:, None, None] + np.arange(cue)
+        patch = 0.5 + 0.5 * scene.contrast * ink * colour[:, :, None, None]
+        behind = canvas[image, :, rows, columns].transpose(0, 3, 1, 2)
+        canvas[image, :, rows, columns] = (0.2 * behind + 0.8 * patch).transpose(0, 2, 3, 1)
+        masks[image, rows, columns] |= np.uint8(1 << i)
+    canvas += 0.02 * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8), masks
+
+
+def _places(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Top and left (n,) of every cue, drawn until none covers too much of another."""
+    apart = scene.cue_size - int(scene.overlap * scene.cue_size)
+    found = np.zeros((2, len(scene.cues), n), dtype=int)
+    wrong = np.arange(n)
+    while len(wrong):
+        found[:, :, wrong] = rng.integers(0, scene.size - scene.cue_size + 1, (2, len(scene.cues), len(wrong)))
+        gaps = np.abs(found[:, :, None, wrong] - found[:, None, :, wrong]).max(0)  # (cues, cues, images)
+        gaps[np.arange(len(scene.cues)), np.arange(len(scene.cues))] = scene.size
+        wrong = wrong[(gaps < apart).any((0, 1))]
+    return list(zip(*found, strict=True))
+
+
+def _background(n: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 (n, 3, side, side) around 0.5, each image of one of BACKGROUNDS: 1/f^a in amplitude."""
+    steepness = np.array([0.0, 2.0, 1.0])[rng.integers(0, len(BACKGROUNDS), n)]
+    across, down = np.fft.rfftfreq(side), np.fft.fftfreq(side)
+    frequency = np.maximum(np.hypot(across[None, :], down[:, None]), 1 / side)
+    spectrum = np.fft.rfft2(rng.standard_normal((n, 3, side, side), dtype=np.float32))
+    canvas = np.fft.irfft2(spectrum * frequency ** -steepness[:, None, None, None], s=(side, side))
+    canvas -= canvas.mean((2, 3), keepdims=True)
+    canvas /= canvas.std((1, 2, 3), keepdims=True)
+    return (0.5 + 0.15 * canvas).astype(np.float32)

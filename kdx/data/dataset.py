@@ -1,0 +1,287 @@
+"""Datasets in memory: uint8 tensors, subsets, folds and augmentation.
+
+:func:`load_dataset` takes a name from ``DATASETS``, or the path of a folder of images by class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from kdx.data import folders
+from kdx.data.registry import Card, find_card
+from kdx.data.folders import Prepared
+from kdx.paths import DataError, data_home, one_line
+from kdx.data.sources import fetch, find_source, fingerprint, how_to_get
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in memory.
+
+    Attributes
+    ----------
+    images : uint8 (n, c, h, w).
+    labels : int64 (n,).
+    masks : uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that
+        tells its class from its siblings; 255 throughout for an image without a mask.
+    """
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    card: Card = field(repr=False)
+    masks: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.card.classes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.images, self.labels)
+
+    @property
+    def masked(self) -> Tensor:
+        """bool (n,): the images that have a mask."""
+        if self.masks is None:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.masks[:, 0, 0] != folders.UNKNOWN
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Tensor) -> Dataset:
+        """The subset at index tensor ``rows`` (m,)."""
+        if not isinstance(rows, Tensor) or rows.ndim != 1:
+            raise TypeError(f"expected an index tensor (m,), got {rows!r}")
+        masks = None if self.masks is None else self.masks[rows]
+        return Dataset(self.images[rows], self.labels[rows], self.card, masks)
+
+    def limit(self, n: int | None, seed: int = 0) -> Dataset:
+        """``n`` images with the class proportions of the whole, drawn by ``seed``; None: all."""
+        if n is None or n == len(self):
+            return self
+        if not len(self.classes) <= n <= len(self):
+            raise ValueError(f"limit: expected {len(self.classes)} (one per class) to {len(self)} images, got {n}")
+        return self[self._proportional(seed)[:n].sort().values]
+
+    def only(self, classes: Sequence[str]) -> Dataset:
+        """The images of some of the classes, in the order of these names."""
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise ValueError(f"no classes {', '.join(unknown)}; choose from: {', '.join(self.classes)}")
+        if len(set(classes)) < max(len(classes), 2):
+            raise ValueError(f"expected at least two different classes, got {list(classes)}")
+        place = torch.full((len(self.classes),), -1)
+        place[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
+        part = self[(place[self.labels] >= 0).nonzero()[:, 0]]
+        return replace(part, labels=place[part.labels], card=replace(self.card, classes=tuple(classes)))
+
+    def split(self, *sizes: int, seed: int = 0) -> list[Dataset]:
+        """Disjoint random parts of these sizes, and what is left, each with the class proportions
+        of the whole."""
+        if min(sizes) < 1 or sum(sizes) >= len(self):
+            raise ValueError(f"split: expected sizes of 1 or more that leave some of {len(self)} images, got {sizes}")
+        parts = self._proportional(seed).split([*sizes, len(self) - sum(sizes)])
+        return [self[rows.sort().values] for rows in parts]
+
+    def _proportional(self, seed: int) -> Tensor:
+        """All rows in a random order, of which every stretch has the class proportions of the whole."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        members = F.one_hot(self.labels[order], len(self.classes))  # (n, classes)
+        rank = (members.cumsum(0) * members).sum(1) - 0.5  # of an image within its class
+        share = rank / (members.sum(0) * members).sum(1)
+        return order[share.argsort(stable=True)]
+
+
+def load_dataset(
+    name: str,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    size: int | None = None,
+    normalisation: Sequence[Sequence[float]] | None = None,
+) -> Dataset:
+    """Load a split into memory, fetching, verifying or preparing it first where that is needed.
+
+    Parameters
+    ----------
+    name : from ``DATASETS``, or the path of a folder with a subfolder of images for each class, or
+        with such folders for training and testing (``train/``, and ``test/`` or ``val/``).
+    limit : keep this many images, with the class proportions of the whole.
+    seed : draws the subset of ``limit``, and the images of a generated dataset.
+    size : pixels a side; None: the card's. Photographs are decoded anew for it, and have statistics of
+        their own; images of a fixed size are resized, and keep the card's.
+    normalisation : (means, standard deviations) of the channels on the scale 0..1; None: the card's.
+
+    Raises
+    ------
+    ValueError : unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
+    DataError : no source gave the data that the card describes.
+
+    Examples
+    --------
+    >>> import kdx
+    >>> data = kdx.load_dataset("shapes", "test", limit=20)
+    >>> tuple(data.images.shape), len(data.classes)
+    ((20, 3, 64, 64), 10)
+    """
+    card = find_card(name)
+    if split not in (known := card.counts or ("train", "test")):
+        raise ValueError(f"unknown split {split!r} of {name}; choose from: {', '.join(known)}")
+    if card.layout:
+        prepared = prepare(name, size)
+        whole = _open(card, prepared, split)
+    else:
+        assert card.read is not None
+        folder = fetch(name) if card.sources else data_home()
+        images, labels, masks = card.read(folder, split, seed)
+        whole = _resize(Dataset(images, labels, card, masks), size)
+    if normalisation is not None:
+        mean, std = check_normalisation(normalisation, whole.card.size[0])
+        whole = replace(whole, card=replace(whole.card, mean=mean, std=std))
+    return whole.limit(limit, seed)
+
+
+def prepare(name: str, size: int | None = None) -> Prepared:
+    """The decoded images of a dataset that comes as folders, decoding them if that was not done.
+
+    Raises
+    ------
+    DataError : the files are not on this machine, or not as they should be.
+    """
+    card = find_card(name)
+    if card.layout is None:
+        raise ValueError(f"{name} needs no preparation; only datasets that come as folders of images do")
+    size = card.size[1] if size is None else size
+    home = data_home() / "prepared"
+    if source := find_source(card):
+        return folders.prepare(f"folder-{card.name}" if card.source else card.name, source, card.layout, size, home)
+    found = _prepared_sets(card, size)
+    if len(found) == 1:
+        return folders.open_prepared(found[0])
+    if found:
+        raise DataError(
+            f"{name}: several prepared sets in {home} ({', '.join(f.name for f in found)}), and their files are gone; "
+            "delete all but one, or name the place of the files in KDX_DATA"
+        )
+    raise DataError(f"{name} is not on this machine at {size} px: {how_to_get(card)}")
+
+
+def available(name: str, size: int | None = None) -> str | None:
+    """What stands for the present files of a dataset; None if it comes as folders and is not on this machine."""
+    card = find_card(name)
+    if card.layout is None:
+        return name
+    size = size or card.size[1]
+    if source := find_source(card):
+        return folders.digest(source, card.layout, size)
+    found = _prepared_sets(card, size)
+    return found[0].name if len(found) == 1 else None
+
+
+def _prepared_sets(card: Card, size: int) -> list[Path]:
+    return sorted((data_home() / "prepared").glob(f"{card.name}-{size}px-*"))
+
+
+def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
+    facts = prepared.card
+    with_masks = f"; {facts['masks']:,} images have a mask" if facts["masks"] else ""
+    preparation = {
+        "prepared": f"middle square cut out and resized{with_masks}",
+        "split": facts["split"],
+        "files refused": f"{facts['refused']:,}",
+        "files with a note": f"{facts['noted']:,}",
+    }
+    if missing := [name for name in card.classes if name not in facts["classes"]]:
+        preparation["classes without files"] = f"{len(missing)} of {len(card.classes)}"
+    size = facts["size"]
+    found = replace(
+        card,
+        classes=tuple(facts["classes"]),
+        counts=facts["counts"],
+        size=(3, size, size),
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        preparation=preparation,
+    )
+    images, labels, masks = prepared.read(split)
+    return Dataset(images, labels, found, masks)
+
+
+def _resize(whole: Dataset, size: int | None) -> Dataset:
+    if size is None or whole.card.size[1:] == (size, size):
+        return whole
+    if not folders.SIZES[0] <= size <= folders.SIZES[1]:
+        raise ValueError(f"size: expected {folders.SIZES[0]} to {folders.SIZES[1]} pixels, got {size}")
+    images = v2.functional.resize(whole.images, [size, size], antialias=True)
+    nearest = v2.InterpolationMode.NEAREST
+    masks = None if whole.masks is None else v2.functional.resize(whole.masks, [size, size], nearest)
+    card = replace(whole.card, size=(whole.card.size[0], size, size), checksums=None)
+    return Dataset(images, whole.labels, card, masks)
+
+
+def check_normalisation(
+    normalisation: Sequence[Sequence[float]], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalisation)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, mean)) or not min(std) > 0:
+        raise ValueError(
+            f"normalisation: expected {channels} means and {channels} standard deviations > 0, got {normalisation!r}"
+        )
+    return mean, std
+
+
+def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Stratified ``k`` folds: a list of (training rows, validation rows)."""
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
+    smallest = int(labels.unique(return_counts=True)[1].min())
+    if not 2 <= k <= smallest:
+        raise ValueError(f"folds: expected 2 to {smallest} (the smallest class), got {k}")
+    splitter = StratifiedKFold(k, shuffle=True, random_state=seed)
+    return [
+        (torch.from_numpy(train), torch.from_numpy(held_out))
+        for train, held_out in splitter.split(np.zeros(len(labels)), labels.numpy())
+    ]
+
+
+def augment(images: Tensor, augmentation: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """Transform each image of (n, c, h, w) at random, by torch's global generator.
+
+    Parameters
+    ----------
+    augmentation : name of a transform of ``torchvision.transforms.v2`` -> its arguments, in order;
+        an argument ``size`` that is not given is the images' own.
+        ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4}}``, for example; ``{}``: none.
+    """
+    transform = compose(augmentation, (images.shape[-2], images.shape[-1]))
+    return images if transform is None else torch.stack([transform(image) for image in images])
+
+
+def compose(augmentation: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> v2.Transform | None:
+    """The transform that an augmentation describes, for images of ``size``; None: no change."""
+    parts = []
+    for name, arguments in augmentation.items():
+        kind = getattr(v2, name, None)
+        if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
+            raise ValueError(f"augmentation: expected names from torchvision.transforms.v2, got {name!r}")
+        own_size = {"size": size} if "size" in inspect.signature(kind).parameters else {}
+        try:
+            parts.append(kind(**own_size | dict(arguments)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"augmentation: {name} does not take {arguments!r}: {one_line(error)}") from error
+    return v2.Compose(parts) if parts else None

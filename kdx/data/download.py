@@ -1,0 +1,163 @@
+"""Downloads that survive a cut connection."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import lzma
+import os
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import requests
+from filelock import FileLock
+
+from kdx.paths import DataError, check_space, one_line
+from kdx.progress import progress
+
+TRIES = 4  # in a row that bring nothing new
+PAUSE = 1.0  # seconds after the first of them, twice as long after each further one
+TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
+PIECE = 1 << 16  # bytes; what a cut connection may lose
+
+
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Fetch ``url`` to ``path``, and check it; at once if it is there already.
+
+    What has arrived is kept beside ``path`` as ``<name>.partial``, and the next attempt, from this
+    address or another of the same file, asks for the rest only. A server that cannot send a part
+    sends the whole. A complete file with another checksum is deleted: it would never be right.
+
+    Raises
+    ------
+    DataError : the server refused, the connection was cut again and again, the checksum differs,
+        or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with FileLock(path.with_name(path.name + ".lock")):
+        if path.exists() and _sha256(path) == sha256:
+            return path
+        try:
+            resumed = _transfer(url, partial)
+            if resumed and _sha256(partial) != sha256:  # the two pieces may be of different files
+                partial.unlink()
+                _transfer(url, partial)
+        except requests.HTTPError as error:
+            raise DataError(f"{url}: {one_line(error)}") from error
+        except (requests.RequestException, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                why = f"the disk of {path.parent} is full"
+            else:
+                why = f"the download was interrupted: {one_line(error)}"
+            raise DataError(
+                f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, the next attempt goes on from there"
+            ) from error
+        if (got := _sha256(partial)) != sha256:
+            size = partial.stat().st_size
+            partial.unlink()
+            raise DataError(f"{url}: expected SHA-256 {sha256[:12]}…, got {got[:12]}… ({size:,} bytes)")
+        os.replace(partial, path)
+    return path
+
+
+def _transfer(url: str, partial: Path) -> bool:
+    """Bring ``partial`` to its full length; True if it was continued and not begun anew."""
+    resumed, failures, most = _size(partial) > 0, 0, _size(partial)
+    while True:
+        try:
+            return _request(url, partial, _size(partial)) and resumed
+        except requests.HTTPError:
+            raise
+        except requests.RequestException:
+            failures = 0 if _size(partial) > most else failures + 1
+            most = max(most, _size(partial))
+            if failures >= TRIES:
+                raise
+            time.sleep(PAUSE * 2 ** max(failures - 1, 0))
+
+
+def _request(url: str, partial: Path, start: int) -> bool:
+    """One request for all from byte ``start``; False if the server sent the whole instead."""
+    # a packed transfer would have offsets and a length of its own
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416:  # nothing after `start`: complete, or of another file
+            return True
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise requests.ConnectionError(f"{answer.status_code} {answer.reason}")  # may pass
+        answer.raise_for_status()
+        continued = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if answer.status_code == 206 and not continued:
+            raise requests.HTTPError(f"expected bytes from {start}, got {answer.headers.get('Content-Range')!r}")
+        if continued:
+            _write(answer, partial, start)
+            return True
+        whole = partial.with_suffix(".whole") if start else partial
+        try:
+            _write(answer, whole, 0)
+        except BaseException:
+            if _size(whole) > start:  # else what had arrived before is worth more
+                os.replace(whole, partial)
+            raise
+        os.replace(whole, partial)
+    return False
+
+
+def _write(answer: requests.Response, path: Path, start: int) -> None:
+    length = answer.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    with (
+        path.open("ab" if start else "wb") as file,
+        progress(desc=path.stem, total=total, initial=start, unit="B", unit_scale=True) as bar,
+    ):
+        for piece in answer.iter_content(PIECE):
+            file.write(piece)
+            bar.update(len(piece))
+    if total is not None and _size(path) < total:
+        raise requests.ConnectionError(f"got {_size(path):,} of {total:,} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar archive; nothing is written outside of ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as packed:
+                check_space(archive.name, sum(member.file_size for member in packed.infolist()), folder)
+                packed.extractall(folder)
+        else:
+            with tarfile.open(archive) as packed_tar:
+                check_space(archive.name, sum(member.size for member in packed_tar), folder)
+                packed_tar.extractall(folder, filter="data")
+    except DataError:
+        raise
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise DataError(f"the disk of {folder} is full; nothing of {archive} was kept") from error
+        raise DataError(f"{archive}: expected a whole zip or tar archive; {one_line(error)}") from error
+
+
+def archive_source(url: str, sha256: str, name: str | None = None) -> Callable[[Path, Path], None]:
+    """A source of a dataset: an archive, downloaded under its ``name`` and unpacked."""
+    name = name or url.rpartition("/")[2]
+
+    def get(folder: Path, downloads: Path) -> None:
+        archive = download(url, downloads / name, sha256)
+        unpack(archive, folder)
+        archive.unlink()
+
+    return get

@@ -1,0 +1,171 @@
+"""Where the files of a dataset come from: places on this machine, an archive or folder of one's own,
+verified downloads.
+
+A download is unpacked in a scratch folder, checked, and only then moved into place, so an
+interrupted or corrupt one is never taken for the data.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kdx.data import folders
+from kdx.data.registry import Card, find_card
+from kdx.data.download import unpack
+from kdx.paths import DataError, check_space, data_home, one_line, places
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 (hex) of the pixels, channels first, followed by the labels as one byte each."""
+    digest = hashlib.sha256(np.ascontiguousarray(images.numpy()).data)
+    digest.update(labels.to(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_source(card: Card) -> Path | None:
+    """The folder with the files of a dataset that comes as folders: the first of ``places()`` that has one."""
+    if card.source or card.layout is None:
+        return card.source
+    for folder in (place / card.name for place in places()):
+        if folder.is_dir():
+            try:
+                folders.find_roots(folder, card.layout)
+                return folder
+            except DataError as error:
+                log.warning("%s: passed over: %s", card.name, error)
+    return None
+
+
+def how_to_get(card: Card) -> str:
+    """What to type for data that are not here."""
+    return (
+        f"get it with `kdx data get {card.name}` ({card.download_bytes / 1e6:.0f} MB), prepare a folder or an archive "
+        f"that you have with `kdx data prepare {card.name} --from PATH`, or name its place in KDX_DATA"
+    )
+
+
+def adopt(name: str, origin: Path) -> Path:
+    """Make a folder (by a link) or an archive (unpacked) the source of a registered dataset.
+
+    Returns
+    -------
+    Path : the dataset's place in ``raw/``.
+    """
+    card = find_card(name)
+    if card.layout is None or card.source:
+        raise ValueError(f"{name}: only registered datasets of images in folders can be taken from elsewhere")
+    folder = data_home() / "raw" / name
+    if folder.is_dir() and not folder.is_symlink():
+        raise DataError(
+            f"{folder} is there already; leave out --from to use it, or delete it before another source takes its place"
+        )
+    origin = origin.expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=folder.parent) as scratch:
+        place = Path(scratch) / name
+        if origin.is_dir():
+            place.symlink_to(origin.resolve(), target_is_directory=True)
+        elif origin.is_file():
+            unpack(origin, place)
+        else:
+            raise DataError(f"expected a folder or an archive, found nothing at {origin}")
+        folders.scan(place, card.layout)  # is it laid out as the dataset?
+        if folder.is_symlink():
+            folder.unlink()
+        os.replace(place, folder)
+    return folder
+
+
+def fetch(name: str) -> Path:
+    """Make sure that the files of dataset ``name`` are on this machine, verified; return their folder.
+
+    They are looked for in ``places()``; then the card's sources are tried in order, and each failure
+    is logged in one line.
+    """
+    card = find_card(name)
+    if card.source:
+        return card.source
+    folder = data_home() / "raw" / name
+    if not card.sources:
+        return folder
+    for place in places():
+        if (place / name).exists():
+            if (refusal := _refusal(card, place / name)) is None:
+                return place / name
+            if place != folder.parent:
+                log.warning("%s: passed over %s: %s", name, place / name, refusal)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{name}.lock"):
+        return _fetch(card, folder.parent, folder)
+
+
+def _fetch(card: Card, raw: Path, folder: Path) -> Path:
+    name = card.name
+    if folder.is_symlink() or folder.exists():
+        refusal = _refusal(card, folder)
+        if refusal is None:  # another process has fetched it meanwhile
+            return folder
+        aside = Path(tempfile.mkdtemp(prefix=f"{name}.refused-", dir=raw))
+        os.replace(folder, aside / name)
+        log.warning("%s: %s; moved to %s, fetching it anew", name, refusal, aside.name)
+    check_space(name, 3 * card.download_bytes, raw)  # archive, files, and room to move
+    failures = []
+    downloads = raw / ".downloads"
+    for source, get in card.sources.items():
+        log.info("%s: %.0f MB from %s", name, card.download_bytes / 1e6, source)
+        with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=raw) as scratch:
+            unpacked = Path(scratch) / name
+            unpacked.mkdir()
+            try:
+                get(unpacked, downloads)
+                _verify(card, unpacked)
+            except Exception as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise DataError(f"{name}: the disk of {raw} is full; what was downloaded is kept") from error
+                failures.append(f"{source}: {one_line(error)}")
+                log.warning("%s: %s", name, failures[-1])
+                continue
+            os.replace(unpacked, folder)
+            log.info("%s: verified, from %s", name, source)
+            return folder
+    raise DataError(
+        f"{name}: no source could be reached or trusted.\n  "
+        + "\n  ".join(failures)
+        + "\nCheck the connection; "
+        + (how_to_get(card) if card.layout else f"or put the original files into {folder}.")
+    )
+
+
+def _refusal(card: Card, folder: Path) -> DataError | None:
+    try:
+        _verify(card, folder)
+    except DataError as error:
+        return error
+    return None
+
+
+def _verify(card: Card, folder: Path) -> None:
+    if card.layout:
+        folders.scan(folder, card.layout)
+        return
+    assert card.checksums is not None
+    assert card.read is not None
+    for split, expected in card.checksums.items():
+        try:
+            images, labels, _ = card.read(folder, split, 0)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{split} split unreadable: {one_line(error)}") from error
+        if (got := fingerprint(images, labels)) != expected:
+            raise DataError(f"{split} split: expected SHA-256 {expected[:12]}…, got {got[:12]}…")

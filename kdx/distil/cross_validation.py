@@ -1,0 +1,278 @@
+"""Cross-validation: the networks of every fold, with their controls.
+
+Networks are planned first, so that those that do not depend on each other can be trained in parallel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import joblib
+import torch
+
+from kdx.data.dataset import Dataset, folds
+from kdx.distil.chains import check_chain
+from kdx.distil.fit import Job
+from kdx.distil.run_store import Run
+from kdx.distil.techniques import TECHNIQUES, settings_of
+from kdx.distil.training import Recipe
+from kdx.networks import models
+from kdx.networks.devices import pick_device
+from kdx.paths import data_home
+from kdx.progress import TERMINAL, progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network of one fold to be trained, and its teacher."""
+
+    model: str  # with its width, so equal networks have equal plans
+    fold: int
+    seed: int
+    epochs: int
+    technique: str = "label"
+    teacher: Plan | None = None
+
+    @property
+    def line(self) -> list[Plan]:
+        """The network, its teacher, the teacher's teacher, ..."""
+        return [self, *(self.teacher.line if self.teacher else [])]
+
+
+def cross_fit(
+    train: Dataset,
+    *,
+    teacher: str,
+    student: str,
+    techniques: Sequence[str] = ("response",),
+    settings: Mapping[str, Any] | None = None,
+    k: int = 3,
+    watched: int = 0,
+    controls: int = 0,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    workers: int = 1,
+    **training: Any,
+) -> dict[tuple[str, int], Run]:
+    """Train, or find in the run store, the networks of stratified cross-validation.
+
+    Args:
+        train: Training images.
+        teacher: Name of a model as for :func:`kdx.fit`.
+        student: Name of a model, also of the base.
+        techniques: Names as for :func:`kdx.fit`; one student is trained with each.
+        settings: Parameters of any technique; each gets those that it has.
+        k: Number of folds. The networks of a fold are trained on all the others, from seeds of their own.
+        watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
+        controls: Number of folds, from the first on, that also get
+
+            - a *second base*: trained as the base, from another seed. Its difference from the base is what the seed
+              alone explains.
+            - a student of a *random teacher*: trained with the first technique, by the teacher as it was before its
+              training, which knows nothing.
+        seed: First of the seeds of folds and networks.
+        recipe: Of all networks.
+        workers: Networks trained in parallel on a CPU, each by one thread of a process of its own; 0 means one per
+            core. More workers pay off for small networks, and need memory. Models and techniques registered outside
+            of kdx need 1. On another device, networks are trained one after the other. The number of threads changes
+            weights by rounding.
+        **training: stem, width and device of :func:`kdx.fit`.
+
+    Returns:
+        (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
+        the base is the teacher), base, the techniques, second base and random teacher.
+    """
+    _check_controls(controls, k)
+    named = all(isinstance(name, str) for name in techniques)
+    if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
+        raise ValueError(f"techniques: expected different ways to learn from a teacher, got {list(techniques)}")
+    recipe = recipe or Recipe()
+    teacher, student = (_full_name(name, training) for name in (teacher, student))
+    plans = {}
+    for fold in range(1, k + 1):
+        one, two = _seeds(seed, fold)
+        guide = Plan(teacher, fold, one, recipe.epochs)
+        if teacher != student:
+            plans["teacher", fold] = guide
+        plans["base", fold] = Plan(student, fold, one, recipe.epochs)
+        for name in techniques:
+            plans[name, fold] = Plan(student, fold, one, recipe.epochs, name, guide)
+        if fold <= controls:
+            plans["second base", fold] = Plan(student, fold, two, recipe.epochs)
+            ignorant = replace(guide, epochs=0)
+            plans["random teacher", fold] = Plan(student, fold, one, recipe.epochs, techniques[0], ignorant)
+    runs = _carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, training)
+    return {name: runs[plan] for name, plan in plans.items()}
+
+
+def cross_chains(
+    train: Dataset,
+    chains: Mapping[str, Sequence[str]],
+    *,
+    technique: str = "response",
+    settings: Mapping[str, Any] | None = None,
+    k: int = 3,
+    watched: int = 0,
+    controls: int = 0,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    budget: int | None = None,
+    workers: int = 1,
+    **training: Any,
+) -> dict[tuple[str, int], list[Run]]:
+    """Chains of teachers and assistants that end in the same student, in every fold of cross-validation.
+
+    What :func:`kdx.distill_chain` does for one chain, with folds, seeds and base as in :func:`cross_fit`.
+
+    Args:
+        train: Training images.
+        chains: Name -> names of models from the teacher to the student, as for :func:`kdx.distill_chain`.
+        technique: Of every link.
+        settings: Parameters of the technique.
+        k: Number of folds, as for :func:`cross_fit`; likewise watched, seed, recipe, workers and training.
+        watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
+        controls: Number of folds, from the first on, that also get a second base.
+        seed: First of the seeds of folds and networks.
+        recipe: Of all networks.
+        budget: Epochs of the students and of the base; None takes the recipe's, as for all others.
+        workers: Networks trained in parallel.
+        **training: stem, width and device of :func:`kdx.fit`.
+
+    Returns:
+        (name, fold from 1) -> runs in the order of the chain, by fold; ("base", fold) and ("second base", fold) are
+        chains of one.
+    """
+    _check_controls(controls, k)
+    recipe = recipe or Recipe()
+    budget = recipe.epochs if budget is None else budget
+    if not isinstance(chains, Mapping) or not chains or {"base", "second base"} & set(chains):
+        raise ValueError(f"chains: expected name -> models, named otherwise than the bases, got {chains!r}")
+    architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
+    for chain in chains.values():
+        check_chain(chain, train, technique, **architecture, **settings or {})
+    lines = {name: [_full_name(model, training) for model in chain] for name, chain in chains.items()}
+    if len(set(map(tuple, lines.values()))) < len(lines):
+        raise ValueError(f"chains: expected different ones, got {lines}")
+    if len(students := {line[-1] for line in lines.values()}) > 1:
+        raise ValueError(f"chains: expected all to end in the same student, got {', '.join(sorted(students))}")
+    (student,) = students
+    plans: dict[tuple[str, int], list[Plan]] = {}
+    for fold in range(1, k + 1):
+        one, two = _seeds(seed, fold)
+        plans["base", fold] = [Plan(student, fold, one, budget)]
+        if fold <= controls:
+            plans["second base", fold] = [Plan(student, fold, two, budget)]
+        for name, (first, *others) in lines.items():
+            links = [Plan(first, fold, one, recipe.epochs)]
+            for i, model in enumerate(others, 1):
+                epochs = budget if i == len(others) else recipe.epochs
+                links.append(Plan(model, fold, one, epochs, technique, links[-1]))
+            plans[name, fold] = links
+    wanted = [plan for links in plans.values() for plan in links]
+    runs = _carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, training)
+    return {name: [runs[plan] for plan in links] for name, links in plans.items()}
+
+
+def _full_name(model: str, training: Mapping[str, Any]) -> str:
+    name, width = models.parse_name(model, training.get("width"))
+    return f"{name}@{width!r}"
+
+
+def _check_controls(controls: int, k: int) -> None:
+    if not 0 <= controls <= k:
+        raise ValueError(f"controls: expected 0 to {k} folds, got {controls}")
+
+
+def _seeds(seed: int, fold: int) -> tuple[int, int]:
+    """The seeds of a fold's networks and of its second base."""
+    return seed + 2 * (fold - 1), seed + 2 * (fold - 1) + 1
+
+
+def _carry_out(
+    plans: Iterable[Plan],
+    train: Dataset,
+    settings: Mapping[str, Any],
+    k: int,
+    watched: int,
+    seed: int,
+    recipe: Recipe,
+    workers: int,
+    training: Mapping[str, Any],
+) -> dict[Plan, Run]:
+    """Train the networks that the run store lacks, teachers before their students."""
+    wanted = list(dict.fromkeys(ancestor for plan in plans for ancestor in plan.line))
+    names = {plan.technique for plan in wanted}
+    own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
+    if unknown := sorted(set(settings).difference(*map(settings_of, TECHNIQUES), *own.values())):
+        raise ValueError(f"settings: no technique has {', '.join(unknown)}")
+    parts = []
+    for rows, others in folds(train.labels, k, seed):
+        parts.append((train[rows], train[others].limit(min(watched or len(others), len(others)), seed)))
+    classes, stem = len(train.classes), training.get("stem", "small")
+    runs: dict[Plan, Run] = {}
+    # the largest first, or the others would wait for them at the end
+    wanted = sorted(wanted, key=lambda plan: -sum(_size(link.model, classes, stem) for link in plan.line[:2]))
+    for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
+        jobs = {}
+        for plan in (plan for plan in wanted if len(plan.line) == generation):
+            part, held_out = parts[plan.fold - 1]
+            teacher = runs[plan.teacher] if plan.teacher else None
+            epochs = replace(recipe, epochs=plan.epochs)
+            jobs[plan] = Job(
+                plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed,
+                settings=own[plan.technique], **training,
+            )  # fmt: skip
+        runs |= fit_all(jobs, workers)
+    return runs
+
+
+@lru_cache
+def _size(model: str, classes: int, stem: str) -> int:
+    return sum(weight.numel() for weight in models.build(model, classes, stem, seed=0).parameters())
+
+
+def fit_all(jobs: Mapping[Any, Job], workers: int) -> dict[Any, Run]:
+    """Carry out trainings that do not depend on each other, or find their runs in the run store.
+
+    Args:
+        jobs: Name -> training.
+        workers: As for :func:`cross_fit`.
+
+    Returns:
+        Name -> run.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 (one per core) or more, got {workers}")
+    runs = {name: run for name, job in jobs.items() if (run := job.find())}
+    missing = {name: job for name, job in jobs.items() if name not in runs}
+    workers = min(workers or joblib.cpu_count(), len(missing))
+    if {pick_device(job.device).type for job in missing.values()} != {"cpu"} or workers < 2:
+        return runs | {name: job.run() for name, job in missing.items()}
+    threads = max(1, joblib.cpu_count() // workers)
+    # never threads of this process: they would share torch's global generator
+    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
+    tasks = (joblib.delayed(_run_elsewhere)(str(data_home()), threads, *item) for item in missing.items())
+    with progress(total=len(missing), desc="networks", unit="network") as bar:
+        for name, key in pool(tasks):
+            if (run := missing[name].find()) is None:
+                raise RuntimeError(
+                    f"the code of kdx was edited during the training: the worker stored {name} under the key {key}, "
+                    f"expected {missing[name].key}; start again"
+                )
+            runs[name] = run
+            bar.update()
+    return runs
+
+
+def _run_elsewhere(home: str, threads: int, name: Any, job: Job) -> tuple[Any, str]:
+    os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
+    torch.set_num_threads(threads)
+    # pickled with the job, the key would hide that the worker has read newer code
+    fresh = replace(job)
+    if fresh.find() is None:
+        fresh.run()
+    return name, fresh.key

@@ -1,0 +1,268 @@
+"""Training a network once: on labels alone, or with the help of a teacher.
+
+:func:`fit` trains one network with one of the ``TECHNIQUES``, or several joined, and keeps the result in the run
+store, so the same training is never done twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdx.data.dataset import Card, Dataset, compose
+from kdx.distil.run_store import Run, code_digest, find_run, run_key, store_run
+from kdx.distil.techniques import TECHNIQUES, Technique, find_techniques
+from kdx.distil.training import Recipe, resize, train_epochs
+from kdx.networks import models
+from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
+from kdx.networks.stages import evaluating
+from kdx.progress import progress
+
+# The code that moves weights, read now: an edit made later must not be credited with what this process trains.
+CODE = code_digest(train_epochs, Card.normalize, models.build)
+for known in (*TECHNIQUES.values(), *(make for make, _ in models.MODELS.values())):
+    code_digest(known)
+
+
+def fit(
+    model: str,
+    train: Dataset,
+    validation: Dataset,
+    *,
+    technique: str = "label",
+    teacher: Run | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    stem: str = "small",
+    width: float | None = None,
+    device: str = "auto",
+    **settings: Any,
+) -> Run:
+    """Train a registered network, or load the run if this very training was done before.
+
+    The weights of the last epoch are kept; ``validation`` is only watched.
+
+    Args:
+        model: Name of a network, as for :func:`kdx.build`.
+        train: Training images.
+        validation: Images on which the network is evaluated after each epoch.
+        technique: A name from ``TECHNIQUES``, or several as in ``"response+attention"``, in any order.
+        teacher: The run to learn from, for every technique but ``"label"``. It may be of another width, depth or
+            family.
+        recipe: How to train; None takes the defaults of :class:`kdx.Recipe`.
+        seed: Of the initial weights, the order of the batches and the augmentation.
+        stem: As for :func:`kdx.build`.
+        width: As for :func:`kdx.build`, for a model whose name does not carry its width.
+        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Not part of the run's key.
+        **settings: Parameters of the techniques.
+
+    Returns:
+        The run, with ``.model`` and ``.history``: loss and accuracy per epoch and split.
+
+    Raises:
+        ValueError: Arguments that do not fit each other.
+        FloatingPointError: The training loss is not finite.
+
+    Examples:
+        >>> import kdx
+        >>> images = kdx.load_dataset("shapes", "train", limit=40, size=32)
+        >>> setting = dict(recipe=kdx.Recipe(epochs=1, batch_size=20), stem="small", width=0.125, device="cpu")
+        >>> teacher = kdx.fit("resnet10", images, images, **setting)
+        >>> student = kdx.fit("resnet10", images, images, technique="response", teacher=teacher, **setting)
+        >>> student.history["split"].unique().tolist()
+        ['train', 'validation']
+    """
+    job = Job(
+        model, train, validation, technique, teacher, recipe or Recipe(), seed, stem, width, device, settings
+    )  # fmt: skip
+    return job.find() or job.run()
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training, checked but not yet done. The arguments are those of :func:`fit`.
+
+    Raises:
+        ValueError: Arguments that do not fit each other.
+    """
+
+    model: str
+    train: Dataset
+    validation: Dataset
+    technique: str = "label"
+    teacher: Run | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    stem: str = "small"
+    width: float | None = None
+    device: str = "auto"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        train, recipe, teacher = self.train, self.recipe, self.teacher
+        needs_teacher = any(part.needs_teacher for part in self.parts)
+        if needs_teacher != (teacher is not None):
+            wants = "a teacher run" if needs_teacher else "no teacher"
+            raise ValueError(f"technique {self.technique!r} expects {wants}, got {teacher!r}")
+        if len(train) < recipe.batch_size:
+            raise ValueError(f"expected at least one batch of {recipe.batch_size} training images, got {len(train)}")
+        if not len(self.validation):
+            raise ValueError("expected at least one validation image, got none")
+        if min(train.card.size[1:]) * min(recipe.sizes) < 8:
+            raise ValueError(f"recipe: expected images of 8 pixels or more for {train.card.name}, got {recipe}")
+        if recipe.augmentation is None:
+            object.__setattr__(self, "recipe", replace(recipe, augmentation=train.card.augmentation))
+        compose(self.recipe.augmentation or {}, train.card.size[1:])
+        pick_device(self.device)
+        if teacher and teacher.classes != train.classes:
+            raise ValueError(
+                f"expected a teacher of the classes {', '.join(train.classes)}, got one of {', '.join(teacher.classes)}"
+            )
+
+    @cached_property
+    def parts(self) -> list[Technique]:
+        return find_techniques(self.technique, self.settings)
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        return models.architecture_of(self.model, len(self.train.classes), self.stem, self.width)
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What defines the training beside the code, as JSON literals."""
+        card = self.train.card
+        return {
+            "model": self.architecture,
+            "technique": {
+                "name": "+".join(part.name for part in self.parts),
+                **{name: value for part in self.parts for name, value in asdict(part).items()},
+            },
+            "teacher": self.teacher.key if self.teacher else None,
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "train": self.train.fingerprint,
+            "validation": self.validation.fingerprint,
+            "input": {"size": card.size, "mean": card.mean, "std": card.std},
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """The key of the run: of the spec, and of the code that moves the weights."""
+        make, _ = models.MODELS[self.architecture["name"]]
+        return run_key(self.spec, CODE + code_digest(make) + code_digest(*map(type, self.parts)))
+
+    def find(self) -> Run | None:
+        """The run, if this training was done before."""
+        return find_run(self.key)
+
+    def run(self) -> Run:
+        """Train, and store the run."""
+        device = pick_device(self.device)
+        precision = autocast_dtype(device)
+        card = self.train.card
+        start = time.perf_counter()
+        student = models.build(**self.architecture, seed=self.seed)
+        history = self._train(student, device)
+        header = {
+            "classes": self.train.classes,
+            "mean": card.mean,
+            "std": card.std,
+            "metrics": history[history["epoch"] == self.recipe.epochs].to_dict("records"),
+        }
+        return store_run(
+            self.key,
+            self.spec,
+            student,
+            history,
+            header,
+            dataset=card.name,
+            device=device_name(device),
+            precision=str(precision).removeprefix("torch."),
+            seconds=round(time.perf_counter() - start, 1),
+        )
+
+    def _train(self, student: models.Network, device: torch.device) -> pd.DataFrame:
+        """Train ``student`` in place; return the history."""
+        epochs, batches = self.recipe.epochs, len(self.train) // self.recipe.batch_size
+        network = f"{self.architecture['name']}@{self.architecture['width']:g}"
+        role = f"{network} ({self.spec['technique']['name']}, seed {self.seed})"
+        helper = self.teacher.model if self.teacher else nn.Identity()
+        records = []
+        student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with progress(total=epochs * batches, desc=role, unit="batch") as bar, placed(helper, device):
+            trained = train_epochs(
+                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.seed, device,
+                bar.update,
+            )  # fmt: skip
+            for epoch, (loss, accuracy) in enumerate(trained, 1):
+                if not loss < float("inf"):  # also NaN
+                    raise FloatingPointError(
+                        f"the training loss of {role} is {loss} in epoch {epoch}; lower the learning rate "
+                        f"(now {self.recipe.lr})"
+                    )
+                held_out = evaluate(student, self.validation, device)
+                records += [
+                    {"epoch": epoch, "split": "train", "loss": loss, "accuracy": accuracy},
+                    {"epoch": epoch, "split": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy},
+                ]
+        student.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        return pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network's answers to a dataset.
+
+    Attributes:
+        loss: Mean cross-entropy in nats.
+        accuracy: As a fraction.
+        logits: float32 (n, classes).
+    """
+
+    loss: float
+    accuracy: float
+    logits: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """int64 (n,): the class with the largest logit."""
+        return self.logits.argmax(1)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    device: str | torch.device = "auto",
+    batch_size: int = 100,
+    scale: float = 1.0,
+) -> Evaluation:
+    """Run a network over a dataset in evaluation mode.
+
+    Args:
+        model: It is left on the device, and in the mode, in which it was found.
+        dataset: Images and labels.
+        device: Where to compute, as for :func:`kdx.fit`.
+        batch_size: Images per forward pass.
+        scale: Fraction of their size to which images are shrunk, as in ``Recipe.sizes``.
+
+    Returns:
+        Loss, accuracy and logits.
+    """
+    device = pick_device(device)
+    logits = []
+    with placed(model, device), torch.inference_mode(), evaluating(model), autocast(device):
+        for images in dataset.images.split(batch_size):
+            x = dataset.card.normalize(images.to(device))
+            logits.append(model(resize(x, scale)).float().cpu())
+    z = torch.cat(logits).clone()
+    loss = F.cross_entropy(z, dataset.labels).item()
+    accuracy = (z.argmax(1) == dataset.labels).double().mean().item()
+    return Evaluation(loss, accuracy, z)

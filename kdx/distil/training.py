@@ -1,0 +1,217 @@
+"""The training of a network: everything here decides its weights.
+
+The key of a run covers this file and whatever of kdx it calls, so an edit trains every network anew. Checks, messages,
+progress and storage are in :mod:`kdx.distil.fit`, where an edit trains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdx.data.dataset import Dataset, augment
+from kdx.distil.techniques import Seen, Technique
+from kdx.networks.capture import OverwrittenError, capture
+from kdx.networks.devices import autocast
+from kdx.networks.stages import Tap, evaluating
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate.
+
+    Attributes:
+        epochs: Passes over the training images; 0 stores the network as it was initialised.
+        batch_size: Images per step.
+        lr: Peak of the one-cycle learning rate.
+        momentum: Of SGD, in (0, 1).
+        weight_decay: L2 penalty on all weights.
+        augmentation: Of training images, see :func:`kdx.data.dataset.augment`; None takes the dataset's own.
+        sizes: Image sizes as fractions of the full one, each for an equal share of the steps (progressive resizing);
+            ``(1.0,)`` trains at full size throughout.
+    """
+
+    epochs: int = 4
+    batch_size: int = 64
+    lr: float = 0.3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augmentation: Mapping[str, Mapping[str, Any]] | None = None
+    sizes: tuple[float, ...] = (0.5, 0.5, 0.75, 1.0)
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size))
+        if not whole or self.epochs < 0 or self.batch_size < 2:
+            raise ValueError(f"recipe: expected whole numbers epochs >= 0 and batch_size >= 2, got {self}")
+        if not 0 < self.lr < math.inf or not 0 < self.momentum < 1 or not self.weight_decay >= 0:
+            raise ValueError(f"recipe: expected 0 < lr, 0 < momentum < 1 and weight_decay >= 0, got {self}")
+        if not self.sizes or not all(0 < size <= 1 for size in self.sizes):
+            raise ValueError(f"recipe: expected sizes in (0, 1], got {self.sizes}")
+
+
+def train_epochs(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset,
+    parts: Sequence[Technique],
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    stepped: Callable[[], object],
+) -> Iterator[tuple[float, float]]:
+    """Train a student in place, epoch by epoch.
+
+    Args:
+        student: Network on ``device``.
+        teacher: Network on ``device``, for techniques that need one.
+        train: Training images, on the CPU.
+        parts: The techniques.
+        recipe: With its augmentation set.
+        seed: Of the order of images, the augmentation and the adapters.
+        device: Where to compute.
+        stepped: Called after every step.
+
+    Yields:
+        Mean loss and accuracy (fraction) over the training images of each epoch, as they were augmented.
+    """
+    labels, images = train.labels.to(device), train.images.to(device)
+    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), seed)
+    generator = torch.Generator().manual_seed(seed)
+    steps = len(train) // recipe.batch_size
+    total = steps * recipe.epochs
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *objective.adapters.parameters()],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+        fused=device.type != "mps",
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the augmentation
+        for epoch in range(recipe.epochs):
+            student.train()
+            seen = torch.zeros(2, device=device)  # summed loss, correct
+            order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
+            with objective.watching():
+                for step, rows in enumerate(order.to(device).split(recipe.batch_size), epoch * steps):
+                    x = augment(images[rows], recipe.augmentation or {})
+                    x = resize(train.card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
+                    y = labels[rows]
+                    logits, loss = objective(x, y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+                    stepped()
+            loss_sum, correct = (seen / (steps * recipe.batch_size)).tolist()
+            yield loss_sum, correct
+
+
+def resize(images: Tensor, scale: float) -> Tensor:
+    """Images (n, c, h, w) at a fraction of their size, in channels-last memory format."""
+    if scale < 1:
+        size = [round(side * scale) for side in images.shape[2:]]
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+class _Objective:
+    """The loss of a student: joined techniques, and the features that they need from both networks."""
+
+    def __init__(
+        self, parts: Sequence[Technique], student: nn.Module, teacher: nn.Module | None, images: Tensor, seed: int
+    ) -> None:
+        self.parts = parts
+        self.networks = [network for network in (student, teacher) if network is not None]
+        self.label_weight = math.prod(part.label_weight for part in parts)
+        self.taps = find_taps(parts, self.networks, images)
+        self.captured: list[list[dict[str, Tensor]]] = []
+        self.copy = False  # unless layers that work in place follow a tap
+        self.adapters = nn.ModuleList()
+        if teacher is None:
+            return
+        try:
+            with self.watching():
+                self._answers(images)
+        except OverwrittenError:
+            self.copy = True
+        with self.watching(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            logits = self._answers(images)
+            for i, part in enumerate(parts):
+                adapter = part.adapter(*self._seen(i, logits), self.taps[i][1])
+                self.adapters.append(adapter or nn.Identity())
+        self.adapters.to(images.device)
+
+    @torch.no_grad()
+    def _answers(self, images: Tensor) -> list[Tensor]:
+        answers = []
+        for network in self.networks:
+            with evaluating(network):
+                answers.append(network(images))
+        return answers
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Features are collected inside the block."""
+        with ExitStack() as stack:
+            self.captured = [
+                [
+                    stack.enter_context(
+                        capture(
+                            network,
+                            {stage: tap.module for stage, tap in taps.items()},
+                            copy=self.copy,
+                            inputs={stage for stage, tap in taps.items() if tap.input},
+                        )
+                    )
+                    for network, taps in zip(self.networks, both, strict=True)
+                ]
+                for both in self.taps
+            ]
+            yield
+
+    def _seen(self, i: int, logits: list[Tensor]) -> tuple[Seen, Seen]:
+        """Student's and teacher's view of the latest batch for technique i, in float32."""
+        student, teacher = (
+            Seen(z, {stage: features[stage].float() for stage in taps})
+            for z, features, taps in zip(logits, self.captured[i], self.taps[i], strict=True)
+        )
+        return student, teacher
+
+    def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits for a batch, and its loss."""
+        student, *teacher = self.networks
+        with autocast(x.device):
+            logits = [student(x).float()]
+            with torch.no_grad():  # what inference mode gives could not enter the loss without a copy
+                logits += [network(x).float() for network in teacher]
+        loss = F.cross_entropy(logits[0], labels) * self.label_weight
+        if teacher:
+            for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
+                loss = loss + part.guidance(*self._seen(i, logits), adapter)
+        return logits[0], loss
+
+
+def find_taps(parts: Sequence[Technique], networks: Sequence[nn.Module], images: Tensor) -> list[list[dict[str, Tap]]]:
+    """Where each technique takes the features of each network, at the same stages in student and teacher.
+
+    Raises:
+        ValueError: Student and teacher have different stages.
+    """
+    found = [[part.taps(network, images) for network in networks] for part in parts]
+    for part, taps in zip(parts, found, strict=True):
+        if len({tuple(tap) for tap in taps}) > 1:
+            stages = " and ".join(", ".join(tap) for tap in taps)
+            raise ValueError(f"{part.name}: expected the same stages in student and teacher, got {stages}")
+    return found

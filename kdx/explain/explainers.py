@@ -1,0 +1,217 @@
+"""Explainers of distillation with one signature, so that they can be compared.
+
+An explainer takes two networks, images (n, c, h, w), normalised as both expect, and their class indices (n,). It
+returns an object with two attributes, ``distilled`` and ``residual``: stage -> raw maps (n, h, w) >= 0 of any
+resolution. Any function of that kind can be compared with those of :func:`explainers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdx.explain.grad_cam import grad_cam
+from kdx.explain.reference import DIRECTIONS, Reference
+from kdx.explain.regression import resample
+from kdx.explain.unexplained import WINDOW, contributions, smooth, unexplained, unexplained_features
+from kdx.explain.unicam import unicam
+from kdx.networks.capture import gradients, logits_of
+from kdx.networks.stages import evaluating, stages
+
+StageMaps = dict[str, Tensor]
+AT_ONCE = 50  # images
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Maps of an explainer, by stage."""
+
+    distilled: StageMaps
+    residual: StageMaps
+
+
+Explainer = Callable[[nn.Module, nn.Module, Tensor, Tensor], Any]
+
+
+def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0) -> dict[str, Explainer]:
+    """All explainers of this package, and baselines.
+
+    Args:
+        images: (r, c, h, w), normalised: the reference set of explainers that need one.
+        labels: (r,) class indices of the reference set.
+        embeddings: (classes, m) label embeddings, for UniCAM.
+        seed: Of the random maps.
+
+    Returns:
+        Name -> explainer.
+    """
+    known = _WithReference(images, labels, embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "unexplained": known.unexplained(),
+        "unexplained, squared": known.unexplained(power=2),
+        "unexplained, no window": known.unexplained(window=0),
+        "unexplained, answer alone": known.answer_alone,
+        "UniCAM": known.unicam("cam"),
+        "UniCAM, batch": _batch_unicam("cam", embeddings),
+        "UniCAM hires": known.unicam("hires"),
+        "UniCAM hires, batch": _batch_unicam("hires", embeddings),
+        "feature energy": known.energy,
+        "feature energy, by class": known.energy_by_class,
+        "Grad-CAM": _grad_cams("cam", difference=False),
+        "Grad-CAM difference": _grad_cams("cam", difference=True),
+        "HiResCAM difference": _grad_cams("hires", difference=True),
+        "HiResCAM difference, window": _signed_difference,
+        "input x gradients": _input_gradients,
+        "edges": _fixed(_edges),
+        "random": _fixed(lambda x: torch.rand(x[:, 0].shape, generator=generator).to(x.device)),
+    }
+
+
+class _WithReference:
+    """Explainers that share a reference set, whose features are kept for the latest pair of networks."""
+
+    def __init__(self, images: Tensor, labels: Tensor, embeddings: Tensor) -> None:
+        self.images, self.labels, self.embeddings = images, labels, embeddings
+        self.latest: Reference | None = None
+
+    def reference(self, student: nn.Module, base: nn.Module) -> Reference:
+        if self.latest is None or self.latest.networks != (student, base):
+            self.latest = None  # features are large
+            self.latest = Reference(student, base, self.images)
+        return self.latest
+
+    def unexplained(self, power: int = 1, **settings: Any) -> Explainer:
+        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+            maps = unexplained(self.reference(student, base), x, **settings)
+            return Maps(**{d: {s: m**power for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
+
+        return explain
+
+    def answer_alone(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        """`unexplained` with all features instead of the unexplained ones."""
+        parts = [contributions(self.reference(student, base), (a, a), whole=True) for a, _ in _batches(x, y)]
+        return _joined([Maps(**{d: _smoothed(of) for d, of in part.items()}) for part in parts])
+
+    def unicam(self, method: str) -> Explainer:
+        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+            known, of = self.embeddings[self.labels], self.embeddings[y]
+            maps = unicam(self.reference(student, base), known, x, of, method=method)
+            return Maps(maps.distilled, maps.residual)
+
+        return explain
+
+    def energy(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        """Squares of the unexplained features, summed over channels."""
+        parts = [unexplained_features(self.reference(student, base), a) for a, _ in _batches(x, y)]
+        return _joined(
+            [Maps(**{d: {s: e.square().sum(1) for s, e in of.items()} for d, of in p.items()}) for p in parts]
+        )
+
+    def energy_by_class(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        """Squared product of the unexplained features with the gradient of the class."""
+        reference = self.reference(student, base)
+        parts = []
+        for a, b in _batches(x, y):
+            found = {}
+            for direction, left in unexplained_features(reference, a).items():
+                explained = DIRECTIONS[direction][0]
+                slopes = gradients(reference.networks[explained], a, _logit_of(b), reference.layers[explained])
+                found[direction] = {s: (slopes[s][1] * e).sum(1).square() for s, e in left.items()}
+            parts.append(Maps(**found))
+        return _joined(parts)
+
+
+def _batch_unicam(method: str, embeddings: Tensor) -> Explainer:
+    """The paper's way: the images of a batch explain each other."""
+
+    def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        parts = _batches(x, y)
+        return _joined([unicam(Reference(student, base, a), embeddings[b], method=method) for a, b in parts])
+
+    return explain
+
+
+def _grad_cams(method: str, difference: bool) -> Explainer:
+    def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        return _joined([part(student, base, a, b) for a, b in _batches(x, y)])
+
+    def part(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        of_student, of_base = (grad_cam(network, x, y, method=method) for network in (student, base))
+        if not difference:
+            return Maps(of_student, of_base)
+        return Maps(
+            {s: (maps - _on_grid(of_base[s], maps)).relu() for s, maps in of_student.items()},
+            {s: (maps - _on_grid(of_student[s], maps)).relu() for s, maps in of_base.items()},
+        )
+
+    return explain
+
+
+def _signed_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    """Signed HiResCAM of one network minus the other's, averaged over the window of `unexplained`."""
+    parts = []
+    for a, b in _batches(x, y):
+        slopes = [gradients(network, a, _logit_of(b)) for network in (student, base)]
+        signed = [{s: (activation * g).sum(1) for s, (activation, g) in of.items()} for of in slopes]
+        both = [{s: maps - _on_grid(two[s], maps) for s, maps in one.items()} for one, two in (signed, signed[::-1])]
+        parts.append(Maps(*map(_smoothed, both)))
+    return _joined(parts)
+
+
+def _smoothed(maps: StageMaps) -> StageMaps:
+    return {s: smooth(m, WINDOW).relu() for s, m in maps.items()}
+
+
+def _input_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    """The input times the difference of the two networks' gradients, split by sign."""
+    slopes = []
+    for network in (student, base):
+        inputs = x.detach().clone().requires_grad_()
+        with torch.enable_grad(), evaluating(network):
+            slopes.append(torch.autograd.grad(_logit_of(y)(logits_of(network(inputs))), inputs)[0])
+    product = (x * (slopes[0] - slopes[1])).sum(1)
+    names = stages(student, x[:1])
+    return Maps(dict.fromkeys(names, product.relu()), dict.fromkeys(names, (-product).relu()))
+
+
+def _fixed(draw: Callable[[Tensor], Tensor]) -> Explainer:
+    """An explainer that does not use the networks."""
+
+    def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        names, maps = stages(student, x[:1]), draw(x)
+        return Maps(dict.fromkeys(names, maps), dict.fromkeys(names, maps))
+
+    return explain
+
+
+def _edges(x: Tensor) -> Tensor:
+    """Sobel's gradient magnitude of the grey image."""
+    grey = x.mean(1, keepdim=True)
+    kernel = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 8
+    slopes = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), torch.stack([kernel, kernel.T])[:, None])
+    return slopes.square().sum(1).sqrt()
+
+
+def _logit_of(labels: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logits: logits.gather(1, labels[:, None]).sum()
+
+
+def _batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    count = max(1, len(x) // AT_ONCE)
+    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
+
+
+def _joined(parts: list[Any]) -> Maps:
+    return Maps(
+        **{d: {s: torch.cat([getattr(p, d)[s] for p in parts]) for s in getattr(parts[0], d)} for d in DIRECTIONS}
+    )
+
+
+def _on_grid(maps: Tensor, like: Tensor) -> Tensor:
+    return resample(maps[:, None], like[:, None])[:, 0]

@@ -1,0 +1,220 @@
+"""What the stages of a network give for images: features, and gradients with respect to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kdx.networks.stages import evaluating, stages, unwrapped
+from kdx.networks.tokens import first_tensor, to_grid
+
+CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
+
+
+class OverwrittenError(RuntimeError):
+    """A captured output was changed in place by a layer that follows."""
+
+
+def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
+    """Outputs of named modules, from a forward pass in evaluation mode without gradients.
+
+    Images pass in chunks that suit the caches of the device, whose results are gathered.
+
+    Parameters
+    ----------
+    images : (n, c, h, w), normalised as the network expects.
+    layers : stage -> module name, as :func:`kdx.stages` returns.
+
+    Returns
+    -------
+    dict : stage -> output of its module (the first, of several): (n, k, h, w) for a convolutional
+        stage, tokens (n, t, k) for one of a transformer.
+    """
+    model = unwrapped(model)
+    check_input(model, images)
+    at_once = CHUNK["cpu" if images.device.type == "cpu" else "gpu"]
+    chunks = images.split(max(1, at_once // math.prod(images.shape[1:])))
+    found: dict[str, Tensor] = {}
+    copy = False
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for i, chunk in enumerate(chunks):
+            try:
+                captured = _forward(model, chunk, layers, copy)
+            except OverwrittenError:
+                copy = True
+                captured = _forward(model, chunk, layers, copy)
+            if len(chunks) == 1:
+                return captured
+            for stage, output in captured.items():
+                if i == 0:
+                    found[stage] = output.new_empty(len(images), *output.shape[1:])
+                found[stage][i * len(chunks[0]) :][: len(output)] = output
+    return found
+
+
+def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: bool) -> dict[str, Tensor]:
+    with capture(model, layers, copy=copy) as captured:
+        model(images)
+    if missing := set(layers) - set(captured):
+        raise ValueError(f"the forward pass of {type(model).__name__} never called {sorted(missing)}")
+    for stage, output in captured.items():
+        if output.ndim == 0 or len(output) != len(images):
+            raise ValueError(
+                f"{stage} ({layers[stage]}): expected a row for each of {len(images)} images, got {tuple(output.shape)}"
+            )
+    return {stage: captured[stage] for stage in layers}
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    layers: Mapping[str, str],
+    gradients: bool = False,
+    copy: bool = True,
+    inputs: Collection[str] = (),
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules during the forward passes inside the block.
+
+    Hooks are removed when the block ends, also by an exception.
+
+    Parameters
+    ----------
+    layers : stage -> module name, as :func:`kdx.stages` returns.
+    gradients : make outputs that need no gradient roots of the graph, so that a network without
+        trainable parameters can be differentiated from the shallowest stage on.
+    copy : the network goes on with a copy of each output, so in-place layers that follow leave
+        what was captured as it was. False saves time and memory, and raises an
+        :class:`OverwrittenError` at the end of the block if there was such a layer.
+    inputs : stages of which the first input of the module is collected, and not its output. If it
+        works in place, it does not inside the block.
+
+    Yields
+    ------
+    dict : stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest
+        forward pass, and there in the module's latest call.
+    """
+    modules = dict(model.named_modules())
+    if missing := [name for name in layers.values() if name not in modules]:
+        raise ValueError(f"no modules {missing} in {type(model).__name__}; see kdx.stages(model)")
+    captured: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+
+    def keep(stage: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = first_tensor(output)
+            if not isinstance(tensor, Tensor):
+                kind = "input" if stage in inputs else "output"
+                raise TypeError(f"{stage} ({layers[stage]}): expected a tensor {kind}, got {type(output).__name__}")
+            if gradients and not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            captured[stage] = tensor
+            if copy or tensor.is_inference():
+                versions.pop(stage, None)
+                return (tensor.clone(), *output[1:]) if isinstance(output, tuple) else tensor.clone()
+            versions[stage] = tensor._version
+            return None
+
+        def before(module: nn.Module, args: Any) -> Any:
+            passed_on = hook(module, args, args[0] if args else None)
+            return None if passed_on is None else (passed_on, *args[1:])
+
+        return before if stage in inputs else hook
+
+    handles = []
+    in_place: list[Any] = []
+    try:
+        for stage, name in layers.items():
+            module = modules[name]
+            if stage in inputs and getattr(module, "inplace", False):
+                in_place.append(module)
+                module.inplace = False
+            register = module.register_forward_pre_hook if stage in inputs else module.register_forward_hook
+            handles.append(register(keep(stage)))
+        yield captured
+        if changed := [stage for stage, version in versions.items() if captured[stage]._version != version]:
+            raise OverwrittenError(f"layers that work in place have changed the outputs of {', '.join(changed)}")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in in_place:
+            module.inplace = True
+
+
+def gradients(
+    model: nn.Module,
+    images: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    layers: Mapping[str, str] | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Activations of every stage, and the gradient of a scalar function of the logits with respect to them.
+
+    The network runs in evaluation mode and is left as it was found, as by :func:`grad_cam`.
+
+    Parameters
+    ----------
+    objective : logits (n, classes) -> scalar.
+
+    Returns
+    -------
+    dict : stage -> activations and gradients, float32 (n, k, h, w) both.
+    """
+    model = unwrapped(model)
+    check_input(model, images)
+    with torch.inference_mode(False), torch.enable_grad():
+        images = _plain(images)
+        layers = stages(model, images) if layers is None else layers
+        frozen = {
+            name: _plain(tensor)
+            for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors
+        }
+        with evaluating(model), capture(model, layers, gradients=True) as captured:
+            logits = logits_of(functional_call(model, frozen, (images,)))
+        value = objective(logits)
+        if not captured or not value.requires_grad:
+            raise ValueError(f"the logits do not depend on any of {layers}; choose modules on the way to them")
+        found = torch.autograd.grad(value, list(captured.values()), allow_unused=True)
+    by_stage = {}
+    for (stage, activation), gradient in zip(captured.items(), found, strict=True):
+        if gradient is None:
+            raise ValueError(f"{stage} ({layers[stage]}): the logits do not depend on this module")
+        activation, gradient = (to_grid(stage, layers[stage], values, images) for values in (activation, gradient))
+        by_stage[stage] = (activation.detach().float(), gradient.float())
+    return {stage: by_stage[stage] for stage in layers}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The (n, classes) logits in what a network returned: ``logits`` or ``out`` where it has one
+    of that name, else its only matrix."""
+    named = output if isinstance(output, Mapping) else {k: getattr(output, k, None) for k in ("logits", "out")}
+    for name in ("logits", "out"):
+        if isinstance(value := named.get(name), Tensor) and value.ndim == 2:
+            return value
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    values = values if isinstance(values, (tuple, list)) else [values]
+    matrices = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
+    if len(matrices) == 1:
+        return matrices[0]
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+    raise ValueError(
+        f"expected one output of shape (n, classes), or one called logits, from the network; got {shapes}: "
+        "wrap it in a module that returns the logits alone"
+    )
+
+
+def check_input(model: nn.Module, images: Tensor) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"expected float images (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"expected a plain module, got {type(model).__name__}; pass the network inside it")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Detached; an inference tensor is copied, since autograd may not save it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,0 +1,62 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:1, mps, ...") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def autocast(device: torch.device) -> Any:
+    """Autocast to :func:`autocast_dtype`."""
+    dtype = autocast_dtype(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor has instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the block a network is on ``device``, in channels-last memory format; afterwards its tensors are those
+    of before.
+
+    Inside, nothing may change them: a change would be lost.
+    """
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, found in buffers:
+            module._buffers.update(found)

@@ -1,0 +1,288 @@
+"""A pair of your own: networks built by your functions, with weights from your files, and a folder of images."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from kdx.data.dataset import check_normalisation
+from kdx.networks.capture import logits_of
+from kdx.networks.models import load_checkpoint
+from kdx.networks.stages import evaluating, unwrapped
+from kdx.paths import one_line
+
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights
+SHOWN = 3  # keys named in a message
+IMAGENET = {  # normalisation by the number of channels
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: ((0.449,), (0.226,)),
+}
+
+
+def find_builder(where: str) -> Callable[[], Any]:
+    """What ``"module:function"`` names, or ``"timm:create_model('vit_tiny_patch16_224')"``, with arguments.
+
+    Arguments are literals. Modules of the working directory are found as well.
+
+    Raises
+    ------
+    ValueError : another form, no such module or function, arguments that are no literals.
+    """
+    module, colon, rest = where.partition(":")
+    try:
+        call = ast.parse(rest.strip(), mode="eval").body
+        function, arguments, named = (
+            (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
+        )
+        positional = [ast.literal_eval(argument) for argument in arguments]
+        by_name = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in named}
+        name = ast.unparse(function)
+        if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+            raise ValueError("no names")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            "expected module:function, such as mymodels:resnet or torchvision.models:resnet18(num_classes=10), got "
+            f"{where!r}"
+        ) from error
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        here_too = "; run this in the folder that holds it" if f"{module}.".startswith(f"{error.name}.") else ""
+        raise ValueError(f"no module {error.name} for {where!r}{here_too}") from error
+    for part in name.split("."):
+        if (found := getattr(found, part, None)) is None:
+            raise ValueError(f"{where!r}: {module} has no {name}")
+    if not callable(found):
+        raise ValueError(f"{where!r}: expected a function, got {type(found).__name__}")
+    return partial(found, *positional, **by_name)
+
+
+def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Module:
+    """A network of your own, in evaluation mode on the CPU, in float32 whatever precision it was stored in.
+
+    Parameters
+    ----------
+    build : what returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a
+        checkpoint of kdx, which knows its architecture.
+    weights : a file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a
+        checkpoint (under state_dict or model, say) and the prefix of DataParallel are found.
+
+    Raises
+    ------
+    ValueError : no such file, one that only executing its code could open, keys or shapes that are not the
+        network's, weights that are not finite, or a function that does not return a network.
+
+    Examples
+    --------
+    >>> import kdx, torch, tempfile
+    >>> path = tempfile.mktemp(suffix=".pt")
+    >>> torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), path)
+    >>> kdx.load_own("torch.nn:Conv2d(3, 4, 1)", path)
+    Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
+    """
+    if not build:
+        if not header_of(weights):
+            raise ValueError(f"{weights}: not a checkpoint of kdx; say what builds its network, as module:function")
+        trained = load_checkpoint(weights)[0]
+        _check_finite(Path(weights), trained.state_dict())
+        return trained
+    try:
+        model = (find_builder(build) if isinstance(build, str) else build)()
+    except TypeError as error:
+        raise ValueError(f"build {build!r}: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"build: expected a torch.nn.Module from {build!r}, got {type(model).__name__}")
+    model = unwrapped(model).float()
+    path = Path(weights)
+    state = _read(path)
+    wanted = model.state_dict()
+    if not set(state) & set(wanted) and all(key.startswith("module.") for key in state):  # of DataParallel
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if missing := [key for key in wanted if key not in state]:
+        unexpected = [key for key in state if key not in wanted]
+        raise ValueError(
+            f"{path}: not the weights of this {type(model).__name__}; missing {_first(missing)}; unexpected "
+            f"{_first(unexpected)}"
+        )
+    if unexpected := [key for key in state if key not in wanted]:
+        raise ValueError(
+            f"{path}: more than the weights of this {type(model).__name__}; unexpected {_first(unexpected)}"
+        )
+    if wrong := [key for key in wanted if wanted[key].shape != state[key].shape]:
+        found = f"{wrong[0]}: {tuple(state[wrong[0]].shape)} where the network has {tuple(wanted[wrong[0]].shape)}"
+        raise ValueError(f"{path}: weights of other shapes: {found}, and {len(wrong) - 1} more")
+    model.load_state_dict(state)
+    _check_finite(path, model.state_dict())
+    return model.eval()
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    if bad := [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: weights that are NaN or infinite: {_first(bad)}; take an earlier checkpoint")
+
+
+def header_of(weights: Path | str) -> dict[str, Any]:
+    """What a checkpoint of kdx says of its network: architecture, classes, mean, std, and, in the run store,
+    size; {} for any other file."""
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("kdx", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors ({error})") from error
+    if header and (manifest := path.with_name("manifest.json")).is_file():
+        header["size"] = json.loads(manifest.read_text())["spec"]["input"]["size"][1]
+    return header
+
+
+def check_headers(headers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse checkpoints of kdx, by role, that differ in classes, normalisation or input size."""
+    for fact in ("classes", "mean", "std", "size"):
+        said = {role: header[fact] for role, header in headers.items() if fact in header}
+        if len({str(value) for value in said.values()}) > 1:
+            raise ValueError(f"student and base must take the same images and name the same classes; {fact}: {said}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; expected a checkpoint")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected safetensors ({error})") from error
+    with path.open("rb") as file:
+        if not (zipfile.is_zipfile(path) or file.read(1) == b"\x80"):  # an archive, or a pickle
+            raise ValueError(f"{path}: expected a checkpoint of torch or safetensors, found neither")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors, and would have to execute code of the file; save the weights alone, "
+            "with safetensors.torch.save_file(model.state_dict(), path) or torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # a damaged file may fail in any way
+        raise ValueError(f"{path}: expected a checkpoint of torch or safetensors ({one_line(error)})") from error
+    while isinstance(content, Mapping) and (
+        inner := [content[k] for k in NESTED if isinstance(content.get(k), Mapping)]
+    ):
+        content = inner[0]
+    tensors = isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+    if not tensors or not content:
+        raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
+    return dict(content)
+
+
+def _first(keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return (", ".join(keys[:SHOWN]) or "none") + more
+
+
+# --- do they fit? ------------------------------------------------------------------------------------
+
+
+def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequence[float]] = ()) -> Tensor:
+    """uint8 images (n, 3, h, w) as a network takes them: grey if its first convolution has one channel,
+    normalised, on the device of its weights.
+
+    Parameters
+    ----------
+    normalisation : means and standard deviations of the channels on the scale 0..1; (): those of ImageNet.
+    """
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    weight = next(model.parameters(), None)
+    if convolution is not None and convolution.in_channels == 1:
+        images = v2.functional.rgb_to_grayscale(images)
+    mean, std = check_normalisation(normalisation or IMAGENET[images.shape[1]], images.shape[1])
+    scaled = v2.functional.normalize(v2.functional.to_dtype(images, scale=True), list(mean), list(std))
+    return scaled if weight is None else scaled.to(weight.device)
+
+
+def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -> Tensor:
+    """Class probabilities float32 (n, classes) of a network.
+
+    Raises
+    ------
+    ValueError : the network does not take these images, gives no logits, or gives NaN.
+    """
+    found = []
+    try:
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            for batch in images.split(batch_size):
+                found.append(logits_of(model(batch)).float())
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; student "
+            "and base must take the same images, so set size to what both of them were trained with"
+        ) from error
+    logits = torch.cat(found).cpu()
+    if logits.shape[1] < 2:
+        raise ValueError(f"the {name} has one output; expected logits of two classes or more: wrap it to give (-z, z)")
+    if not logits.isfinite().all():
+        raise ValueError(f"the {name} answers with NaN or infinity; check its weights and the normalisation")
+    return F.softmax(logits, 1)
+
+
+def check_answers(probabilities: Mapping[str, Tensor]) -> None:
+    """Refuse networks, by role, that tell apart different numbers of classes."""
+    numbers = {role: p.shape[1] for role, p in probabilities.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(f"student and base must answer the same question, got outputs for classes: {numbers}")
+
+
+def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
+    """Refuse two sets of class indices (n,) that tell the same classes apart but number them differently.
+
+    That is so where two classes or more, of 10 images or more, go over into each other one for one, by
+    majority and in both directions: weak networks confuse classes, but do not permute them.
+
+    Returns
+    -------
+    bool : whether there are enough images, 2 or more for at least half of the classes of ``one``.
+
+    Raises
+    ------
+    ValueError : such classes.
+    """
+    there, back = _majorities(one, other), _majorities(other, one)
+    moved = {c: d for c, d in there.items() if c != d and back.get(d) == c}
+    while set(moved) != set(moved.values()):
+        moved = {c: d for c, d in moved.items() if d in moved and c in moved.values()}
+    if moved and torch.isin(one, torch.tensor(list(moved))).sum() >= 10:
+        pairs = ", ".join(f"{c} there is {d} here" for c, d in list(moved.items())[:SHOWN])
+        raise ValueError(
+            f"{who[0]} and {who[1]} number the classes differently ({pairs}); bring them into one order, by permuting "
+            "the rows of the last layer, or by naming the outputs in order (classes)"
+        )
+    counts = one.unique(return_counts=True)[1]
+    return bool((counts >= 2).double().mean() >= 0.5)
+
+
+def _majorities(one: Tensor, other: Tensor) -> dict[int, int]:
+    """Class of ``one`` -> class that ``other`` gives to more than half of its images, of which there are 2 or more."""
+    found = {}
+    for c in one.unique().tolist():
+        values, counts = other[one == c].unique(return_counts=True)
+        if counts.sum() >= 2 and 2 * int(counts.max()) > int(counts.sum()):
+            found[c] = int(values[counts.argmax()])
+    return found

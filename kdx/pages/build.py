@@ -1,0 +1,232 @@
+"""The book: pages.yml -> papermill -> book/executed -> jupyter-book -> HTML.
+
+A page is executed again only if its notebook, its parameters, its data or the package changed. A page
+whose data are not on this machine says so, and how to get them.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import load_notebook_node
+
+from kdx.data.registry import Card, find_card
+from kdx.data.dataset import available
+from kdx.paths import data_home, places
+from kdx.progress import TERMINAL, terminal
+from kdx.data.sources import how_to_get
+
+GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
+PROFILES = ("smoke", "quick", "paper")
+
+
+class BookError(RuntimeError):
+    """A notebook failed, or the builder complained."""
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    executed: Path
+    title: str = ""  # instead of the notebook's own
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the datasets that the page asks for."""
+        return [str(self.parameters.get("dataset", "")), *str(self.parameters.get("show", "")).split()]
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The nearest folder, from ``start`` upwards, that holds ``book/pages.yml``."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "book" / "pages.yml").is_file():
+            return folder
+    raise BookError(f"no book/pages.yml in {start} or above; run this inside a checkout of kdx")
+
+
+def load_pages(root: Path, profile: str) -> list[Page]:
+    """The pages of ``book/pages.yml`` with their parameters for a profile."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; choose from: {', '.join(PROFILES)}")
+    listed = yaml.safe_load((root / "book" / "pages.yml").read_text())
+    return [
+        Page(
+            name,
+            root / "notebooks" / entry["notebook"],
+            (entry.get("parameters") or {}).get(profile) or {},
+            root / "book" / "executed" / f"{name}.ipynb",
+            entry.get("title", ""),
+        )
+        for name, entry in listed.items()
+        if not name.startswith(".")
+    ]
+
+
+def parse_parameter(notebook: Path, item: str) -> tuple[str, Any]:
+    """``name=value`` -> the name, and the value as the notebook's parameters cell declares it."""
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"-p {item}: expected name=value")
+    check_names(notebook, {name: value})
+    kind = papermill.inspect_notebook(str(notebook))[name]["inferred_type_name"]
+    try:
+        return name, value if kind == "str" else float(value) if kind == "float" else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"-p {item}: expected {kind}, got {value!r}") from error
+
+
+def check_names(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError if a notebook's parameters cell does not declare all of ``parameters``."""
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"{notebook.name}: unknown parameters {', '.join(unknown)}; choose from: {', '.join(known)}")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Execute a notebook in a fresh kernel; ``output`` appears only if every cell succeeded.
+
+    A failed one is kept beside it as ``<name>.failed.ipynb``. The kernel runs in ``folder``; None: the
+    notebook's.
+    """
+    check_names(notebook, parameters)
+    if output.is_dir():
+        raise ValueError(f"expected a file to write, got the folder {output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.with_suffix(".failed.ipynb")
+    passed_on = {  # the kernel has no terminal of its own
+        "KDX_HOME": str(data_home()),
+        "KDX_DATA": os.pathsep.join(map(str, places()[1:])),
+        TERMINAL: terminal() or "",
+    }
+    before = {name: os.environ.get(name) for name in passed_on}
+    os.environ.update(passed_on)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(scratch),
+            dict(parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=folder or notebook.parent,
+            extra_arguments=["--log-level=40"],  # errors of the kernel alone
+        )
+    except PapermillExecutionError as error:
+        raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error
+    except DeadKernelError as error:
+        raise BookError(f"{notebook.name}: its kernel died, perhaps for want of memory") from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    os.replace(scratch, output)
+
+
+def page_key(page: Page) -> str:
+    """Digest of what decides what a page shows: its cells, parameters, data, the package and the paper's tables."""
+    cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
+    package = sorted(Path(__file__).parent.glob("*.py"))
+    code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
+    tables = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("data/paper/*.csv"))]
+    files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
+    text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def execute_page(page: Page) -> str:
+    """Execute a page unless it is up to date; say what was done: executed, unchanged, or not built."""
+    stamp = page.executed.with_suffix(".key")
+    dataset = page.parameters.get("dataset")
+    if dataset and available(dataset, page.parameters.get("size")) is None:
+        if stamp.is_file():
+            stamp.unlink()
+            os.replace(page.executed, page.executed.with_suffix(".last.ipynb"))  # it may have taken hours
+        _write_placeholder(page, find_card(dataset))
+        return f"not built, {dataset} is not here"
+    key = page_key(page)
+    if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
+        publish_pictures(page.executed)
+        return "unchanged"
+    stamp.unlink(missing_ok=True)
+    execute(page.notebook, page.executed, page.parameters)
+    if page.title:
+        notebook = nbformat.read(page.executed, as_version=4)
+        first = notebook.cells[0]
+        first.source = re.sub(r"\A# .*", lambda _: f"# {page.title}", first.source)
+        nbformat.write(notebook, page.executed)
+    publish_pictures(page.executed)
+    stamp.write_text(key)
+    return "executed"
+
+
+def _write_placeholder(page: Page, card: Card) -> None:
+    """A page that says why it is empty, and that in every place where others quote its numbers."""
+    text = (
+        f"# {page.title or page.name}\n\nNot built here, because {card.title} is not on this machine: "
+        f"{how_to_get(card)}; then run `make book` again."
+    )
+    root = page.executed.parents[2]
+    quoted = {
+        name
+        for prose in (root / "book").glob("*.md")
+        for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
+    }
+    quotes = nbformat.v4.new_code_cell("# what other pages quote", metadata={"tags": ["remove-cell"]})
+    quotes.outputs = [
+        nbformat.v4.new_output(
+            "display_data",
+            {f"{GLUE_PREFIX}text/html": "not built here", f"{GLUE_PREFIX}text/plain": "not built here"},
+            metadata={"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}},
+        )
+        for name in sorted(quoted)
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), quotes])
+    notebook.metadata = load_notebook_node(str(page.notebook)).metadata
+    page.executed.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, page.executed)
+
+
+def publish_pictures(executed: Path) -> None:
+    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as
+    ``<page>_NAME``, where prose pages can show it."""
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if name := cell.metadata.get("kdx", {}).get("publish"):
+            pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+            if len(pictures) != 1:
+                raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
+            (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
+
+
+def build_html(root: Path) -> Path:
+    """Build the HTML with warnings as errors; return its first page."""
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
+    command += ["-W", "-n", "--keep-going"]
+    settled = os.environ | {
+        "PYTHONHASHSEED": "0"
+    }  # jupyter-book lists a set in its configuration: else all is read anew
+    done = subprocess.run(command, cwd=root, env=settled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = root / "book" / "_build" / "build.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(done.stdout)
+    problems = [line for line in done.stdout.splitlines() if "WARNING" in line or "ERROR" in line]
+    if done.returncode or problems:
+        tail = problems or done.stdout.splitlines()[-15:]
+        raise BookError("jupyter-book complained:\n  " + "\n  ".join(tail) + f"\n(the whole log: {log})")
+    return root / "book" / "_build" / "html" / "index.html"

@@ -1,0 +1,133 @@
+"""What the notebooks share: checking their parameters and saying what they ran on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+from pandas.io.formats.style import Styler
+
+from kdx.pages.claims import Verdict, badge
+from kdx.data.dataset import Dataset
+from kdx.networks.devices import autocast_dtype, device_name, pick_device
+from kdx.intervals import mean_interval
+from kdx.distil.run_store import versions
+
+LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
+IPYTHON = {"In", "Out"}
+
+
+def check_parameters(namespace: Mapping[str, Any], **least: float) -> dict[str, Any]:
+    """The notebook's parameters, from its ``globals()`` right after the parameters cell.
+
+    The annotated literals of that cell declare names and types; whatever papermill has set
+    besides, or with another type, is an error that names the choices. ``least`` gives the
+    smallest value of a parameter.
+    """
+    declared = namespace.get("__annotations__", {})
+    given: dict[str, Any] = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in IPYTHON and isinstance(value, LITERALS)
+    }
+    if unknown := sorted(set(given) - set(declared)):
+        raise ValueError(f"unknown parameters: {', '.join(unknown)}; choose from: {', '.join(declared)}")
+    for name, kind in declared.items():
+        value = given[name]
+        accepted = int | float if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            expected = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"parameter {name}: expected {expected}, got {value!r}")
+    for name, smallest in least.items():
+        if (value := given[name]) < smallest:
+            raise ValueError(f"parameter {name}: expected at least {smallest}, got {value}")
+    return given
+
+
+def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset) -> Styler:
+    """A table of the parameters, the versions, the device and the fingerprints of the data."""
+    chosen = pick_device(device)
+    rows = {("parameter", name): repr(value) for name, value in parameters.items()}
+    rows |= {("version", name): version for name, version in versions().items()}
+    rows["device", "name"] = device_name(chosen)
+    rows["device", "precision"] = str(autocast_dtype(chosen)).removeprefix("torch.")
+    rows |= {("data (SHA-256)", f"{k}, {len(d):,} images"): d.fingerprint[:16] for k, d in datasets.items()}
+    table = pd.Series(rows, name="value").to_frame()
+    return table.style.format(escape="html").set_table_styles([{"selector": "td", "props": "text-align: left"}])
+
+
+def score_cell(row: Mapping[str, Any], form: str = ".3f") -> str:
+    """One score of a table as lines of text: value, 95 % interval and, where there is one, p."""
+    p = row.get("p", math.nan)
+    last = "" if pd.isna(p) else f"\np {'≤' if p <= row['floor'] else '='} {p:.3f}"
+    return f"{row['value']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]{last}"
+
+
+def interval_cell(values: pd.Series, form: str = "+.2f") -> str:
+    """The mean with its 95 % interval; the value alone where there is one only."""
+    return f"{mean_interval(values):{form}}" if len(values) > 1 else f"{values.iloc[0]:{form}}"
+
+
+def rank_cell(row: Mapping[str, Any]) -> str:
+    """The ranks that a network may have, of :func:`kdx.measure.teachers.rank`."""
+    if pd.isna(row["best"]):
+        return "unknown"
+    return f"{row['best']:.0f}" if row["best"] == row["worst"] else f"{row['best']:.0f} to {row['worst']:.0f}"
+
+
+def multiline(table: pd.DataFrame) -> Styler:
+    """A table of text whose line breaks are kept."""
+    narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
+    cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
+    heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
+    caption = {"selector": "caption", "props": "white-space: normal"}
+    return table.style.set_table_styles([cell, heading, caption])
+
+
+def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
+    """The paper's values in ``data/paper/NAME.csv``, by stage; those of a table that names its data, for a
+    dataset, by technique and stage, and no rows if it has none."""
+    table = pd.read_csv(_checkout_file(f"paper/{name}.csv"))
+    if "dataset" not in table:
+        return table.set_index("stage")
+    return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
+
+
+def stored_table(name: str) -> pd.DataFrame:
+    """Scores that came out of an earlier run of a notebook: ``data/NAME.csv`` of the checkout."""
+    return pd.read_csv(_checkout_file(f"{name}.csv"))
+
+
+def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | str:
+    """Lines with the paper's value per stage, to go below others in a table; empty where it has none."""
+    if column not in paper or technique not in paper.index.get_level_values("technique"):
+        return ""
+    return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
+
+
+def _checkout_file(name: str) -> Path:
+    path = Path(__file__).parents[1] / "data" / name
+    if not path.is_file():
+        raise ValueError(f"no {path}: tables come with a checkout; install kdx from one, with pip install -e")
+    return path
+
+
+def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int]) -> None:
+    """Keep verdicts in the executed notebook, where the board of claims finds them.
+
+    ``numbers`` are the claims that the page tests; those without a verdict are shown as not tested.
+    """
+    from myst_nb import glue
+
+    known = {verdict.number: verdict for verdict in verdicts}
+    for number in numbers:
+        pieces = {"verdict": "not tested", "effects": "not with the parameters of this build"}
+        if number in known:
+            verdict = known[number]
+            pieces = {"verdict": badge(verdict.word), "effects": f"{verdict.effect}: {verdict.summary}"}
+        for name, text in pieces.items():
+            glue(f"claim_{number}_{name}", HTML(text), display=False)

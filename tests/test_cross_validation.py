@@ -1,0 +1,123 @@
+import os
+
+import joblib
+import pytest
+import torch
+
+from kdx import Recipe, cross_chains, cross_fit
+from kdx.distil.run_store import find_run
+from kdx.progress import TERMINAL
+
+QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "stem": "small", "width": 0.125, "device": "cpu"}
+PAIR = {"teacher": "resnet10", "student": "resnet10", "k": 2, **QUICK}
+
+
+@pytest.fixture
+def small(shapes16):
+    return shapes16["train"]
+
+
+def facts(run):
+    spec = run.manifest["spec"]
+    return spec["technique"]["name"], spec["seed"], spec["teacher"], spec["recipe"]["epochs"], spec["train"]
+
+
+def test_cross_fit_roles(small, shared_home):
+    runs = cross_fit(small, techniques=["attention", "response"], controls=1, seed=3, settings={"alpha": 0.9}, **PAIR)
+    assert list(runs) == [
+        *((role, 1) for role in ("base", "attention", "response", "second base", "random teacher")),
+        *((role, 2) for role in ("base", "attention", "response")),
+    ]
+    for fold, seed in ((1, 3), (2, 5)):
+        base = runs["base", fold]
+        data = facts(base)[-1]
+        assert facts(base) == ("label", seed, None, 1, data)
+        assert facts(runs["attention", fold]) == ("attention", seed, base.key, 1, data)
+        assert runs["response", fold].manifest["spec"]["technique"]["alpha"] == 0.9
+    assert facts(runs["base", 1])[-1] != facts(runs["base", 2])[-1]
+    assert facts(runs["second base", 1])[:4] == ("label", 4, None, 1)
+    name, seed, teacher, epochs, _ = facts(runs["random teacher", 1])
+    assert (name, seed, epochs) == ("attention", 3, 1)
+    ignorant = find_run(teacher)  # the base as it was before training, which has no role of its own
+    assert teacher not in {run.key for run in runs.values()}
+    assert torch.equal(ignorant.model.fc.weight, runs["base", 1].untrained.fc.weight)
+
+
+def test_cross_fit_has_a_teacher_where_its_architecture_differs(small, shared_home):
+    runs = cross_fit(small, **PAIR | {"teacher": "resnet18"})
+    assert {role for role, _ in runs} == {"teacher", "base", "response"}
+    assert runs["response", 1].manifest["spec"]["teacher"] == runs["teacher", 1].key
+
+
+def test_cross_fit_names_what_is_wrong(small):
+    cases = {
+        "controls: expected 0 to 2 folds, got 3": {"controls": 3},
+        "expected different ways to learn from a teacher, got \\[\\]": {"techniques": []},
+        "got \\['label'\\]": {"techniques": ["label"]},
+        "settings: no technique has beta": {"settings": {"attention_weight": 1.0, "beta": 1.0}},
+        "unknown technique 'hint'": {"techniques": ["hint"]},
+        "got \\[1\\]": {"techniques": [1]},
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(ValueError, match=message):
+            cross_fit(small, **PAIR, **wrong)
+
+
+CHAINS = {"direct": ["resnet10@0.25", "resnet10@0.125"]}
+CHAINS["assisted"] = ["resnet10@0.25", "resnet18@0.125", "resnet10@0.125"]
+
+
+def test_cross_chains_share_teachers_and_give_the_budget_to_students(small, shared_home):
+    settings = {"k": 2, "recipe": Recipe(epochs=2, batch_size=16, lr=0.05), "device": "cpu", "budget": 1, "seed": 3}
+    runs = cross_chains(small, CHAINS, controls=1, **settings)
+    names = ("base", "second base", "direct", "assisted")
+    assert list(runs) == [*((name, 1) for name in names), *((n, 2) for n in names if n != "second base")]
+    for fold, seed in ((1, 3), (2, 5)):
+        (base,), direct, assisted = (runs[name, fold] for name in ("base", "direct", "assisted"))
+        data = facts(base)[-1]
+        assert facts(base) == ("label", seed, None, 1, data)
+        assert facts(direct[0]) == ("label", seed, None, 2, data)
+        assert facts(direct[1]) == ("response", seed, direct[0].key, 1, data)
+        assert assisted[0].key == direct[0].key
+        assert facts(assisted[1]) == ("response", seed, assisted[0].key, 2, data)
+        assert facts(assisted[2]) == ("response", seed, assisted[1].key, 1, data)
+    assert facts(runs["second base", 1][0])[:4] == ("label", 4, None, 1)
+
+
+def test_cross_chains_name_what_is_wrong(small):
+    for message, chains in {
+        "chains: expected name -> models, named otherwise than the bases, got {}": {},
+        "named otherwise than the bases, got {'base'": {"base": CHAINS["direct"]},
+        "named otherwise than the bases, got \\[\\['resnet10": list(CHAINS.values()),
+        "chains: expected different ones": {"one": ["resnet10", "resnet10@0.125"], "two": CHAINS["direct"]},
+        "expected all to end in the same student": CHAINS | {"other": ["resnet10@0.25", "resnet18@0.125"]},
+        "expected at least a teacher and a student": {"alone": ["resnet10@0.125"]},
+        "expected a model such as resnet10@0.125, got 'resnet10@wide'": {"odd": ["resnet10@wide", "resnet10"]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            cross_chains(small, chains, k=2)
+
+
+def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monkeypatch):
+    """In processes of their own, which write to the same store; a second call trains nothing."""
+    at_once = cross_fit(small, workers=2, **PAIR)
+    elsewhere = os.environ.get(TERMINAL)
+    assert {path.name for path in home.glob("runs/*")} == {run.key for run in at_once.values()}
+    stamps = {run.path: run.path.stat().st_mtime_ns for run in at_once.values()}
+    assert {run.path: run.path.stat().st_mtime_ns for run in cross_fit(small, workers=2, **PAIR).values()} == stamps
+    monkeypatch.setenv("KDX_HOME", str(home) + "-other")
+    one_by_one = cross_fit(small, workers=1, **PAIR)
+    assert {name: run.key for name, run in one_by_one.items()} == {name: run.key for name, run in at_once.items()}
+    for name, run in one_by_one.items():
+        assert torch.allclose(run.model.fc.weight, at_once[name].model.fc.weight, atol=1e-3)
+    monkeypatch.setenv("KDX_HOME", str(home) + "-third")  # the processes live on, and write there now
+    with joblib.parallel_config(backend="threading"):  # threads would share one random generator
+        third = cross_fit(small, workers=2, **PAIR)
+    for name, run in third.items():
+        assert run.path.parent.parent.name.endswith("-third")
+        assert torch.equal(run.model.fc.weight, at_once[name].model.fc.weight)
+    assert os.environ.get(TERMINAL) == elsewhere
+    with pytest.raises(FloatingPointError, match=r"resnet10@0.125 \(\w+, seed \d\) is nan .*lower the learning rate"):
+        cross_fit(small, workers=2, **PAIR | {"recipe": Recipe(epochs=1, batch_size=16, lr=1e9)})
+    with pytest.raises(ValueError, match="workers: expected 0"):
+        cross_fit(small, workers=-1, **PAIR)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from PIL import Image
+
+from kdx.distil.run_store import manifests
+from kdx.distil.stored_pairs import stored_pairs
+
+pytestmark = pytest.mark.usefixtures("trained_home")
+
+
+def test_pairs_are_students_with_the_base_of_their_fold():
+    found = stored_pairs()
+    assert [pair.technique for pair in found] in (["response", "attention"], ["attention", "response"])
+    for pair in found:
+        assert pair.networks == "resnet10@0.125 from its base, 1 epochs"
+        specs = {role: run.manifest["spec"] for role, run in pair.runs.items()}
+        assert list(specs) == ["student", "base", "second base"]
+        assert specs["student"]["technique"]["name"] == pair.technique
+        assert specs["base"]["seed"] == specs["student"]["seed"] != specs["second base"]["seed"]
+        assert specs["base"]["train"] == specs["student"]["train"] == specs["second base"]["train"]
+    with pytest.raises(ValueError, match=r"no student with its base of cifar10 and any technique .* 01_gradcam"):
+        stored_pairs("cifar10")
+
+
+def test_damaged_manifests_are_named(trained_home):
+    path = trained_home / "runs" / ("f" * 32)
+    path.mkdir()
+    (path / "manifest.json").write_text("{")
+    try:
+        with pytest.raises(ValueError, match=f"the stored run {path} is damaged"):
+            manifests()
+    finally:
+        (path / "manifest.json").unlink()
+        path.rmdir()
+
+
+def test_a_pair_becomes_files_for_the_page_on_own_models(tmp_path):
+    pair = stored_pairs("shapes", "attention")[0]
+    files = pair.as_files(tmp_path, 20)
+    assert files["size"] == 32
+    written = sorted(tmp_path.glob("*/*.png"))
+    assert len(written) == 20
+    images = pair.images(20)
+    label = images.classes.index(written[0].parent.name)
+    row = int(written[0].stem)
+    assert int(images.labels[row]) == label
+    with Image.open(written[0]) as picture:
+        assert torch.equal(torch.tensor(list(picture.tobytes())), images.images[row].permute(1, 2, 0).flatten())

@@ -1,0 +1,105 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdx import Recipe, fit
+from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
+from kdx.distil.training import _Objective, train_epochs
+from kdx.networks import models
+from tests.networks import Small
+
+QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
+pytestmark = pytest.mark.usefixtures("shared_home")
+
+
+def train(data, model="resnet10", width=0.125, **settings):
+    settings = {"recipe": QUICK, "device": "cpu", "stem": "small"} | settings
+    return fit(model, data["train"], data["test"], width=width, **settings)
+
+
+def untouched(model):
+    """No hooks, and in-place layers as torchvision builds them."""
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not hooks and all(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
+
+
+@pytest.mark.parametrize("name", ["response", "attention", "overhaul", "alp", "overhaul+attention"])
+def test_training_leaves_no_hooks_and_no_switched_layers(shapes16, name):
+    guide, student = train(shapes16), models.build("resnet10", 10, "small", 0.125, seed=1)
+    parameters = set(student.state_dict())
+    part, steps = find_techniques(name, {}), []
+    list(
+        train_epochs(
+            student, guide.model, shapes16["train"], part, QUICK, 0, torch.device("cpu"), lambda: steps.append(1)
+        )
+    )
+    assert len(steps) == 5
+    assert untouched(student)
+    assert untouched(guide.model)
+    assert set(student.state_dict()) == parameters  # adapters are no part of it
+    assert student.bn1.num_batches_tracked == 5  # 80 images in batches of 16: looking first counts for nothing
+
+
+@pytest.mark.parametrize("name", ["attention", "overhaul", "alp"])
+def test_guidance_moves_the_students_features(name):
+    student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
+    teacher.eval()
+    x, part = torch.rand(16, 3, 32, 32), find_techniques(name, {})
+    objective = _Objective(part, student, teacher, x, seed=0)
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)  # the adapters stay as they are
+    losses = []
+    with objective.watching():
+        for _ in range(20):
+            with torch.no_grad():
+                answers = teacher(x)
+            loss = part[0].guidance(*objective._seen(0, [student(x), answers]), objective.adapters[0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_joined_techniques_add_up(shapes16):
+    student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
+    student.eval(), teacher.eval()
+    x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
+
+    def loss(name, **settings):
+        objective = _Objective(find_techniques(name, settings), student, teacher, x, seed=0)
+        with objective.watching():
+            return objective(x, labels)[1]
+
+    label = F.cross_entropy(student(x), labels)
+    response, attention = loss("response", alpha=0.25), loss("attention")
+    joined = loss("response+attention", alpha=0.25)
+    torch.testing.assert_close(joined, response + attention - label, rtol=1e-3, atol=0)  # also in bfloat16
+    torch.testing.assert_close(joined, loss("attention+response", alpha=0.25))
+
+
+def test_techniques_that_compare_stages_refuse_networks_with_others():
+    with pytest.raises(ValueError, match="attention: expected the same stages in student and teacher, got L1, L2, L3"):
+        _Objective(
+            find_techniques("attention", {}),
+            Small(),
+            models.build("resnet10", 10, "small", 0.125),
+            torch.rand(2, 3, 32, 32),
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("name", ["attention", "overhaul"])
+def test_hooks_are_gone_after_a_failure(shapes16, name):
+    @technique("fails")
+    class Fails(TECHNIQUES[name]):
+        def guidance(self, student, teacher, adapter):
+            raise RuntimeError("on purpose")
+
+    guide = train(shapes16)
+    try:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(shapes16, technique="fails", teacher=guide)
+    finally:
+        del TECHNIQUES["fails"]
+    assert untouched(guide.model)
