@@ -1,4 +1,7 @@
-"""The command line: ``kdx data``, ``kdx run``, ``kdx book``, ``kdx explain``."""
+"""The command line: ``kdx data``, ``kdx run``, ``kdx book``, ``kdx explain``.
+
+Commands import what they need when they are called, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdx.data.registry import DATASETS, find_card
-from kdx.data.dataset import prepare
 from kdx.paths import data_home
-from kdx.data.sources import adopt, fetch, find_source
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
@@ -32,7 +32,7 @@ def _setup() -> None:
 
 @contextmanager
 def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
-    """Expected errors end as one message and an exit code, without a traceback unless ``debug``."""
+    """Turn expected errors into one message and an exit code, without a traceback unless ``debug``."""
     try:
         yield
     except (ModuleNotFoundError, OSError, ValueError, RuntimeError) as error:
@@ -46,6 +46,9 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
 @data.command("list")
 def data_list() -> None:
     """Show the datasets of the registry."""
+    from kdx.data.registry import DATASETS
+    from kdx.data.sources import find_source
+
     for card in DATASETS.values():
         counts = " + ".join(f"{n:,} {split}" for split, n in card.counts.items())
         here = f"in {find_source(card)}" if find_source(card) else "not on this machine"
@@ -54,9 +57,12 @@ def data_list() -> None:
 
 
 @data.command("get")
-def data_get(name: Annotated[str, typer.Argument(help="a name from `kdx data list`")]) -> None:
-    """Download a dataset into data/raw and verify it; at once if it is there already."""
+def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`")]) -> None:
+    """Download a dataset into data/raw and verify it; a verified one is not downloaded again."""
     with _errors():
+        from kdx.data.registry import find_card
+        from kdx.data.sources import fetch
+
         if find_card(name).source:
             raise ValueError(f"{name} is a folder of your own; `kdx data prepare {name}` checks and decodes it")
         folder = fetch(name)
@@ -72,6 +78,9 @@ def data_prepare(
 ) -> None:
     """Decode the images of a dataset into a compact cache; list the files that cannot be used."""
     with _errors():
+        from kdx.data.dataset import prepare
+        from kdx.data.sources import adopt
+
         if origin is not None:
             adopt(name, origin)
         prepared = prepare(name, size)
@@ -100,9 +109,10 @@ def run(
     profile: Profile = "quick",
     output: Annotated[Path | None, typer.Option("-o", help="where the executed notebook goes")] = None,
 ) -> None:
-    """Execute a page of the book with the parameters of a profile, or any notebook, and your own on top."""
+    """Execute a page of the book with the parameters of a profile, or any notebook; your own parameters come last."""
     with _errors():
-        from kdx.pages import build
+        from kdx.data.registry import DATASETS
+        from kdx.pages import build as book
 
         path, pages = Path(notebook), {}
         if path.suffix != ".ipynb":
@@ -127,9 +137,11 @@ def build(
     profile: Profile = "quick",
     root: Annotated[Path | None, typer.Option(help="the checkout; default: found from here")] = None,
 ) -> None:
-    """Execute the pages that changed and build the HTML, warnings being errors."""
+    """Execute the pages that changed and build the HTML; warnings are errors."""
     with _errors():
-        from kdx.pages import build
+        from kdx.data.registry import DATASETS
+        from kdx.data.sources import fetch
+        from kdx.pages import build as book
 
         root = book.find_root(root)
         pages = book.load_pages(root, profile)
@@ -148,20 +160,21 @@ def build(
 @app.command()
 def explain(
     student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
-    base: Annotated[Path, typer.Option(help="checkpoint of what the student is compared with")],
+    base: Annotated[Path, typer.Option(help="checkpoint of the network that the student is compared with")],
     data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
-    base2: Annotated[Path | None, typer.Option(help="a second base, from another seed: the control")] = None,
+    base2: Annotated[Path | None, typer.Option(help="a second base from another seed, as the control")] = None,
     build: Annotated[str, typer.Option(help="module:function that makes the network; not for checkpoints of kdx")] = "",
-    build_base: Annotated[str, typer.Option(help="of the bases, if it is another one")] = "",
+    build_base: Annotated[str, typer.Option(help="the same for the bases, if it differs")] = "",
     size: Annotated[int, typer.Option(help="pixels a side of the networks' input; 0: the checkpoint's, or 224")] = 0,
-    limit: Annotated[int, typer.Option(help="most images, as many of each class")] = 256,
+    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 256,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value of notebooks/04_own_models")] = None,
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("report"),
     debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
 ) -> None:
-    """Explain what a student holds and its base lacks: one folder with a self-contained report."""
+    """Compare a student with its base: one folder with a self-contained report."""
     with _errors(code=2, debug=debug), _seconds("explain"):
-        from kdx.pages import build, report
+        from kdx.pages import build as book
+        from kdx.pages import report
 
         paths = {"student": student, "base": base, "base2": base2 or "", "data": data}
         given: dict[str, Any] = {name: str(path) for name, path in paths.items()}

@@ -3,19 +3,17 @@ import http.server
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
 
 import nbformat
 import pytest
 
-from kdx.pages import build
+from kdx.pages.build import execute_page, load_pages
 from tests.checkout import ROOT, asked_for, copy_sources
 
 
@@ -89,38 +87,13 @@ def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     }
 
 
-def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, monkeypatch):
-    page = book.load_pages(ROOT, "smoke")[1]
-    key = book.page_key(page)
-    assert book.page_key(page) == key
-    assert book.page_key(replace(page, parameters={**page.parameters, "seed": 1})) != key
-    changed = nbformat.read(page.notebook, as_version=4)
-    changed.cells[0].source += " More."
-    nbformat.write(changed, tmp_path / "text.ipynb")
-    assert book.page_key(replace(page, notebook=tmp_path / "text.ipynb")) != key
-    changed = nbformat.read(page.notebook, as_version=4)
-    changed.cells[-1].metadata["tags"] = []
-    nbformat.write(changed, tmp_path / "tags.ipynb")
-    assert book.page_key(replace(page, notebook=tmp_path / "tags.ipynb")) != key
-    package = shutil.copytree(ROOT / "kdx", tmp_path / "kdx")
-    tables = shutil.copytree(ROOT / "data" / "paper", tmp_path / "data" / "paper")
-    monkeypatch.setattr(book, "__file__", str(package / "book.py"))
-    assert book.page_key(page) == key
-    table = (tables / "table1.csv").read_text()
-    (tables / "table1.csv").write_text(table.replace("0.0794", "0.0795"))
-    assert book.page_key(page) != key
-    (tables / "table1.csv").write_text(table)
-    (package / "scores.py").write_text((package / "scores.py").read_text() + "\nLEVEL = 0.9\n")
-    assert book.page_key(page) != key
-
-
 @pytest.mark.book
 def test_book_rebuild_restores_a_lost_picture(smoke_book):
     root, _ = smoke_book
     picture = root / "book" / "executed" / "01_gradcam_overview.png"
     content = picture.read_bytes()
     picture.unlink()
-    assert {book.execute_page(page) for page in book.load_pages(root, "smoke")[:6]} == {"unchanged"}
+    assert {execute_page(page) for page in load_pages(root, "smoke")[:6]} == {"unchanged"}
     assert picture.read_bytes() == content
 
 

@@ -50,7 +50,10 @@ def test_one_negative_effect_of_many_has_to_be_clearer():
 def test_verdict_of_a_failed_claim_names_the_effect_that_decides():
     verdict = Verdict(3, "", table([-5.0, 1.0, 2.0], [-0.10, -0.11, -0.12]), "{:+.2f}")
     assert verdict.word == "not supported"  # by the second: the first is smaller, but may be positive
-    assert verdict.summary == "0 of 2 certainly positive; least effect 1: -0.11 [-0.13, -0.07], upper end corrected"
+    assert (
+        verdict.summary
+        == "0 of 2 with a 95 % interval above zero; least effect 1: -0.11 [-0.13, -0.07], upper end corrected"
+    )
 
 
 def test_judge_wants_an_effect():
@@ -61,6 +64,6 @@ def test_judge_wants_an_effect():
 def test_verdict_summary_names_the_effect_that_decides():
     verdict = Verdict(3, "student minus base", table(CERTAIN, UNCERTAIN), "{:+.1f}")
     assert verdict.word == "undecided"
-    assert verdict.summary == "1 of 2 certainly positive; least effect 1: +0.1 [-2.6, +2.9]"
+    assert verdict.summary == "1 of 2 with a 95 % interval above zero; least effect 1: +0.1 [-2.6, +2.9]"
     assert "claim 3, student minus base: undecided" in verdict.show().to_html().lower()
     assert Verdict(3, "", table([1.0, math.nan])).summary == "an effect could not be measured"

@@ -12,7 +12,7 @@ import kdx
 
 API = (Path(__file__).parent.parent / "book" / "api.md").read_text()
 MAIN = ("fit", "fss", "grad_cam", "label_embeddings", "load_dataset", "load_own", "perturb", "rs", "stages", "unicam")
-MODULES = [module.name for module in pkgutil.iter_modules(kdx.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(kdx.__path__, "kdx.") if not module.ispkg]
 
 
 def test_every_public_name_is_in_the_reference():
@@ -28,7 +28,7 @@ def test_every_public_function_and_class_has_a_docstring():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"kdx.{name}"))
+    result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
 
 

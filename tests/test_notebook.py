@@ -2,7 +2,15 @@ import pandas as pd
 import pytest
 
 from kdx.intervals import mean_interval
-from kdx.pages.notebook import check_parameters, environment, interval_cell, paper_table, published, rank_cell, score_cell
+from kdx.pages.notebook import (
+    check_parameters,
+    environment,
+    interval_cell,
+    paper_table,
+    published,
+    rank_cell,
+    score_cell,
+)
 
 
 def namespace(**values):

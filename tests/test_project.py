@@ -1,6 +1,8 @@
-"""The frame of the project is in step with itself."""
+"""The parts of the project are in step with each other."""
 
 import ast
+import graphlib
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import kdx
+from kdx.data.batches import balanced_batches
 from kdx.pages import build
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +61,77 @@ def test_every_public_name_exists():
     assert all(hasattr(kdx, name) for name in kdx.__all__)
 
 
+# --- the plan of the code (book/architecture.md) ------------------------------------------------
+
+ROOMS = {  # folders, from the ground up; a room imports from those of lower rank, and within itself without circles
+    "": 0, "data": 1, "networks": 2, "distil": 3, "explain": 3, "measure": 4, "pages": 4, "planted": 5, "explorer": 5,
+}  # fmt: skip
+SOURCES = sorted(ROOT.glob("kdx/**/*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+
+
+def imports(path):
+    """Names of the modules of kdx that a file imports, also inside of functions, and the names of other packages."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        else:
+            continue
+        ours |= names & set(MODULES)
+        others |= {name.partition(".")[0] for name in names} - {"kdx"}
+    return ours, others
+
+
+def room(module):
+    return module.split(".")[1] if module.count(".") == 2 else ""
+
+
+def test_imports_point_down_and_make_no_circle():
+    graph = {module: imports(path)[0] for module, path in MODULES.items() if module not in ("kdx.cli", "kdx.__init__")}
+    for module, imported in graph.items():
+        for other in imported:
+            lower = ROOMS[room(other)] < ROOMS[room(module)]
+            assert lower or room(other) == room(module), f"{module} imports {other}"
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
+    ours, others = imports(ROOT / "kdx" / "distance.py")
+    assert not ours
+    assert others - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_no_file_or_function_is_long():
+    for path in [*SOURCES, *ROOT.glob("tests/**/*.py")]:
+        source = path.read_text()
+        assert len(source.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and path in SOURCES:
+                start = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.lineno
+                assert node.end_lineno - start <= 50, f"{path}: {node.name}"
+
+
+def test_no_public_name_hides_a_module():
+    assert not {f"kdx.{name}" for name in kdx.__all__} & {module.removesuffix(".__init__") for module in MODULES}
+
+
+def test_every_module_has_its_tests():
+    without = {"version"}
+    names = {path.stem for path in SOURCES} - {"__init__"} - without
+    assert [name for name in sorted(names) if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short_and_calls_are_visible(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"][1:]  # after the parameters
+    assert [cell.source for cell in code if cell.source.count("\n") >= 30] == []
+    visible = [cell for cell in code if not {"hide-input", "remove-cell"} & set(cell.metadata.get("tags", []))]
+    assert len(visible) >= 1
+    functions = [n for cell in code for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno > 3] == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_clean_and_parameterized(path):
     notebook = nbformat.read(path, as_version=4)
@@ -70,11 +144,11 @@ def test_notebook_is_clean_and_parameterized(path):
     assert all("  # " in line and ": " in line.partition("=")[0] for line in lines)  # annotated and explained
 
 
-@pytest.mark.parametrize("profile", book.PROFILES)
+@pytest.mark.parametrize("profile", build.PROFILES)
 def test_pages_set_only_parameters_that_exist(profile):
-    pages = book.load_pages(ROOT, profile)
+    pages = build.load_pages(ROOT, profile)
     for page in pages:
-        book.check_names(page.notebook, page.parameters)
+        build.check_names(page.notebook, page.parameters)
     toc = (ROOT / "_toc.yml").read_text()
     assert all(f"book/executed/{page.name}" in toc for page in pages)
     app = ROOT / "notebooks" / "explorer.ipynb"  # needs a kernel; its page is explorer_views.ipynb
@@ -92,7 +166,7 @@ PUBLISHED = [  # images of each class of PlantVillage, in the order of its card
 )
 def test_pages_of_photographs_have_images_enough(profile, size_of_sample):
     """With the whole of the data, and with 150 images of each of 7 plants and 500 of each animal."""
-    for page in book.load_pages(ROOT, profile):
+    for page in build.load_pages(ROOT, profile):
         parameters = {name: ast.literal_eval(found["default"]) for name, found in
                       papermill.inspect_notebook(str(page.notebook)).items()} | page.parameters  # fmt: skip
         if page.parameters.get("dataset") not in ("petimages", "plantvillage"):
@@ -108,4 +182,4 @@ def test_pages_of_photographs_have_images_enough(profile, size_of_sample):
         if "reference" in parameters:
             assert parameters["explained"] >= 2 * len(test.classes)
             *_, test = test.split(parameters["reference"], parameters["explained"])
-        assert kdx.scores.balanced_batches(test.labels, parameters["batches"], parameters["scored"])
+        assert balanced_batches(test.labels, parameters["batches"], parameters["scored"])

@@ -1,7 +1,7 @@
 """The book: pages.yml -> papermill -> book/executed -> jupyter-book -> HTML.
 
-A page is executed again only if its notebook, its parameters, its data or the package changed. A page
-whose data are not on this machine says so, and how to get them.
+A page is executed again only if its notebook, its parameters, its data or the package changed. A page whose data are
+not on this machine says how to get them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
-from kdx.data.registry import Card, find_card
+import kdx
 from kdx.data.dataset import available
+from kdx.data.registry import Card, find_card
+from kdx.data.sources import how_to_get
 from kdx.paths import data_home, places
 from kdx.progress import TERMINAL, terminal
-from kdx.data.sources import how_to_get
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 PROFILES = ("smoke", "quick", "paper")
+PACKAGE = Path(kdx.__file__).parent
 
 
 class BookError(RuntimeError):
@@ -46,11 +48,11 @@ class Page:
     notebook: Path
     parameters: dict[str, Any]
     executed: Path
-    title: str = ""  # instead of the notebook's own
+    title: str = ""  # replaces the notebook's own
 
     @property
     def datasets(self) -> list[str]:
-        """Names of the datasets that the page asks for."""
+        """Names of the datasets that the page uses."""
         return [str(self.parameters.get("dataset", "")), *str(self.parameters.get("show", "")).split()]
 
 
@@ -104,8 +106,16 @@ def check_names(notebook: Path, parameters: Mapping[str, Any]) -> None:
 def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder: Path | None = None) -> None:
     """Execute a notebook in a fresh kernel; ``output`` appears only if every cell succeeded.
 
-    A failed one is kept beside it as ``<name>.failed.ipynb``. The kernel runs in ``folder``; None: the
-    notebook's.
+    A failed notebook is kept beside it as ``<name>.failed.ipynb``.
+
+    Args:
+        notebook: The notebook to execute, which stays as it is.
+        output: Where the executed notebook goes.
+        parameters: Values for its parameters cell.
+        folder: Where the kernel runs; None takes the notebook's folder.
+
+    Raises:
+        BookError: A cell failed, or the kernel died.
     """
     check_names(notebook, parameters)
     if output.is_dir():
@@ -140,18 +150,19 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
 
 
 def page_key(page: Page) -> str:
-    """Digest of what decides what a page shows: its cells, parameters, data, the package and the paper's tables."""
+    """Digest of everything that a page depends on: cells, parameters, data, the package and stored tables."""
     cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
-    package = sorted(Path(__file__).parent.glob("*.py"))
-    code = {path.name: ast.dump(ast.parse(path.read_text())) for path in package}
-    tables = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("data/paper/*.csv"))]
+    package = sorted(PACKAGE.rglob("*.py"))
+    code = {str(path.relative_to(PACKAGE)): ast.dump(ast.parse(path.read_text())) for path in package}
+    data = PACKAGE.parent / "data"
+    tables = [path.read_text() for path in sorted([*data.glob("*.csv"), *data.glob("paper/*.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
     text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def execute_page(page: Page) -> str:
-    """Execute a page unless it is up to date; say what was done: executed, unchanged, or not built."""
+    """Execute a page unless it is up to date; return what was done: executed, unchanged, or not built."""
     stamp = page.executed.with_suffix(".key")
     dataset = page.parameters.get("dataset")
     if dataset and available(dataset, page.parameters.get("size")) is None:
@@ -177,7 +188,7 @@ def execute_page(page: Page) -> str:
 
 
 def _write_placeholder(page: Page, card: Card) -> None:
-    """A page that says why it is empty, and that in every place where others quote its numbers."""
+    """Write a page that says why it is empty, also in every place where others quote its numbers."""
     text = (
         f"# {page.title or page.name}\n\nNot built here, because {card.title} is not on this machine: "
         f"{how_to_get(card)}; then run `make book` again."
@@ -204,8 +215,8 @@ def _write_placeholder(page: Page, card: Card) -> None:
 
 
 def publish_pictures(executed: Path) -> None:
-    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as
-    ``<page>_NAME``, where prose pages can show it."""
+    """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as ``<page>_NAME``, for use
+    in other pages."""
     for cell in nbformat.read(executed, as_version=4).cells:
         if name := cell.metadata.get("kdx", {}).get("publish"):
             pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]

@@ -1,7 +1,6 @@
 """The paper's claims, judged by the numbers of a run.
 
-A claim says that effects are positive. ``book/claims.md`` lists the claims, and collects the verdicts of
-all pages.
+A claim states that effects are positive. ``book/claims.md`` lists the claims and collects the verdicts of all pages.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ COLOURS = {"supported": "#2e7d4f", "not supported": "#b3372f", "undecided": "#77
 
 
 def effects(differences: pd.DataFrame) -> pd.DataFrame:
-    """What a claim says to be positive: mean over folds, with intervals.
+    """The effects that a claim states to be positive: means over folds, with intervals.
 
-    Parameters
-    ----------
-    differences : one row a fold, one column an effect.
+    Args:
+        differences: One row per fold, one column per effect.
 
-    Returns
-    -------
-    DataFrame : index effect; value, low and high (95 % t interval over folds), ceiling (upper end of
-        the interval that holds for all the effects at once, by Bonferroni's correction), folds.
-        NaN where a fold has no value.
+    Returns:
+        Index effect; value, low and high (95 % t interval over folds), ceiling (upper end of the interval that holds
+        for all effects at once, by Bonferroni's correction), folds. NaN where a fold has no value.
     """
     rows = {}
     for name, values in differences.items():
@@ -40,9 +36,9 @@ def effects(differences: pd.DataFrame) -> pd.DataFrame:
 def judge(table: pd.DataFrame) -> str:
     """The verdict on a claim from its :func:`effects`.
 
-    *Supported*: every effect is certainly positive (low > 0). *Not supported*: some effect is
-    certainly negative (ceiling < 0; corrected, since one of many is negative by chance sooner or
-    later). Else *undecided*, at the precision of the run.
+    *Supported*: the 95 % interval of every effect lies above zero (low > 0). *Not supported*: the interval of some
+    effect lies below zero (ceiling < 0; corrected, since one of many may be negative by chance). Else *undecided*, at
+    the precision of the run.
     """
     if not len(table):
         raise ValueError("expected at least one effect to judge, got none")
@@ -53,7 +49,7 @@ def judge(table: pd.DataFrame) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim's number, what its effects are, and their table."""
+    """A claim's number, a description of its effects, and their table."""
 
     number: int
     effect: str
@@ -66,7 +62,7 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """How many effects are certainly positive, and the one that decides, with its interval."""
+        """How many effects have an interval above zero, and the effect that decides, with its interval."""
         if self.table["value"].isna().any():
             return "an effect could not be measured"
         bound, upper = ("ceiling", "ceiling") if self.word == "not supported" else ("low", "high")
@@ -75,10 +71,11 @@ class Verdict:
         certain = int((self.table["low"] > 0).sum())
         which = "" if len(self.table) == 1 else f"{last.name}: "
         corrected = ", upper end corrected" if upper == "ceiling" and len(self.table) > 1 else ""
-        return f"{certain} of {len(self.table)} certainly positive; least {which}{value} [{low}, {high}]{corrected}"
+        count = f"{certain} of {len(self.table)} with a 95 % interval above zero"
+        return f"{count}; least {which}{value} [{low}, {high}]{corrected}"
 
     def show(self) -> Styler:
-        """The effects as a table under the claim and its verdict."""
+        """The effects as a table, captioned with the claim and its verdict."""
         named = self.table.rename(columns={"low": "95 % from", "high": "to", "ceiling": "to, corrected"})
         style = named.style.format({c: self.form.format for c in named if c != "folds"})
         return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word}")

@@ -1,4 +1,4 @@
-"""What the notebooks share: checking their parameters and saying what they ran on."""
+"""Functions that the notebooks share: parameters, data, the environment, cells of tables."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ import pandas as pd
 from IPython.display import HTML
 from pandas.io.formats.style import Styler
 
-from kdx.pages.claims import Verdict, badge
-from kdx.data.dataset import Dataset
-from kdx.networks.devices import autocast_dtype, device_name, pick_device
-from kdx.intervals import mean_interval
+from kdx.data.dataset import Dataset, load_dataset
 from kdx.distil.run_store import versions
+from kdx.intervals import mean_interval
+from kdx.networks.devices import autocast_dtype, device_name, pick_device
+from kdx.pages.claims import Verdict, badge
+from kdx.paths import CHECKOUT
 
 LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}
 
 
 def check_parameters(namespace: Mapping[str, Any], **least: float) -> dict[str, Any]:
-    """The notebook's parameters, from its ``globals()`` right after the parameters cell.
+    """Check the parameters of a notebook right after its parameters cell.
 
-    The annotated literals of that cell declare names and types; whatever papermill has set
-    besides, or with another type, is an error that names the choices. ``least`` gives the
-    smallest value of a parameter.
+    The annotated literals of that cell declare names and types.
+
+    Args:
+        namespace: ``globals()`` of the notebook.
+        **least: Smallest value of a parameter.
+
+    Returns:
+        Name -> value.
+
+    Raises:
+        ValueError: A name that the cell does not declare, a value of another type, or one that is too small.
     """
     declared = namespace.get("__annotations__", {})
     given: dict[str, Any] = {
@@ -48,8 +57,39 @@ def check_parameters(namespace: Mapping[str, Any], **least: float) -> dict[str, 
     return given
 
 
+def load_data(
+    dataset: str,
+    classes: Sequence[str] = (),
+    size: int = 0,
+    normalisation: Sequence[Sequence[float]] = (),
+    limit: int = 0,
+    test_limit: int = 0,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """Training and test images of a page.
+
+    Args:
+        dataset: Name or path, as for :func:`kdx.load_dataset`.
+        classes: Names of the classes to keep; empty keeps all.
+        size: Pixels per side; 0 takes the dataset's own.
+        normalisation: Means and standard deviations; empty takes the dataset's own.
+        limit: Training images to keep at most, with the class proportions of the whole; 0 keeps all.
+        test_limit: Test images to keep, likewise.
+        seed: Of subsets and generated images.
+
+    Returns:
+        Training and test images.
+    """
+    parts = []
+    for split, most in (("train", limit), ("test", test_limit)):
+        data = load_dataset(dataset, split, seed=seed, size=size or None, normalisation=normalisation or None)
+        data = data.only(classes) if classes else data
+        parts.append(data.limit(min(most or len(data), len(data)), seed))
+    return parts[0], parts[1]
+
+
 def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset) -> Styler:
-    """A table of the parameters, the versions, the device and the fingerprints of the data."""
+    """A table of parameters, versions, device and fingerprints of the data."""
     chosen = pick_device(device)
     rows = {("parameter", name): repr(value) for name, value in parameters.items()}
     rows |= {("version", name): version for name, version in versions().items()}
@@ -61,26 +101,26 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
 
 
 def score_cell(row: Mapping[str, Any], form: str = ".3f") -> str:
-    """One score of a table as lines of text: value, 95 % interval and, where there is one, p."""
+    """One row of a score table as lines of text: value, 95 % interval and, if there is one, p."""
     p = row.get("p", math.nan)
     last = "" if pd.isna(p) else f"\np {'≤' if p <= row['floor'] else '='} {p:.3f}"
     return f"{row['value']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]{last}"
 
 
 def interval_cell(values: pd.Series, form: str = "+.2f") -> str:
-    """The mean with its 95 % interval; the value alone where there is one only."""
+    """The mean with its 95 % interval; a single value alone."""
     return f"{mean_interval(values):{form}}" if len(values) > 1 else f"{values.iloc[0]:{form}}"
 
 
 def rank_cell(row: Mapping[str, Any]) -> str:
-    """The ranks that a network may have, of :func:`kdx.measure.teachers.rank`."""
+    """The ranks that a network may have, from :func:`kdx.measure.teachers.rank`."""
     if pd.isna(row["best"]):
         return "unknown"
     return f"{row['best']:.0f}" if row["best"] == row["worst"] else f"{row['best']:.0f} to {row['worst']:.0f}"
 
 
 def multiline(table: pd.DataFrame) -> Styler:
-    """A table of text whose line breaks are kept."""
+    """A table of text that keeps line breaks."""
     narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
     cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
     heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
@@ -89,8 +129,10 @@ def multiline(table: pd.DataFrame) -> Styler:
 
 
 def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
-    """The paper's values in ``data/paper/NAME.csv``, by stage; those of a table that names its data, for a
-    dataset, by technique and stage, and no rows if it has none."""
+    """The paper's values in ``data/paper/NAME.csv``, by stage.
+
+    A table with a column ``dataset`` gives the rows of that dataset, perhaps none, by technique and stage.
+    """
     table = pd.read_csv(_checkout_file(f"paper/{name}.csv"))
     if "dataset" not in table:
         return table.set_index("stage")
@@ -98,28 +140,30 @@ def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
 
 
 def stored_table(name: str) -> pd.DataFrame:
-    """Scores that came out of an earlier run of a notebook: ``data/NAME.csv`` of the checkout."""
+    """Scores from an earlier run of a notebook: ``data/NAME.csv`` of the checkout."""
     return pd.read_csv(_checkout_file(f"{name}.csv"))
 
 
 def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | str:
-    """Lines with the paper's value per stage, to go below others in a table; empty where it has none."""
+    """Lines with the paper's value per stage for a table cell; empty where the paper has none."""
     if column not in paper or technique not in paper.index.get_level_values("technique"):
         return ""
     return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
 
 
 def _checkout_file(name: str) -> Path:
-    path = Path(__file__).parents[1] / "data" / name
+    path = CHECKOUT / "data" / name
     if not path.is_file():
         raise ValueError(f"no {path}: tables come with a checkout; install kdx from one, with pip install -e")
     return path
 
 
 def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int]) -> None:
-    """Keep verdicts in the executed notebook, where the board of claims finds them.
+    """Store verdicts in the executed notebook, where the board of claims reads them.
 
-    ``numbers`` are the claims that the page tests; those without a verdict are shown as not tested.
+    Args:
+        verdicts: Of the claims that were tested.
+        numbers: Of all claims that the page tests; those without a verdict are shown as not tested.
     """
     from myst_nb import glue
 

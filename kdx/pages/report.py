@@ -1,11 +1,8 @@
-"""``kdx explain``: the page on own models, executed for a pair of yours, as one folder with a self-contained report."""
+"""``kdx explain``: the page on own models for a pair of networks, as a folder with one self-contained report."""
 
 from __future__ import annotations
 
 import html
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from kdx.pages import build
+from kdx.paths import CHECKOUT, written_whole
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04_own_models.ipynb"
-EXPECTED = ("ValueError", "DataError", "TypeError")  # what the notebook raises where its input is at fault
+NOTEBOOK = CHECKOUT / "notebooks" / "04_own_models.ipynb"
+EXPECTED = ("ValueError", "DataError", "TypeError")  # raised by the notebook where its input is at fault
 STYLE = """
 body {max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222}
 h1, h2, h3 {line-height: 1.2; margin-top: 2.2rem}
@@ -31,45 +29,46 @@ code {background: #f3f3f3; padding: 0 3px}
 
 
 class InputError(ValueError):
-    """What was given is at fault."""
+    """The input does not fit."""
 
 
 def explain(parameters: Mapping[str, Any], out: Path) -> Path:
-    """Execute the page on own models and write everything into the folder ``out``; return the report.
+    """Execute the page on own models and write everything into the folder ``out``.
 
-    Files
-    -----
-    report.html, report.ipynb, PNG of every figure; what the page writes (see its parameter ``out``).
+    It holds report.html, report.ipynb, a PNG of every figure, and the files that the page writes (see its parameter
+    ``out``).
 
-    Raises
-    ------
-    InputError : parameters that do not fit each other or the files; ``out`` is then not written.
+    Args:
+        parameters: Of the notebook ``04_own_models``.
+        out: A folder that does not exist yet or is empty.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        InputError: Parameters that do not fit each other or the files; ``out`` is then not written.
     """
     if not NOTEBOOK.is_file():
         raise ValueError(f"no {NOTEBOOK}: kdx explain needs a checkout; install kdx from one, with pip install -e")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give another folder with --out, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.absolute().parent / f".partial-{uuid.uuid4().hex}"
     try:
-        executed = scratch / "report.ipynb"
-        book.execute(NOTEBOOK, executed, {**parameters, "out": str(scratch)}, Path.cwd())
-        book.publish_pictures(executed)
-        executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
-        write_html(executed)
-        os.replace(scratch, out)
-    except book.BookError as error:
+        with written_whole(out.absolute()) as scratch:
+            executed = scratch / "report.ipynb"
+            build.execute(NOTEBOOK, executed, {**parameters, "out": str(scratch)}, Path.cwd())
+            build.publish_pictures(executed)
+            executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
+            write_html(executed)
+    except build.BookError as error:
         cause = error.__cause__
         if not isinstance(cause, PapermillExecutionError):
             raise
         raise InputError(cause.evalue if cause.ename in EXPECTED else f"{cause.ename}: {cause.evalue}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out / "report.html"
 
 
 def write_html(executed: Path) -> Path:
-    """An executed notebook as one HTML file without code, which asks no other file or host for anything."""
+    """Write an executed notebook as one HTML file without code, which loads no other file; return its path."""
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if "remove-cell" in cell.metadata.get("tags", []):

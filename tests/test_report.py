@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from kdx.pages import build, report
 from kdx.cli import app
-from kdx.networks.own_networks import find_builder, load_own, network_input
 from kdx.data.own_images import read_pictures
+from kdx.networks.own_networks import find_builder, load_own, network_input
+from kdx.pages import build, report
 from tests.checkout import asked_for
 
 MOBILENET = "torchvision.models:mobilenet_v2(num_classes=3)"
@@ -177,11 +177,11 @@ def test_explain_says_in_one_line_what_is_wrong(here, images, tmp_path):
 
 def test_debug_shows_where_an_error_came_from(here, monkeypatch):
     def fail(*_):
-        raise book.BookError("what went wrong")
+        raise build.BookError("what went wrong")
 
-    monkeypatch.setattr(book, "execute", fail)
+    monkeypatch.setattr(build, "execute", fail)
     given = ["--student", "a", "--base", "b", "--data", "c"]
-    assert isinstance(invoke(*given, "--debug").exception, book.BookError)
+    assert isinstance(invoke(*given, "--debug").exception, build.BookError)
     result = invoke(*given)
     assert result.exit_code == 2
     assert "error: what went wrong" in result.output
