@@ -323,25 +323,21 @@ def distance_correlation(x: Tensor, y: Tensor, estimator: str = "unbiased") -> T
     .. math:: R^{*2}(x, y) = \frac{\langle P_x, P_y \rangle}
                                   {\sqrt{\langle P_x, P_x \rangle \langle P_y, P_y \rangle}}
 
-    Parameters
-    ----------
-    x, y : (n, ...); the numbers of features may differ.
-    estimator : ``"unbiased"``: bias-corrected, in [-1, 1], n >= 4. ``"biased"``: the V-statistic
-        with double centring, in [0, 1]; it grows as n shrinks and as features are added.
-        ``"paper"``: biased, of rows scaled to unit length, as the code of Adhane et al. (2025)
-        compares student and base.
+    Args:
+        x, y: (n, ...); the numbers of features may differ.
+        estimator: ``"unbiased"``: bias-corrected, in [-1, 1], n >= 4. ``"biased"``: the V-statistic with double
+            centring, in [0, 1]; it grows as n shrinks and as features are added. ``"paper"``: biased, of rows scaled to
+            unit length, as the code of Adhane et al. (2025) compares student and base.
 
-    Returns
-    -------
-    Tensor : float64 scalar, differentiable; 0 where a sample does not vary.
+    Returns:
+        float64 scalar, differentiable; 0 where a sample does not vary.
 
-    Examples
-    --------
-    >>> import torch
-    >>> from kdx.distance import distance_correlation
-    >>> x = torch.arange(20.0)[:, None]
-    >>> round(float(distance_correlation(x, -3 * x)), 6)
-    1.0
+    Examples:
+        >>> import torch
+        >>> from kdx.distance import distance_correlation
+        >>> x = torch.arange(20.0)[:, None]
+        >>> round(float(distance_correlation(x, -3 * x)), 6)
+        1.0
     """
     return statistic_of(inner_products(x, y, estimator=estimator), "distance")
 

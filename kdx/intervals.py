@@ -53,11 +53,10 @@ def share_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:
     """A score table with a column ``fold``, averaged over the folds of each group.
 
-    Returns
-    -------
-    DataFrame : the columns ``by``, in order of appearance, with value, its 95 % t interval over
-        folds (low, high), p (the largest of any fold: small if the score is there in all of them),
-        floor, folds. A group of one fold keeps its interval, which is over batches.
+    Returns:
+        the columns ``by``, in order of appearance, with value, its 95 % t interval over folds (low, high), p (the
+        largest of any fold: small if the score is there in all of them), floor, folds. A group of one fold keeps
+        its interval, which is over batches.
     """
     rows = []
     for names, group in table.groupby(list(by), sort=False):

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 CHECKOUT = Path(__file__).resolve().parents[1]  # where kdx runs from, if it was not installed without one
 
 

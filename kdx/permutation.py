@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 
 from kdx.distance import (
-    ELEMENTS, STATISTICS, centred_products, cosine, distances, double_center, inner_products, sample, project,
-    statistic_of, u_center,
+    ELEMENTS,
+    STATISTICS,
+    centred_products,
+    cosine,
+    distances,
+    double_center,
+    inner_products,
+    project,
+    sample,
+    statistic_of,
+    u_center,
 )
-
 
 
 @dataclass(frozen=True)
 class Dependence:
     """A statistic with its inference.
 
-    Attributes
-    ----------
-    value : the statistic.
-    low, high : 95 % jackknife interval over the n samples, within [-1, 1].
-    p : one-sided permutation p-value, (b + 1) / (B + 1).
-    floor : the smallest p that B permutations and the ties among y's rows allow.
+    Attributes:
+        value: The statistic.
+        low, high: 95 % jackknife interval over the n samples, within [-1, 1].
+        p: One-sided permutation p-value, (b + 1) / (B + 1).
+        floor: The smallest p that B permutations and the ties among y's rows allow.
     """
 
     value: float
@@ -52,9 +59,8 @@ def dependence(
     are permuted together. The interval is approximate: for n below a hundred it may hold the truth
     in nearer to 90 % of cases than 95 %. Memory is O(n²); n >= 5.
 
-    Parameters
-    ----------
-    statistic : ``"distance"`` of x and y; ``"partial"`` or ``"semipartial"`` given z.
+    Args:
+        statistic: ``"distance"`` of x and y; ``"partial"`` or ``"semipartial"`` given z.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}; choose from: {', '.join(STATISTICS)}")

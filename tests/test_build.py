@@ -84,7 +84,7 @@ def test_appendix_page_on_real_leaves(photographs, tmp_path, monkeypatch):
     (page,) = [page for page in build.load_pages(root, "smoke") if page.name == "plantvillage_unicam"]
     assert build.execute_page(page) == "executed"
     cells = nbformat.read(page.executed, as_version=4).cells
-    assert cells[0].source.startswith("# Plant leaves: what only one of two networks holds\n")
+    assert cells[0].source.startswith("# Plant leaves: features that only one of two networks has\n")
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     quotes = {o.metadata["scrapbook"]["name"]: o.data for o in outputs if "scrapbook" in o.metadata}
     assert "beyond its area" in quotes["claim_8_effects"]["application/papermill.record/text/html"]

@@ -3,11 +3,9 @@ import math
 import dcor
 import pytest
 import torch
-from scipy import stats
 
 from kdx import distance
 from kdx.distance import (
-    dependence,
     distance_correlation,
     distances,
     partial_distance_correlation,
@@ -157,65 +155,6 @@ def test_without_variance_the_correlation_is_zero():
     assert float(partial_distance_correlation(x, y, x)) == 0
 
 
-@pytest.mark.parametrize("statistic", ["distance", "partial", "semipartial"])
-def test_jackknife_equals_leaving_out_one_by_one(statistic):
-    samples = sample("random", 15)[: distance.STATISTICS[statistic]]
-    of = {
-        "distance": distance_correlation,
-        "partial": partial_distance_correlation,
-        "semipartial": semipartial_distance_correlation,
-    }[statistic]
-    without = torch.stack([of(*(s[torch.arange(15) != i] for s in samples)) for i in range(15)])
-    half = 1.959964 * (14 / 15 * (without - without.mean()).square().sum()).sqrt()
-    found = dependence(*samples, statistic=statistic, permutations=19)
-    value = of(*samples)
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (float(value), float(value - half), float(value + half))
-    )
-
-
-def test_p_counts_permutations_that_reach_the_observed_value():
-    x, y, _ = sample("random", 12)
-    orders = distance.random_permutations(12, 99, seed=3)
-    reached = sum(float(distance_correlation(x, y[o])) >= float(distance_correlation(x, y)) - 1e-12 for o in orders)
-    assert dependence(x, y, permutations=99, seed=3).p == (reached + 1) / 100
-
-
-def test_partial_test_permutes_the_projected_matrix():
-    x, y, z = sample("random", 12)
-    p, q, r = (distance.u_center(distances(s)) for s in (x, y, z))
-    p, q = distance.project(p, r), distance.project(q, r)
-    orders = distance.random_permutations(12, 99, seed=3)
-    reached = sum(float((p * q[o][:, o]).sum()) >= float((p * q).sum()) - 1e-12 for o in orders)
-    assert dependence(x, y, z, statistic="partial", permutations=99, seed=3).p == (reached + 1) / 100
-
-
-def test_ties_raise_the_floor_of_p():
-    y = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1, 1])]
-    found = dependence(y, y, permutations=9999)
-    assert found.floor == pytest.approx(1 / math.comb(6, 3))
-    assert found.p == pytest.approx(2 / math.comb(6, 3), rel=0.1)  # exchanging the classes is a tie, too
-    assert dependence(normal(6, 2), y, permutations=9).floor == 0.1
-    assert dependence(normal(6, 2), y, normal(6, 3), statistic="partial", permutations=9999).floor == 1e-4
-
-
-def test_p_is_uniform_when_samples_are_independent():
-    p = [
-        dependence(normal(32, 5, seed=2 * i), normal(32, 3, seed=2 * i + 1), permutations=999, seed=i).p
-        for i in range(200)
-    ]
-    assert stats.kstest(p, "uniform").pvalue > 0.01
-    # and small when they are not
-    assert dependence(*sample("random", 32)[:2]).p == 0.001
-
-
-def test_permutations_are_seeded_and_leave_the_global_generator_alone():
-    state = torch.random.get_rng_state()
-    assert distance.random_permutations(8, 5, 1).equal(distance.random_permutations(8, 5, 1))
-    assert not distance.random_permutations(8, 5, 1).equal(distance.random_permutations(8, 5, 2))
-    assert torch.random.get_rng_state().equal(state)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -229,18 +168,3 @@ def test_permutations_are_seeded_and_leave_the_global_generator_alone():
 def test_bad_samples_are_named(arguments, says):
     with pytest.raises(ValueError, match=says):
         distance_correlation(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"statistic": "pearson"}, "choose from: distance, partial, semipartial"),
-        ({"statistic": "partial"}, "relates 3 samples"),
-        ({"z": torch.rand(9, 2)}, "relates 2 samples"),
-        ({"z": torch.rand(9, 2), "statistic": "partial", "estimator": "biased"}, "unbiased estimator"),
-        ({"permutations": 0}, "at least 1"),
-    ],
-)
-def test_bad_tests_are_named(settings, says):
-    with pytest.raises(ValueError, match=says):
-        dependence(normal(9, 2), normal(9, 2), **settings)

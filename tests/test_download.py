@@ -12,10 +12,10 @@ import pytest
 import requests
 
 from kdx.data.dataset import download
-from kdx.data.registry import DATASETS
 from kdx.data.download import archive_source, unpack
-from kdx.paths import DataError
+from kdx.data.registry import DATASETS
 from kdx.data.sources import fetch
+from kdx.paths import DataError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

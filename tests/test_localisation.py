@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from kdx import mass_on
 from kdx.measure.localisation import auprc, auroc, five_band, localisation, pointing_game
 
 
@@ -94,3 +95,23 @@ def test_maps_that_are_none_are_refused(truth):
     for wrong in (math.nan, -1.0, math.inf):
         with pytest.raises(ValueError, match="expected finite maps without negative values"):
             auprc(torch.full((6, 3, 3), wrong), truth)
+
+
+def test_mass_on_by_hand():
+    maps = torch.tensor([[[1.0, 3.0], [0.0, 4.0]]]).repeat(4, 1, 1)
+    maps[2] = 0
+    masks = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    masks[0, :, 2:] = 1  # the right half: both cells in full
+    masks[0, 3, 3] = 2  # a part of the object is the object
+    masks[1, 0, 0] = 1  # a quarter of the first cell
+    masks[2] = 1
+    masks[3] = 255
+    assert mass_on(maps, masks)[:2].tolist() == [7 / 8, 0.25 / 8]
+    assert mass_on(maps, masks)[2:].isnan().all()  # an empty map, an unknown mask
+    assert mass_on(maps[:1], torch.zeros(1, 4, 4, dtype=torch.uint8)).isnan().all()  # no object
+    uniform = mass_on(torch.ones(4, 3, 3), masks)
+    assert uniform[:3].tolist() == pytest.approx([0.5, 1 / 16, 1])
+    with pytest.raises(ValueError, match=r"expected maps \(n, h, w\) and uint8 masks"):
+        mass_on(maps, masks[:3])
+    with pytest.raises(ValueError, match=r"got .* torch.float32"):
+        mass_on(maps, masks.float())

@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 
 
+def rank_in_class(labels: Tensor) -> Tensor:
+    """The place of each image within its class, from 1, in the order of ``labels`` (n,): int64 (n,)."""
+    members = labels[:, None] == labels.unique()
+    return (members.cumsum(0) * members).sum(1)
+
+
+def in_turns(labels: Tensor) -> Tensor:
+    """Rows in an order that takes one image of each class after the other, as long as there are any: int64 (n,)."""
+    classes, place = labels.unique(return_inverse=True)
+    return (rank_in_class(labels) * len(classes) + place).argsort()
+
+
 def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 0) -> list[Tensor]:
     """Rows of disjoint random batches with the same number of images of each class, to one.
 
@@ -24,20 +36,15 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
             f"{len(counts)} classes; lower batches or batch_size"
         )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    shuffled = labels.cpu()[order]
-    members = shuffled[:, None] == shuffled.unique()
-    rank = (members.cumsum(0) * members).sum(1)  # of an image within its class, in this order
-    by_turns = (rank * len(counts) + members.int().argmax(1)).argsort()  # one image of each class after the other
-    balanced = order[by_turns][: batches * batch_size]
+    balanced = order[in_turns(labels.cpu()[order])][: batches * batch_size]
     return [rows.to(labels.device) for rows in balanced.split(batch_size)]
 
 
 def scorable(labels: Tensor, batches: int, most: int = 128) -> tuple[Tensor, int]:
     """Rows of the largest set of classes that fill balanced batches best, and how large these can be.
 
-    Raises
-    ------
-    ValueError : not even for batches of 8 images.
+    Raises:
+        ValueError: Not even for batches of 8 images.
     """
     classes, counts = labels.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)

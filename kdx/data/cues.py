@@ -109,14 +109,13 @@ FAMILIES = {
 class Scene:
     """What the images look like.
 
-    Attributes
-    ----------
-    cues : names in ``FAMILIES``; an image shows one cue of each.
-    values : classes of each family, 2 to 5.
-    cue_size : pixels a side of a cue's square, which is its mask.
-    contrast : of a cue, in (0, 1].
-    overlap : the largest share of a cue's side by which another may cover it, in [0, 1); later cues lie on top.
-    size : pixels a side of an image.
+    Attributes:
+        cues: Names in ``FAMILIES``; an image shows one cue of each.
+        values: Classes of each family, 2 to 5.
+        cue_size: Pixels a side of a cue's square, which is its mask.
+        contrast: Of a cue, in (0, 1].
+        overlap: The largest share of a cue's side by which another may cover it, in [0, 1); later cues lie on top.
+        size: Pixels a side of an image.
     """
 
     cues: tuple[str, ...] = ("gratings", "shapes", "dots")

@@ -15,27 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdx.data import folders
+from kdx.data import prepared
+from kdx.data.batches import rank_in_class
+from kdx.data.folders import UNKNOWN
+from kdx.data.prepared import SIZES, Prepared
 from kdx.data.registry import Card, find_card
-from kdx.data.folders import Prepared
-from kdx.paths import DataError, data_home, one_line
 from kdx.data.sources import fetch, find_source, fingerprint, how_to_get
+from kdx.paths import DataError, data_home, one_line
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images in memory.
 
-    Attributes
-    ----------
-    images : uint8 (n, c, h, w).
-    labels : int64 (n,).
-    masks : uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that
-        tells its class from its siblings; 255 throughout for an image without a mask.
+    Attributes:
+        images: uint8 (n, c, h, w).
+        labels: int64 (n,).
+        masks: uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that tells its class from its
+            siblings; 255 throughout for an image without a mask.
     """
 
     images: Tensor = field(repr=False)
@@ -56,7 +56,7 @@ class Dataset:
         """bool (n,): the images that have a mask."""
         if self.masks is None:
             return torch.zeros(len(self), dtype=torch.bool)
-        return self.masks[:, 0, 0] != folders.UNKNOWN
+        return self.masks[:, 0, 0] != UNKNOWN
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,9 +98,8 @@ class Dataset:
     def _proportional(self, seed: int) -> Tensor:
         """All rows in a random order, of which every stretch has the class proportions of the whole."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        members = F.one_hot(self.labels[order], len(self.classes))  # (n, classes)
-        rank = (members.cumsum(0) * members).sum(1) - 0.5  # of an image within its class
-        share = rank / (members.sum(0) * members).sum(1)
+        labels = self.labels[order]
+        share = (rank_in_class(labels) - 0.5) / labels.bincount()[labels]
         return order[share.argsort(stable=True)]
 
 
@@ -114,34 +113,30 @@ def load_dataset(
 ) -> Dataset:
     """Load a split into memory, fetching, verifying or preparing it first where that is needed.
 
-    Parameters
-    ----------
-    name : from ``DATASETS``, or the path of a folder with a subfolder of images for each class, or
-        with such folders for training and testing (``train/``, and ``test/`` or ``val/``).
-    limit : keep this many images, with the class proportions of the whole.
-    seed : draws the subset of ``limit``, and the images of a generated dataset.
-    size : pixels a side; None: the card's. Photographs are decoded anew for it, and have statistics of
-        their own; images of a fixed size are resized, and keep the card's.
-    normalisation : (means, standard deviations) of the channels on the scale 0..1; None: the card's.
+    Args:
+        name: From ``DATASETS``, or the path of a folder with a subfolder of images for each class, or with such folders
+            for training and testing (``train/``, and ``test/`` or ``val/``).
+        limit: Keep this many images, with the class proportions of the whole.
+        seed: Draws the subset of ``limit``, and the images of a generated dataset.
+        size: Pixels a side; None: the card's. Photographs are decoded anew for it, and have statistics of their own;
+            images of a fixed size are resized, and keep the card's.
+        normalisation: (means, standard deviations) of the channels on the scale 0..1; None: the card's.
 
-    Raises
-    ------
-    ValueError : unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
-    DataError : no source gave the data that the card describes.
+    Raises:
+        ValueError: Unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
+        DataError: No source gave the data that the card describes.
 
-    Examples
-    --------
-    >>> import kdx
-    >>> data = kdx.load_dataset("shapes", "test", limit=20)
-    >>> tuple(data.images.shape), len(data.classes)
-    ((20, 3, 64, 64), 10)
+    Examples:
+        >>> import kdx
+        >>> data = kdx.load_dataset("shapes", "test", limit=20)
+        >>> tuple(data.images.shape), len(data.classes)
+        ((20, 3, 64, 64), 10)
     """
     card = find_card(name)
     if split not in (known := card.counts or ("train", "test")):
         raise ValueError(f"unknown split {split!r} of {name}; choose from: {', '.join(known)}")
     if card.layout:
-        prepared = prepare(name, size)
-        whole = _open(card, prepared, split)
+        whole = _open(card, prepare(name, size), split)
     else:
         assert card.read is not None
         folder = fetch(name) if card.sources else data_home()
@@ -156,9 +151,8 @@ def load_dataset(
 def prepare(name: str, size: int | None = None) -> Prepared:
     """The decoded images of a dataset that comes as folders, decoding them if that was not done.
 
-    Raises
-    ------
-    DataError : the files are not on this machine, or not as they should be.
+    Raises:
+        DataError: The files are not on this machine, or not as they should be.
     """
     card = find_card(name)
     if card.layout is None:
@@ -166,10 +160,12 @@ def prepare(name: str, size: int | None = None) -> Prepared:
     size = card.size[1] if size is None else size
     home = data_home() / "prepared"
     if source := find_source(card):
-        return folders.prepare(f"folder-{card.name}" if card.source else card.name, source, card.layout, size, home)
+        return prepared.prepare_folder(
+            f"folder-{card.name}" if card.source else card.name, source, card.layout, size, home
+        )
     found = _prepared_sets(card, size)
     if len(found) == 1:
-        return folders.open_prepared(found[0])
+        return prepared.open_prepared(found[0])
     if found:
         raise DataError(
             f"{name}: several prepared sets in {home} ({', '.join(f.name for f in found)}), and their files are gone; "
@@ -185,7 +181,7 @@ def available(name: str, size: int | None = None) -> str | None:
         return name
     size = size or card.size[1]
     if source := find_source(card):
-        return folders.digest(source, card.layout, size)
+        return prepared.digest(source, card.layout, size)
     found = _prepared_sets(card, size)
     return found[0].name if len(found) == 1 else None
 
@@ -194,8 +190,8 @@ def _prepared_sets(card: Card, size: int) -> list[Path]:
     return sorted((data_home() / "prepared").glob(f"{card.name}-{size}px-*"))
 
 
-def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
-    facts = prepared.card
+def _open(card: Card, decoded: Prepared, split: str) -> Dataset:
+    facts = decoded.card
     with_masks = f"; {facts['masks']:,} images have a mask" if facts["masks"] else ""
     preparation = {
         "prepared": f"middle square cut out and resized{with_masks}",
@@ -215,15 +211,15 @@ def _open(card: Card, prepared: Prepared, split: str) -> Dataset:
         std=tuple(facts["std"]),
         preparation=preparation,
     )
-    images, labels, masks = prepared.read(split)
+    images, labels, masks = decoded.read(split)
     return Dataset(images, labels, found, masks)
 
 
 def _resize(whole: Dataset, size: int | None) -> Dataset:
     if size is None or whole.card.size[1:] == (size, size):
         return whole
-    if not folders.SIZES[0] <= size <= folders.SIZES[1]:
-        raise ValueError(f"size: expected {folders.SIZES[0]} to {folders.SIZES[1]} pixels, got {size}")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"size: expected {SIZES[0]} to {SIZES[1]} pixels, got {size}")
     images = v2.functional.resize(whole.images, [size, size], antialias=True)
     nearest = v2.InterpolationMode.NEAREST
     masks = None if whole.masks is None else v2.functional.resize(whole.masks, [size, size], nearest)
@@ -262,11 +258,10 @@ def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 def augment(images: Tensor, augmentation: Mapping[str, Mapping[str, Any]]) -> Tensor:
     """Transform each image of (n, c, h, w) at random, by torch's global generator.
 
-    Parameters
-    ----------
-    augmentation : name of a transform of ``torchvision.transforms.v2`` -> its arguments, in order;
-        an argument ``size`` that is not given is the images' own.
-        ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4}}``, for example; ``{}``: none.
+    Args:
+        augmentation: Name of a transform of ``torchvision.transforms.v2`` -> its arguments, in order; an argument
+            ``size`` that is not given is the images' own. ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding":
+            4}}``, for example; ``{}``: none.
     """
     transform = compose(augmentation, (images.shape[-2], images.shape[-1]))
     return images if transform is None else torch.stack([transform(image) for image in images])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import lzma
 import os
 import tarfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import requests
 from filelock import FileLock
 
-from kdx.paths import DataError, check_space, one_line
+from kdx.paths import DataError, check_space, one_line, sha256_of
 from kdx.progress import progress
 
 TRIES = 4  # in a row that bring nothing new
@@ -32,19 +31,18 @@ def download(url: str, path: Path, sha256: str) -> Path:
     address or another of the same file, asks for the rest only. A server that cannot send a part
     sends the whole. A complete file with another checksum is deleted: it would never be right.
 
-    Raises
-    ------
-    DataError : the server refused, the connection was cut again and again, the checksum differs,
-        or the disk is full.
+    Raises:
+        DataError: The server refused, the connection was cut again and again, the checksum differs, or the disk is
+            full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with FileLock(path.with_name(path.name + ".lock")):
-        if path.exists() and _sha256(path) == sha256:
+        if path.exists() and sha256_of(path) == sha256:
             return path
         try:
             resumed = _transfer(url, partial)
-            if resumed and _sha256(partial) != sha256:  # the two pieces may be of different files
+            if resumed and sha256_of(partial) != sha256:  # the two pieces may be of different files
                 partial.unlink()
                 _transfer(url, partial)
         except requests.HTTPError as error:
@@ -57,7 +55,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
             raise DataError(
                 f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, the next attempt goes on from there"
             ) from error
-        if (got := _sha256(partial)) != sha256:
+        if (got := sha256_of(partial)) != sha256:
             size = partial.stat().st_size
             partial.unlink()
             raise DataError(f"{url}: expected SHA-256 {sha256[:12]}…, got {got[:12]}… ({size:,} bytes)")
@@ -124,11 +122,6 @@ def _write(answer: requests.Response, path: Path, start: int) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Label embeddings: what a class name means, as a vector.
 
-``python -m kdx.labels PATH NAME`` writes the shipped table anew with the encoder at PATH, called
+``python -m kdx.data.label_embeddings PATH NAME`` writes the shipped table anew with the encoder at PATH, called
 NAME in its provenance, for the classes of all registered datasets.
 """
 
@@ -22,27 +22,24 @@ TABLE = Path(__file__).with_name("label_embeddings.safetensors")
 def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download: bool = False) -> Tensor:
     """Embeddings of class names: float32 (classes, m). Index them with labels: ``table[labels]``.
 
-    Parameters
-    ----------
-    encoder : ``"shipped"``: the table that comes with kdx, for the classes of its datasets
-        (:func:`shipped_encoder` names its encoder). ``"one-hot"``: all classes equally far apart.
-        Else a transformers encoder by path or name, such as the paper's ``"bert-base-uncased"``;
-        a name's embedding is the mean of its last hidden states over the tokens.
-    download : let transformers fetch an encoder that this machine does not have.
+    Args:
+        encoder: ``"shipped"``: the table that comes with kdx, for the classes of its datasets (:func:`shipped_encoder`
+            names its encoder). ``"one-hot"``: all classes equally far apart. Else a transformers encoder by path or
+            name, such as the paper's ``"bert-base-uncased"``; a name's embedding is the mean of its last hidden states
+            over the tokens.
+        download: Let transformers fetch an encoder that this machine does not have.
 
-    Raises
-    ------
-    ValueError : fewer than two classes, names that repeat or that the shipped table lacks, an
-        encoder that is not there.
+    Raises:
+        ValueError: Fewer than two classes, names that repeat or that the shipped table lacks, an encoder that is not
+            there.
 
-    Examples
-    --------
-    >>> import kdx
-    >>> tuple(kdx.label_embeddings(["cat", "dog", "truck"]).shape)
-    (3, 384)
-    >>> kdx.label_embeddings(["cat", "dog"], "one-hot")
-    tensor([[1., 0.],
-            [0., 1.]])
+    Examples:
+        >>> import kdx
+        >>> tuple(kdx.label_embeddings(["cat", "dog", "truck"]).shape)
+        (3, 384)
+        >>> kdx.label_embeddings(["cat", "dog"], "one-hot")
+        tensor([[1., 0.],
+                [0., 1.]])
     """
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"expected at least two different class names, got {classes!r}")
@@ -102,7 +99,7 @@ def _write_table(encoder: str, name: str) -> None:
     facts = {
         "encoder": name,
         "pooling": "mean over tokens",
-        "command": f"python -m kdx.labels PATH {name!r}",
+        "command": f"python -m kdx.data.label_embeddings PATH {name!r}",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
     save_file({n: row.contiguous() for n, row in zip(names, rows, strict=True)}, TABLE, {"kdx": json.dumps(facts)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdx.data.registry import Card
+from kdx.data.batches import in_turns
 from kdx.data.dataset import Dataset
-from kdx.data.folders import WORKERS, Item, RefusedError, list_files, prepare_image, printable
+from kdx.data.decoding import prepare_image
+from kdx.data.folders import WORKERS, Item, RefusedError, list_files, printable
+from kdx.data.registry import Card
 from kdx.paths import DataError
 
 SHOWN = 3  # names in a message
@@ -24,15 +26,14 @@ SHOWN = 3  # names in a message
 class Pictures:
     """The images of a folder.
 
-    Attributes
-    ----------
-    images : uint8 (n, 3, size, size), the middle squares.
-    files : their paths inside the folder.
-    labels : int64 (n,) by the folders of classes; None for a flat folder.
-    classes : names of those folders; () for a flat one.
-    refused : file -> why it was skipped.
-    there : files in the folder that may be images, of those for testing where it says so.
-    testing : whether the folder has a part for testing, which alone is read.
+    Attributes:
+        images: uint8 (n, 3, size, size), the middle squares.
+        files: Their paths inside the folder.
+        labels: int64 (n,) by the folders of classes; None for a flat folder.
+        classes: Names of those folders; () for a flat one.
+        refused: File -> why it was skipped.
+        there: Files in the folder that may be images, of those for testing where it says so.
+        testing: Whether the folder has a part for testing, which alone is read.
     """
 
     images: Tensor
@@ -47,15 +48,13 @@ class Pictures:
 def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed: int = 0) -> Pictures:
     """Read a folder of images, with a subfolder for each class or flat, and skip what cannot be read.
 
-    Parameters
-    ----------
-    size : pixels a side, to which the middle square of every image is resized.
-    limit : most images, drawn by ``seed``: as many of each class, as far as there are; None: all. Where
-        folders are named train and test, those for testing are read.
+    Args:
+        size: Pixels a side, to which the middle square of every image is resized.
+        limit: Most images, drawn by ``seed``: as many of each class, as far as there are; None: all. Where folders are
+            named train and test, those for testing are read.
 
-    Raises
-    ------
-    DataError : no such folder, or no image in it that can be read.
+    Raises:
+        DataError: No such folder, or no image in it that can be read.
     """
     items, refused = list_files(Path(folder).expanduser())
     if testing := any(item.split == "test" for item in items):
@@ -68,7 +67,7 @@ def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed:
     images: list[Tensor] = []
     used: list[Item] = []
     with ThreadPoolExecutor(WORKERS) as pool:
-        turns = _by_turns([items[row] for row in order])
+        turns = iter(_in_turns([items[row] for row in order]))
         while len(images) < wanted and (block := list(islice(turns, wanted - len(images)))):
             for item, result in zip(block, pool.map(partial(prepare_image, size=size), block), strict=True):
                 if isinstance(result, RefusedError):
@@ -83,13 +82,10 @@ def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed:
     return Pictures(torch.stack(images), [item.file for item in used], labels, classes, refused, len(items), testing)
 
 
-def _by_turns(items: Sequence[Item]) -> Iterator[Item]:
-    """One of each class after the other, as long as there are any."""
-    queues: dict[str, list[Item]] = {}
-    for item in items:
-        queues.setdefault(item.name, []).append(item)
-    for turn in range(max(map(len, queues.values()), default=0)):
-        yield from (queue[turn] for _, queue in sorted(queues.items()) if turn < len(queue))
+def _in_turns(items: Sequence[Item]) -> list[Item]:
+    names = sorted({item.name for item in items})
+    places = torch.tensor([names.index(item.name) for item in items], dtype=torch.long)
+    return [items[row] for row in in_turns(places).tolist()]
 
 
 def as_dataset(pictures: Pictures, labels: Tensor, classes: Sequence[str]) -> Dataset:
@@ -104,13 +100,12 @@ def as_dataset(pictures: Pictures, labels: Tensor, classes: Sequence[str]) -> Da
 class Labels:
     """What stands for the truth about pictures.
 
-    Attributes
-    ----------
-    labels : int64 (n,) into ``names``.
-    names : of the classes that there are.
-    outputs : int64 (names,): the networks' output for each of them; None if that is not known.
-    given : whether they come from folders, and not from the student's answers.
-    origin : the same in words.
+    Attributes:
+        labels: int64 (n,) into ``names``.
+        names: Of the classes that there are.
+        outputs: int64 (names,): the networks' output for each of them; None if that is not known.
+        given: Whether they come from folders, and not from the student's answers.
+        origin: The same in words.
     """
 
     labels: Tensor
@@ -123,15 +118,13 @@ class Labels:
 def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()) -> Labels:
     """Labels of pictures: of their folders, or, of a flat folder, the classes that a network predicts.
 
-    Parameters
-    ----------
-    probabilities : (n, outputs) of the student.
-    classes : names of the outputs in order; (): folders stand for the outputs in alphabetical order if
-        there are as many of them.
+    Args:
+        probabilities: (n, outputs) of the student.
+        classes: Names of the outputs in order; (): folders stand for the outputs in alphabetical order if there are as
+            many of them.
 
-    Raises
-    ------
-    ValueError : names that do not fit, or fewer than two classes.
+    Raises:
+        ValueError: Names that do not fit, or fewer than two classes.
     """
     n_outputs, classes = probabilities.shape[1], tuple(classes)
     if not all(isinstance(name, str) for name in classes):

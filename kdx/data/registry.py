@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdx.data import cifar10, folders, cues, plantvillage, shapes
+from kdx.data import cifar10, cues, folders, plantvillage, shapes
 from kdx.data.download import archive_source
 from kdx.data.folders import Layout
 
@@ -21,21 +21,20 @@ class Card:
     """What is known of a dataset. For images in folders, classes, counts, mean and std are those of
     the files that were prepared; before, the card lists the classes that the original has.
 
-    Attributes
-    ----------
-    size : (channels, height, width) of every image.
-    counts : images per split.
-    mean, std : per-channel statistics of the training pixels, on the scale 0..1.
-    augmentation : transforms of training images, in order: name in ``torchvision.transforms.v2`` ->
-        its arguments, see :func:`augment`.
-    checksums : SHA-256 of pixels and labels per split (:func:`fingerprint`); ``None`` for
-        generated data, which are recomputed instead of stored, and for images in folders.
-    sources : name -> ``get(folder, downloads)``, tried in order: fills ``folder``, and keeps in
-        ``downloads`` what an interrupted attempt has brought; empty for generated data.
-    read : ``read(folder, split, seed)`` -> (images, labels, masks or None).
-    layout : where the images of each class lie; instead of ``read``.
-    source : the folder of a dataset that is not in the registry.
-    preparation : how the images came from their files.
+    Attributes:
+        size: (channels, height, width) of every image.
+        counts: Images per split.
+        mean, std: Per-channel statistics of the training pixels, on the scale 0..1.
+        augmentation: Transforms of training images, in order: name in ``torchvision.transforms.v2`` -> its arguments,
+            see :func:`augment`.
+        checksums: SHA-256 of pixels and labels per split (:func:`fingerprint`); ``None`` for generated data, which are
+            recomputed instead of stored, and for images in folders.
+        sources: Name -> ``get(folder, downloads)``, tried in order: fills ``folder``, and keeps in ``downloads`` what
+            an interrupted attempt has brought; empty for generated data.
+        read: ``read(folder, split, seed)`` -> (images, labels, masks or None).
+        layout: Where the images of each class lie; instead of ``read``.
+        source: The folder of a dataset that is not in the registry.
+        preparation: How the images came from their files.
     """
 
     name: str

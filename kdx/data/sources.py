@@ -20,8 +20,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from kdx.data import folders
-from kdx.data.registry import Card, find_card
 from kdx.data.download import unpack
+from kdx.data.registry import Card, find_card
 from kdx.paths import DataError, check_space, data_home, one_line, places
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,8 @@ def how_to_get(card: Card) -> str:
 def adopt(name: str, origin: Path) -> Path:
     """Make a folder (by a link) or an archive (unpacked) the source of a registered dataset.
 
-    Returns
-    -------
-    Path : the dataset's place in ``raw/``.
+    Returns:
+        the dataset's place in ``raw/``.
     """
     card = find_card(name)
     if card.layout is None or card.source:

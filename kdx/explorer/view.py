@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdx.data.batches import scorable
 from kdx.data.dataset import Dataset
-from kdx.data.folders import RefusedError, decode, resize_square
+from kdx.data.decoding import decode, resize_square
+from kdx.data.folders import RefusedError
 from kdx.data.label_embeddings import label_embeddings
 from kdx.distil.stored_pairs import Pair
 from kdx.explain.grad_cam import grad_cam

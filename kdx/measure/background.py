@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -70,10 +71,12 @@ def explained_share(control: Tensor, correct: Tensor, chance: Tensor, seed: int 
     share = float(_share(*three))
     if math.isnan(share):
         return Interval(share, share, share, len(control))
-    drawn = stats.bootstrap(
-        three, _share, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile",
-        random_state=seed,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the ends are NaN then
+        drawn = stats.bootstrap(
+            three, _share, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile",
+            random_state=seed,
+        )  # fmt: skip
     ends = drawn.confidence_interval
     return Interval(share, float(ends.low), float(ends.high), len(control))
 

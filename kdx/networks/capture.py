@@ -26,15 +26,13 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
 
     Images pass in chunks that suit the caches of the device, whose results are gathered.
 
-    Parameters
-    ----------
-    images : (n, c, h, w), normalised as the network expects.
-    layers : stage -> module name, as :func:`kdx.stages` returns.
+    Args:
+        images: (n, c, h, w), normalised as the network expects.
+        layers: Stage -> module name, as :func:`kdx.stages` returns.
 
-    Returns
-    -------
-    dict : stage -> output of its module (the first, of several): (n, k, h, w) for a convolutional
-        stage, tokens (n, t, k) for one of a transformer.
+    Returns:
+        stage -> output of its module (the first, of several): (n, k, h, w) for a convolutional stage, tokens (n, t, k)
+        for one of a transformer.
     """
     model = unwrapped(model)
     check_input(model, images)
@@ -83,21 +81,19 @@ def capture(
 
     Hooks are removed when the block ends, also by an exception.
 
-    Parameters
-    ----------
-    layers : stage -> module name, as :func:`kdx.stages` returns.
-    gradients : make outputs that need no gradient roots of the graph, so that a network without
-        trainable parameters can be differentiated from the shallowest stage on.
-    copy : the network goes on with a copy of each output, so in-place layers that follow leave
-        what was captured as it was. False saves time and memory, and raises an
-        :class:`OverwrittenError` at the end of the block if there was such a layer.
-    inputs : stages of which the first input of the module is collected, and not its output. If it
-        works in place, it does not inside the block.
+    Args:
+        layers: Stage -> module name, as :func:`kdx.stages` returns.
+        gradients: Make outputs that need no gradient roots of the graph, so that a network without trainable parameters
+            can be differentiated from the shallowest stage on.
+        copy: The network goes on with a copy of each output, so in-place layers that follow leave what was captured as
+            it was. False saves time and memory, and raises an :class:`OverwrittenError` at the end of the block if
+            there was such a layer.
+        inputs: Stages of which the first input of the module is collected, and not its output. If it works in place, it
+            does not inside the block.
 
-    Yields
-    ------
-    dict : stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest
-        forward pass, and there in the module's latest call.
+    Yields:
+        dict: Stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest forward pass, and
+            there in the module's latest call.
     """
     modules = dict(model.named_modules())
     if missing := [name for name in layers.values() if name not in modules]:
@@ -156,13 +152,11 @@ def gradients(
 
     The network runs in evaluation mode and is left as it was found, as by :func:`grad_cam`.
 
-    Parameters
-    ----------
-    objective : logits (n, classes) -> scalar.
+    Args:
+        objective: Logits (n, classes) -> scalar.
 
-    Returns
-    -------
-    dict : stage -> activations and gradients, float32 (n, k, h, w) both.
+    Returns:
+        stage -> activations and gradients, float32 (n, k, h, w) both.
     """
     model = unwrapped(model)
     check_input(model, images)

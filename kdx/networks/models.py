@@ -83,16 +83,14 @@ def build(
 ) -> Network:
     """Build a registered network with fresh weights.
 
-    Parameters
-    ----------
-    name : from ``MODELS``; ``"resnet10@0.125"`` carries its width with it.
-    stem : ``"imagenet"`` (torchvision's, for ~224 px images) or ``"small"`` (for ~32 px images).
-    width : factor on torchvision's channel counts, where the name carries none; None: the registry's.
-    seed : of the weights, which leaves torch's global CPU generator alone; None: from that generator.
+    Args:
+        name: From ``MODELS``; ``"resnet10@0.125"`` carries its width with it.
+        stem: ``"imagenet"`` (torchvision's, for ~224 px images) or ``"small"`` (for ~32 px images).
+        width: Factor on torchvision's channel counts, where the name carries none; None: the registry's.
+        seed: Of the weights, which leaves torch's global CPU generator alone; None: from that generator.
 
-    Returns
-    -------
-    The network; ``.architecture`` holds the arguments that rebuild it.
+    Returns:
+        The network; ``.architecture`` holds the arguments that rebuild it.
     """
     architecture = architecture_of(name, classes, stem, width)
     make, _ = MODELS[architecture["name"]]

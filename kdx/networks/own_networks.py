@@ -39,9 +39,8 @@ def find_builder(where: str) -> Callable[[], Any]:
 
     Arguments are literals. Modules of the working directory are found as well.
 
-    Raises
-    ------
-    ValueError : another form, no such module or function, arguments that are no literals.
+    Raises:
+        ValueError: Another form, no such module or function, arguments that are no literals.
     """
     module, colon, rest = where.partition(":")
     try:
@@ -78,25 +77,22 @@ def find_builder(where: str) -> Callable[[], Any]:
 def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Module:
     """A network of your own, in evaluation mode on the CPU, in float32 whatever precision it was stored in.
 
-    Parameters
-    ----------
-    build : what returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a
-        checkpoint of kdx, which knows its architecture.
-    weights : a file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a
-        checkpoint (under state_dict or model, say) and the prefix of DataParallel are found.
+    Args:
+        build: What returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a checkpoint
+            of kdx, which knows its architecture.
+        weights: A file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a checkpoint
+            (under state_dict or model, say) and the prefix of DataParallel are found.
 
-    Raises
-    ------
-    ValueError : no such file, one that only executing its code could open, keys or shapes that are not the
-        network's, weights that are not finite, or a function that does not return a network.
+    Raises:
+        ValueError: No such file, one that only executing its code could open, keys or shapes that are not the
+            network's, weights that are not finite, or a function that does not return a network.
 
-    Examples
-    --------
-    >>> import kdx, torch, tempfile
-    >>> path = tempfile.mktemp(suffix=".pt")
-    >>> torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), path)
-    >>> kdx.load_own("torch.nn:Conv2d(3, 4, 1)", path)
-    Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
+    Examples:
+        >>> import kdx, torch, tempfile
+        >>> path = tempfile.mktemp(suffix=".pt")
+        >>> torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), path)
+        >>> kdx.load_own("torch.nn:Conv2d(3, 4, 1)", path)
+        Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
     """
     if not build:
         if not header_of(weights):
@@ -205,9 +201,8 @@ def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequ
     """uint8 images (n, 3, h, w) as a network takes them: grey if its first convolution has one channel,
     normalised, on the device of its weights.
 
-    Parameters
-    ----------
-    normalisation : means and standard deviations of the channels on the scale 0..1; (): those of ImageNet.
+    Args:
+        normalisation: Means and standard deviations of the channels on the scale 0..1; (): those of ImageNet.
     """
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     weight = next(model.parameters(), None)
@@ -221,9 +216,8 @@ def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequ
 def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -> Tensor:
     """Class probabilities float32 (n, classes) of a network.
 
-    Raises
-    ------
-    ValueError : the network does not take these images, gives no logits, or gives NaN.
+    Raises:
+        ValueError: The network does not take these images, gives no logits, or gives NaN.
     """
     found = []
     try:
@@ -256,13 +250,11 @@ def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
     That is so where two classes or more, of 10 images or more, go over into each other one for one, by
     majority and in both directions: weak networks confuse classes, but do not permute them.
 
-    Returns
-    -------
-    bool : whether there are enough images, 2 or more for at least half of the classes of ``one``.
+    Returns:
+        whether there are enough images, 2 or more for at least half of the classes of ``one``.
 
-    Raises
-    ------
-    ValueError : such classes.
+    Raises:
+        ValueError: Such classes.
     """
     there, back = _majorities(one, other), _majorities(other, one)
     moved = {c: d for c, d in there.items() if c != d and back.get(d) == c}

@@ -79,26 +79,24 @@ def stages(
     network computes outside of modules (a sum of two branches, say) cannot be named: check the
     result for such networks, and name the stages yourself where it is not what you mean.
 
-    Parameters
-    ----------
-    images : (n, c, h, w), what the network takes; only the first is used. None: zeros of
-        224 x 224 with the channels of the first convolution.
-    modules : names as in ``model.named_modules()``, which override the search.
-    reshape : what makes feature maps (n, k, h, w) of a stage's output, where that is neither
-        those already nor tokens (n, t, k) of a square. The names that are returned carry it with them.
+    Args:
+        images: (n, c, h, w), what the network takes; only the first is used. None: zeros of 224 x 224 with the channels
+            of the first convolution.
+        modules: Names as in ``model.named_modules()``, which override the search.
+        reshape: What makes feature maps (n, k, h, w) of a stage's output, where that is neither those already nor
+            tokens (n, t, k) of a square. The names that are returned carry it with them.
+
 
     A vision transformer has no resolutions to tell stages by: they are the last blocks of the quarters
     of its depth.
 
-    Raises
-    ------
-    ValueError : an unknown module name, or a network without stages.
+    Raises:
+        ValueError: An unknown module name, or a network without stages.
 
-    Examples
-    --------
-    >>> import kdx, torch
-    >>> kdx.stages(kdx.build("resnet18", 10), torch.rand(1, 3, 64, 64))
-    {'L1': 'layer1.1', 'L2': 'layer2.1', 'L3': 'layer3.1', 'L4': 'layer4.1'}
+    Examples:
+        >>> import kdx, torch
+        >>> kdx.stages(kdx.build("resnet18", 10), torch.rand(1, 3, 64, 64))
+        {'L1': 'layer1.1', 'L2': 'layer2.1', 'L3': 'layer3.1', 'L4': 'layer4.1'}
     """
     model = unwrapped(model)
     if reshape is not None:
@@ -160,13 +158,11 @@ def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
     norm at the end of the longest of them; None if there is none. An activation that a network
     computes outside of modules cannot be seen: its stage is taken after it.
 
-    Parameters
-    ----------
-    images : (n, c, h, w), what the network takes; only the first is used.
+    Args:
+        images: (n, c, h, w), what the network takes; only the first is used.
 
-    Raises
-    ------
-    ValueError : a network without stages.
+    Raises:
+        ValueError: A network without stages.
     """
     root, _ = _trace(model, images[:1])
     leaves = list(_leaves(root))

@@ -29,9 +29,8 @@ def to_grid(stage: str, name: str, output: Tensor, images: Tensor) -> Tensor:
     Tokens (n, t, k) of square images are laid out as a square, after the prefix tokens (the fewest that
     leave a square number) are dropped. What :class:`Layer` says comes first.
 
-    Raises
-    ------
-    ValueError : an output of another shape, or tokens that are no square.
+    Raises:
+        ValueError: An output of another shape, or tokens that are no square.
     """
     if len(output) != len(images):
         raise ValueError(

@@ -2,9 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kdx.paths import DataError
 from kdx.data.own_images import as_dataset, label, read_pictures
-from kdx.measure.scores import scorable
+from kdx.paths import DataError
 
 
 @pytest.fixture
@@ -107,14 +106,3 @@ def read_pictures_of_one_class(folder):
     one.mkdir(parents=True)
     Image.new("RGB", (20, 16)).save(one / "a.png")
     return read_pictures(one.parent, 8)
-
-
-def test_scorable_takes_the_classes_that_fill_batches_best():
-    labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 2)
-    rows, size = scorable(labels, 4)
-    assert (labels[rows].unique().tolist(), size) == ([0, 1], 10)
-    rows, size = scorable(torch.arange(100) % 5, 2, most=16)
-    assert (len(rows), size) == (100, 16)
-    for few in (torch.zeros(40, dtype=torch.long), torch.arange(10) % 2):
-        with pytest.raises(ValueError, match="too few images for 4 class-balanced batches"):
-            scorable(few, 4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdx
-from kdx.data.dataset import label_embeddings
+from kdx.data import label_embeddings as labels
 from kdx.data.label_embeddings import label_embeddings, shipped_encoder
 
 

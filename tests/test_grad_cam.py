@@ -10,10 +10,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 import kdx
-from kdx import activations, agreement, capture, grad_cam, mass_on
-from kdx.explain import grad_cam
+from kdx import agreement, grad_cam
 from kdx.networks.models import build
-from kdx.explain.grad_cam import OverwrittenError
 
 NETWORKS = {
     "resnet10": lambda: build("resnet10", 10, "small"),
@@ -225,64 +223,6 @@ def test_grad_cam_of_a_module_without_influence_is_an_error(network):
         grad_cam(Side().eval(), x, 0, {"L1": "side"})
 
 
-def test_capture_removes_its_hooks_after_an_exception(network):
-    with pytest.raises(RuntimeError, match="halt"), capture(network, {"L1": "layer1"}) as captured:  # noqa: PT012
-        network(torch.rand(1, 3, 32, 32))
-        raise RuntimeError("halt")
-    assert captured["L1"].shape == (1, 8, 32, 32)
-    assert not any(m._forward_hooks for m in network.modules())
-
-
-def test_capture_keeps_what_in_place_layers_overwrite():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(inplace=True))
-    nn.init.constant_(model[0].bias, -1.0)
-    x = torch.rand(1, 1, 8, 8)
-    with capture(model, {"L1": "0"}) as captured:
-        out = model(x)
-    assert captured["L1"].min() < 0
-    assert torch.equal(captured["L1"].relu(), out)
-
-
-def test_activations_do_not_depend_on_the_chunks(network, monkeypatch):
-    x = torch.rand(7, 3, 32, 32)
-    whole = activations(network, x, {"L1": "layer1", "L2": "layer2"})
-    monkeypatch.setitem(saliency.CHUNK, "cpu", 3 * 3 * 32 * 32)
-    parts = activations(network, x, {"L1": "layer1", "L2": "layer2"})
-    assert list(parts) == ["L1", "L2"]
-    for stage in whole:
-        torch.testing.assert_close(parts[stage], whole[stage], atol=1e-5, rtol=1e-5)
-    one_image = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(0))
-    with pytest.raises(ValueError, match=r"L1 \(1\): expected a row for each of 3 images, got \(3072,\)"):
-        activations(one_image, x, {"L1": "1"})
-
-
-class Idle(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.idle = nn.Conv2d(1, 1, 1)
-
-    def forward(self, x):
-        return x
-
-
-def test_activations_are_those_before_in_place_layers():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(inplace=True), nn.Dropout(), nn.Conv2d(1, 2, 1)).train()
-    nn.init.constant_(model[0].bias, -1.0)
-    x = torch.rand(2, 1, 8, 8)
-    with torch.inference_mode():
-        found = activations(model, x, {"L1": "0", "L2": "3"})
-    assert torch.equal(found["L1"], model[0](x))
-    assert torch.equal(found["L2"], model[3](model[0](x).relu()))
-    assert not found["L1"].is_inference()
-    assert not found["L1"].requires_grad
-    assert all(module.training for module in model.modules())
-    with pytest.raises(OverwrittenError, match=r"outputs of L1$"), capture(model, {"L1": "0", "L2": "3"}, copy=False):
-        model(x)
-    assert not any(m._forward_hooks for m in model.modules())
-    with pytest.raises(ValueError, match=r"never called \['L1'\]"):
-        activations(Idle(), x, {"L1": "idle"})
-
-
 def test_agreement_by_hand():
     a = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
     assert agreement(a, 5 * a + 2).item() == pytest.approx(1)
@@ -291,23 +231,3 @@ def test_agreement_by_hand():
     assert math.isnan(agreement(a, torch.ones(1, 2, 2)).item())
     with pytest.raises(ValueError, match="of one shape"):
         agreement(a, torch.ones(1, 2, 3))
-
-
-def test_mass_on_by_hand():
-    maps = torch.tensor([[[1.0, 3.0], [0.0, 4.0]]]).repeat(4, 1, 1)
-    maps[2] = 0
-    masks = torch.zeros(4, 4, 4, dtype=torch.uint8)
-    masks[0, :, 2:] = 1  # the right half: both cells in full
-    masks[0, 3, 3] = 2  # a part of the object is the object
-    masks[1, 0, 0] = 1  # a quarter of the first cell
-    masks[2] = 1
-    masks[3] = 255
-    assert mass_on(maps, masks)[:2].tolist() == [7 / 8, 0.25 / 8]
-    assert mass_on(maps, masks)[2:].isnan().all()  # an empty map, an unknown mask
-    assert mass_on(maps[:1], torch.zeros(1, 4, 4, dtype=torch.uint8)).isnan().all()  # no object
-    uniform = mass_on(torch.ones(4, 3, 3), masks)
-    assert uniform[:3].tolist() == pytest.approx([0.5, 1 / 16, 1])
-    with pytest.raises(ValueError, match=r"expected maps \(n, h, w\) and uint8 masks"):
-        mass_on(maps, masks[:3])
-    with pytest.raises(ValueError, match=r"got .* torch.float32"):
-        mass_on(maps, masks.float())

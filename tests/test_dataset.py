@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kdx
+from kdx.data.dataset import augment, available, folds, load_dataset
+from kdx.paths import DataError
+
+
+def test_load_dataset_names_the_choices():
+    with pytest.raises(ValueError, match="unknown dataset 'mnist'; choose from: cifar10, shapes"):
+        load_dataset("mnist")
+    with pytest.raises(ValueError, match="unknown split 'val' of shapes; choose from: train, test"):
+        load_dataset("shapes", "val")
+
+
+def test_limit_keeps_the_class_balance_and_is_drawn_by_the_seed():
+    whole = load_dataset("shapes", "test")
+    assert (len(whole), whole.labels.bincount().tolist()) == (1600, [160] * 10)
+    part, again, other = whole.limit(200, 0), whole.limit(200, 0), whole.limit(200, 1)
+    assert part.labels.bincount().tolist() == [20] * 10
+    assert part.fingerprint == again.fingerprint != other.fingerprint
+    assert part.masks.shape == (200, 64, 64)
+    assert whole.limit(None) is whole
+    assert whole.limit(1599).labels.bincount().sum() == 1599
+    uneven = whole[torch.cat([(whole.labels == c).nonzero()[: 10 + 10 * c, 0] for c in range(10)])]
+    assert uneven.limit(55).labels.bincount().tolist() == list(range(1, 11))
+    with pytest.raises(TypeError, match=r"expected an index tensor \(m,\), got 3"):
+        whole[3]
+    for n in (9, 1601):
+        with pytest.raises(ValueError, match="expected 10"):
+            whole.limit(n)
+
+
+def test_folds_partition_and_stratify():
+    labels = torch.arange(60) % 3
+    parts = folds(labels, 4, seed=1)
+    held_out = torch.cat([rows for _, rows in parts])
+    assert sorted(held_out.tolist()) == list(range(60))
+    for train, rows in parts:
+        assert not set(train.tolist()) & set(rows.tolist())
+        assert labels[rows].bincount().tolist() == [5, 5, 5]
+    for k in (1, 21):
+        with pytest.raises(ValueError, match=f"expected 2 to 20 .* got {k}"):
+            folds(labels, k)
+
+
+def test_augment_transforms_each_image_by_itself_and_keeps_type_and_size():
+    images = torch.arange(8 * 3 * 4 * 5, dtype=torch.int32).view(8, 3, 4, 5).to(torch.uint8)
+    out = augment(images, {"RandomHorizontalFlip": {}})
+    kept = (out == images).flatten(1).all(1)
+    mirrored = (out == images.flip(-1)).flatten(1).all(1)
+    assert (kept ^ mirrored).all()
+    assert kept.any()
+    assert mirrored.any()
+    cropped = augment(images, {"RandomCrop": {"padding": 2, "padding_mode": "edge"}})  # to the images' own size
+    assert cropped.shape == images.shape
+    assert cropped.dtype == torch.uint8
+    assert augment(images, {}) is images
+
+
+def test_augment_is_drawn_by_the_global_seed():
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(augment(images, {"RandomHorizontalFlip": {}, "RandomResizedCrop": {"scale": [0.5, 1.0]}}))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "message"),
+    [
+        ({"RandomFlip": {}}, "expected names from torchvision.transforms.v2, got 'RandomFlip'"),
+        ({"functional": {}}, "expected names from torchvision.transforms.v2, got 'functional'"),
+        ({"RandomCrop": {"pad": 4}}, r"RandomCrop does not take \{'pad': 4\}: .*unexpected keyword argument 'pad'"),
+        ({"RandomHorizontalFlip": {"p": 2}}, "RandomHorizontalFlip does not take"),
+    ],
+)
+def test_augment_names_what_it_does_not_know(augmentation, message):
+    with pytest.raises(ValueError, match=message):
+        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), augmentation)
+
+
+def test_load_dataset_at_another_size_and_normalisation():
+    whole = load_dataset("shapes", limit=20)
+    small = load_dataset("shapes", limit=20, size=32, normalisation=[[0.5] * 3, [0.25] * 3])
+    assert small.images.shape == (20, 3, 32, 32)
+    assert small.masks.shape == (20, 32, 32)
+    assert set(small.masks.unique().tolist()) <= {0, 1, 2}
+    assert small.card.size == (3, 32, 32)
+    averaged = whole.images.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert (small.images - averaged).abs().mean() < 12  # of 255: the same pictures, smaller
+    assert float(small.card.normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))[0, 0, 0, 0]) == 2.0
+    for wrong in ([[0.5], [0.2]], [[0.5] * 3, [0.0] * 3], [0.5, 0.2], [[0.5] * 3]):
+        with pytest.raises(ValueError, match="normalisation: expected 3 means and 3 standard deviations > 0"):
+            load_dataset("shapes", limit=20, normalisation=wrong)
+    with pytest.raises(ValueError, match="size: expected 16 to 1024 pixels, got 8"):
+        load_dataset("shapes", limit=20, size=8)
+
+
+def picture(seed, size=(40, 32), mode="RGB"):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+
+
+def fill(root, classes=("one", "two"), each=8, start=0, **settings):
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            picture(1000 * c + i + start, **settings).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return fill(tmp_path / "photos", each=10)
+
+
+def test_a_path_is_a_dataset_that_networks_train_on(root, home):
+    train, test = (load_dataset(str(root), split, size=32) for split in ("train", "test"))
+    assert (len(train), len(test)) == (14, 6)
+    assert train.classes == ("one", "two")
+    assert train.card.size == (3, 32, 32)
+    assert train.card.normalize(train.images).mean().abs() < 0.01
+    assert not train.masked.any()
+    run = kdx.fit("resnet10", train, test, recipe=kdx.Recipe(epochs=1, batch_size=4), width=0.125, device="cpu")
+    assert run.classes == ("one", "two")
+    assert run.manifest["spec"]["input"]["size"] == [3, 32, 32]
+    assert run.manifest["spec"]["recipe"]["augmentation"] == {"RandomHorizontalFlip": {}}
+    assert [path.name for path in home.iterdir() if path.is_dir()] == ["prepared", "runs"]
+    assert "one, two" in train.card._repr_markdown_()
+
+
+def test_load_dataset_says_where_it_looked_for_a_folder(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"choose from: cifar10, .*; or give the path of a folder .* none at .*/nowhere"
+    ):
+        load_dataset(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_of_ones_own_is_not_taken_for_a_registered_dataset(tmp_path, home):
+    fill(tmp_path / "petimages")
+    assert load_dataset(str(tmp_path / "petimages"), size=96).classes == ("one", "two")
+    assert available("petimages") is None
+    with pytest.raises(DataError, match="petimages is not on this machine"):
+        load_dataset("petimages")
+
+
+def test_only_keeps_some_classes_in_the_order_asked_for(tmp_path):
+    whole = load_dataset(str(fill(tmp_path / "photos", ("a", "b", "c"))), "train", size=32)
+    part = whole.only(["c", "a"])
+    assert part.classes == ("c", "a")
+    assert part.labels.bincount().tolist() == [whole.labels.bincount()[2], whole.labels.bincount()[0]]
+    assert torch.equal(part.images[part.labels == 1], whole.images[whole.labels == 0])
+    with pytest.raises(ValueError, match="no classes d; choose from: a, b, c"):
+        whole.only(["a", "d"])
+    with pytest.raises(ValueError, match="at least two different classes"):
+        whole.only(["a", "a"])

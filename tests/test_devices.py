@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from kdx import build
+from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed
+
+
+def layout(model):
+    return {name: (tensor.data_ptr(), tensor.stride()) for name, tensor in model.state_dict().items()}
+
+
+def test_placed_puts_every_tensor_back():
+    model = build("resnet10", 3, "small", 0.125, seed=0)
+    before, weight = layout(model), model.layer1[0].conv1.weight
+    with placed(model, torch.device("cpu")):
+        assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert model.layer1[0].conv1.weight is weight
+    assert layout(model) == before
+    with pytest.raises(RuntimeError, match="on purpose"), placed(model, torch.device("cpu")):
+        raise RuntimeError("on purpose")
+    assert layout(model) == before
+
+
+def test_pick_device_names_what_it_does_not_know():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="unknown device 'gpu'; choose auto, cpu, cuda"):
+        pick_device("gpu")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_processor_decides_the_precision(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    cpu = torch.device("cpu")
+    assert autocast_dtype(cpu) == (torch.bfloat16 if fast else torch.float32)
+    assert autocast_dtype(torch.device("mps")) == torch.float32
+    layer = torch.nn.Linear(3, 2)
+    with autocast(cpu):
+        assert layer(torch.ones(1, 3)).dtype == autocast_dtype(cpu)

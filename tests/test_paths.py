@@ -1,0 +1,39 @@
+import os
+
+import pytest
+
+from kdx.paths import data_home, places, sha256_of, written_whole
+
+
+def test_data_home_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDX_HOME", str(tmp_path / "elsewhere"))
+    assert data_home() == tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDX_HOME", "relative")
+    assert data_home() == tmp_path / "relative"
+
+
+def test_places_are_raw_and_then_those_of_kdx_data(monkeypatch, tmp_path, home):
+    monkeypatch.setenv("KDX_DATA", f"{tmp_path / 'one'}{os.pathsep}{tmp_path / 'two'}")
+    assert places() == [home / "raw", tmp_path / "one", tmp_path / "two"]
+
+
+def test_written_whole_appears_at_the_end_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with written_whole(path) as scratch:
+        (scratch / "file").write_text("one")
+        assert not path.exists()
+    assert (path / "file").read_text() == "one"
+    other = tmp_path / "other"
+    with pytest.raises(OSError, match="full"), written_whole(other) as scratch:
+        (scratch / "file").write_text("half")
+        raise OSError("full")
+    with written_whole(path) as scratch:  # another process has written it meanwhile
+        (scratch / "file").write_text("two")
+    assert (path / "file").read_text() == "one"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder", "new"]
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
