@@ -25,9 +25,14 @@ def test_written_whole_appears_at_the_end_or_not_at_all(tmp_path):
         assert not path.exists()
     assert (path / "file").read_text() == "one"
     other = tmp_path / "other"
-    with pytest.raises(OSError, match="full"), written_whole(other) as scratch:
-        (scratch / "file").write_text("half")
-        raise OSError("full")
+
+    def fail():
+        with written_whole(other) as scratch:
+            (scratch / "file").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
     with written_whole(path) as scratch:  # another process has written it meanwhile
         (scratch / "file").write_text("two")
     assert (path / "file").read_text() == "one"

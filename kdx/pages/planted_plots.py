@@ -126,6 +126,6 @@ def cascades(table: pd.DataFrame) -> Figure:
         axes.axhline(0, color="#999999", lw=0.8, zorder=0)
     handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in palette.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
-    figure.supylabel("similarity with the right map", fontsize="medium")
+    figure.supylabel("similarity with the original map", fontsize="medium")
     sns.despine(figure)
     return figure
