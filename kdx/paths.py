@@ -1,4 +1,4 @@
-"""Where files are: the home of all that kdx writes, and further places that hold raw data."""
+"""Where files are: the folder of everything that kdx writes, and further folders with raw data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ CHECKOUT = Path(__file__).resolve().parents[1]  # where kdx runs from, if it was
 
 
 class DataError(RuntimeError):
-    """The data could not be had, or are not what they should be."""
+    """The data are not available, or are not what they should be."""
 
 
 def data_home() -> Path:
-    """Folder of ``raw/`` (downloads), ``prepared/`` (decoded images) and ``runs/`` (trained models).
+    """The folder of ``raw/`` (downloads), ``prepared/`` (decoded images) and ``runs/`` (trained models).
 
-    ``$KDX_HOME`` if set, else ``data/`` of the checkout kdx runs from, else ``~/.cache/kdx``.
+    Returns:
+        ``$KDX_HOME`` if it is set, else ``data/`` of the checkout that kdx runs from, else ``~/.cache/kdx``.
     """
     if home := os.environ.get("KDX_HOME"):
         return Path(home).expanduser().absolute()
@@ -30,14 +31,26 @@ def data_home() -> Path:
 
 
 def places() -> list[Path]:
-    """Where raw data may lie, one folder a dataset: ``raw/``, then the folders that ``$KDX_DATA``
-    lists (separated as in ``$PATH``), which are only read."""
+    """Folders that may hold raw data, with a subfolder for each dataset.
+
+    Returns:
+        ``raw/``, then the folders that ``$KDX_DATA`` lists (separated as in ``$PATH``), which are only read.
+    """
     further = [part for part in os.environ.get("KDX_DATA", "").split(os.pathsep) if part]
     return [data_home() / "raw", *(Path(part).expanduser().absolute() for part in further)]
 
 
 def check_space(what: str, needed: int, folder: Path) -> None:
-    """Raise DataError if the disk of ``folder`` has fewer than ``needed`` bytes free."""
+    """Check that a disk has enough free space.
+
+    Args:
+        what: The start of the error message, such as the name of a dataset.
+        needed: The space needed, in bytes.
+        folder: A folder on the disk.
+
+    Raises:
+        DataError: The disk has less free space than needed.
+    """
     if (free := shutil.disk_usage(folder).free) < needed:
         raise DataError(
             f"{what}: needs {needed / 1e6:,.0f} MB free in {folder}, found {free / 1e6:,.0f} MB; free some space or "
@@ -46,17 +59,23 @@ def check_space(what: str, needed: int, folder: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message in one line of up to 200 characters."""
+    """The message of an error in one line of at most 200 characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of the folder ``path`` when the block ends without an error.
+    """A scratch folder that becomes the folder ``path`` when the block ends without an error.
 
-    So a folder that is found under its name is complete. After an error nothing is left. If another process has
-    written ``path`` meanwhile, its folder stays.
+    A folder under its final name is therefore always complete. After an error nothing is left. If another process has
+    written ``path`` in the meantime, that folder stays and the scratch folder is deleted.
+
+    Args:
+        path: The folder to write. Its parents are created; it must not exist as a file.
+
+    Yields:
+        The scratch folder, empty, beside ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")

@@ -1,4 +1,4 @@
-"""One progress bar: shown on a terminal, silent in a rendered page or a log file."""
+"""A progress bar, shown on a terminal and hidden in a rendered page or a log file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-TERMINAL = "KDX_TERMINAL"  # `kdx run` and `kdx book` pass their terminal on to the kernel
+TERMINAL = "KDX_TERMINAL"  # environment variable by which `kdx run` and `kdx book` pass their terminal to the kernel
 
 
 def terminal() -> str | None:
-    """Path of the terminal that a person watches, or None."""
+    """The path of the terminal of the user, or None if there is none."""
     if path := os.environ.get(TERMINAL):
         return path
     try:
@@ -22,7 +22,12 @@ def terminal() -> str | None:
 
 
 def progress(iterable: Any = None, **settings: Any) -> tqdm:
-    """:class:`tqdm.tqdm` on :func:`terminal`, disabled where there is none."""
+    """A progress bar on the terminal of the user, disabled if there is none.
+
+    Args:
+        iterable: What to iterate over; None: the caller updates the bar.
+        **settings: Passed to :class:`tqdm.tqdm`.
+    """
     try:
         file = open(terminal() or "", "w")  # noqa: SIM115
     except OSError:

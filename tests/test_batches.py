@@ -1,7 +1,28 @@
 import pytest
 import torch
 
-from kdx.data.batches import balanced_batches, scorable
+from kdx.data.batches import balanced_batches, in_turns, rank_in_class, scorable
+
+
+def test_rows_are_ranked_within_their_class_and_taken_in_turns():
+    labels = torch.tensor([7, 2, 2, 7, 2])
+    assert rank_in_class(labels).tolist() == [1, 1, 2, 2, 3]
+    assert in_turns(labels).tolist() == [1, 0, 2, 3, 4]
+    assert in_turns(labels[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "batches", "batch_size", "message"),
+    [
+        (torch.rand(20), 2, 5, "labels: expected class indices"),
+        (torch.zeros(20, dtype=torch.long), 2, 5, "labels: expected images of at least two classes, got 20 of one"),
+        (torch.arange(20) % 2, 1, 5, "batches, batch_size: expected at least 2 batches of at least 5 images, got 1 of"),
+        (torch.arange(20) % 2, 3, 7, "need more images than 10 of the smallest of 2 classes; lower batches"),
+    ],
+)
+def test_batches_that_cannot_be_balanced_are_refused(labels, batches, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_batches(labels, batches, batch_size)
 
 
 def test_scorable_takes_the_classes_that_fill_batches_best():

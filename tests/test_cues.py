@@ -70,7 +70,7 @@ def test_values_labels_and_embeddings_belong_together():
         ({"values": 6}, "values: expected 2 to 5"),
         ({"contrast": 0}, "0 < contrast <= 1"),
         ({"overlap": 1}, "0 <= overlap < 1"),
-        ({"cue_size": 20}, r"3 cues that cover 35% of an image of 32 pixels at most, got 20 \(117%\)"),
+        ({"cue_size": 20}, r"3 cues that cover at most 35% of an image of 32 pixels per side, got 20 \(117%\)"),
     ],
 )
 def test_scenes_that_cannot_be_drawn_are_refused(wrong, message):

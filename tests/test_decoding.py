@@ -1,4 +1,4 @@
-"""Folders of images: what is used, what is refused, and the cache that it is decoded into."""
+"""Single files: what is converted, what is refused by content."""
 
 import os
 from pathlib import Path
@@ -8,35 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kdx.data.dataset import folders
-from kdx.data.folders import Layout
-
-
-def picture(seed, size=(40, 32), mode="RGB"):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-
-
-def fill(root, classes=("one", "two"), each=8, start=0, **settings):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(each):
-            picture(1000 * c + i + start, **settings).save(root / name / f"{i}.png")
-    return root
+from tests.photographs import fill, picture, ready, reasons
 
 
 @pytest.fixture
 def root(tmp_path):
     return fill(tmp_path / "photos", each=10)
-
-
-def ready(root, size=32):
-    return folders.prepare("photos", root, Layout(), size, root.parent / "prepared")
-
-
-def reasons(prepared):
-    bad = prepared.files[prepared.files["split"] == ""]
-    return dict(zip(bad["file"], bad["note"], strict=True))
 
 
 def bomb(path, side=40_000):

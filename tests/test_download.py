@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import requests
 
-from kdx.data.dataset import download
+from kdx.data import download
 from kdx.data.download import archive_source, unpack
 from kdx.data.registry import DATASETS
 from kdx.data.sources import fetch
@@ -22,8 +22,14 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Serves ``content``. ``ranges``: does it send parts? ``cuts``: how many bytes each of the next
-    answers sends before it hangs up. ``statuses``: what the next answers are instead."""
+    """A server of ``content`` that can misbehave.
+
+    Attributes:
+        ranges: Whether it sends parts of the content.
+        cuts: The number of bytes that each of the next answers sends before it hangs up.
+        statuses: The status codes of the next answers, which send nothing else.
+        asked: The ``Range`` header of each request, or None.
+    """
 
     def __init__(self, content=CONTENT):
         self.content, self.ranges, self.cuts, self.statuses, self.asked = content, True, [], [], []
@@ -52,7 +58,7 @@ class Server:
                 pass
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/data.zip"
 
 
@@ -69,6 +75,7 @@ def server(monkeypatch):
     yield start
     for one in servers:
         one.http.shutdown()
+        one.http.server_close()
 
 
 def names(folder):
@@ -89,7 +96,7 @@ def test_download_goes_on_after_each_cut(server, tmp_path):
 def test_download_gives_up_where_nothing_arrives_and_goes_on_the_next_time(server, tmp_path):
     one = server()
     one.cuts = [400_000] + [0] * download.TRIES
-    with pytest.raises(DataError, match=r"interrupted: .*; 0.4 MB are kept, the next attempt goes on from there"):
+    with pytest.raises(DataError, match=r"interrupted: .*; 0.4 MB are kept, and the next attempt continues from there"):
         download.download(one.url, tmp_path / "data.zip", SHA256)
     assert names(tmp_path) == ["data.zip.partial"]
     one.asked.clear()
@@ -108,7 +115,7 @@ def test_download_gives_up_on_a_server_that_always_begins_anew(server, tmp_path)
     """What arrives again is no progress; the most that ever arrived is kept."""
     one = server()
     one.ranges, one.cuts = False, [500, 400] * 20
-    with pytest.raises(DataError, match="the next attempt goes on from there"):
+    with pytest.raises(DataError, match="the next attempt continues from there"):
         download.download(one.url, tmp_path / "data.zip", SHA256)
     assert len(one.asked) == 1 + download.TRIES
     assert (tmp_path / "data.zip.partial").stat().st_size == 500
@@ -287,5 +294,5 @@ def test_unpack_keeps_names_with_dots_and_refuses_what_does_not_fit(tmp_path, mo
 @pytest.mark.parametrize("content", [PETS[:-30], b"no archive"])
 def test_unpack_of_a_broken_archive_is_a_clear_error(tmp_path, content):
     (tmp_path / "data.zip").write_bytes(content)
-    with pytest.raises(DataError, match=r"data.zip: expected a whole zip or tar archive"):
+    with pytest.raises(DataError, match=r"data.zip: expected a complete zip or tar archive"):
         unpack(tmp_path / "data.zip", tmp_path / "folder")

@@ -1,34 +1,13 @@
-"""Folders of images: what is used, what is refused, and the cache that it is decoded into."""
+"""Folders of images: which files are found, and what is refused by name or place."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kdx.data.dataset import folders
 from kdx.data.folders import Layout
+from kdx.data.prepared import prepare_folder
 from kdx.paths import DataError
-
-
-def picture(seed, size=(40, 32), mode="RGB"):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-
-
-def fill(root, classes=("one", "two"), each=8, start=0, **settings):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(each):
-            picture(1000 * c + i + start, **settings).save(root / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def root(tmp_path):
-    return fill(tmp_path / "photos", each=10)
-
-
-def ready(root, size=32):
-    return folders.prepare("photos", root, Layout(), size, root.parent / "prepared")
+from tests.photographs import fill, picture, ready
 
 
 def test_prepare_joins_validation_and_training_images_where_there_are_test_images(tmp_path):
@@ -62,7 +41,7 @@ def test_wrong_folders_are_clear_errors_and_leave_nothing(tmp_path):
         root.mkdir()
         make(root)
         with pytest.raises(DataError, match=message):
-            folders.prepare("photos", next(root.glob("photos"), root), Layout(), 32, tmp_path / "prepared")
+            prepare_folder("photos", next(root.glob("photos"), root), Layout(), 32, tmp_path / "prepared")
 
     check(r"expected images as <class>/<image>, found nothing in", lambda root: None)
     check(
@@ -79,9 +58,9 @@ def test_wrong_folders_are_clear_errors_and_leave_nothing(tmp_path):
     check(r"train and test, got none of three \(test\) in", split_without_a_class)
     check(r"a channel of the training images .* is constant", grey_world)
     with pytest.raises(DataError, match="found no folder"):
-        folders.prepare("photos", tmp_path / "nowhere", Layout(), 32, tmp_path / "prepared")
+        prepare_folder("photos", tmp_path / "nowhere", Layout(), 32, tmp_path / "prepared")
     with pytest.raises(ValueError, match="size: expected 16 to 1024 pixels, got 4000"):
-        folders.prepare("photos", tmp_path, Layout(), 4000, tmp_path / "prepared")
+        prepare_folder("photos", tmp_path, Layout(), 4000, tmp_path / "prepared")
     assert [path.name for path in (tmp_path / "prepared").iterdir() if path.suffix != ".lock"] == []
 
 

@@ -92,10 +92,10 @@ def test_labels_are_those_of_folders_or_of_the_student(folder):
     assert as_dataset(pictures, known.labels, known.names).classes == ("ants", "bees")
     for message, arguments in {
         "expected a name for each of 2 outputs, got 3": (pictures, p, ["x", "y", "z"]),
-        "folders ants are not among classes: bees, wasps": (pictures, p, ["bees", "wasps"]),
+        "classes: no name for the folders ants among bees, wasps": (pictures, p, ["bees", "wasps"]),
         "the student predicts output 0 for all 6 images": (flat, torch.eye(2)[torch.zeros(6, dtype=torch.long)]),
-        "expected names, got \\[0, 1\\]; put them in quotes": (pictures, p, [0, 1]),
-        "of at least two classes, got test alone": (read_pictures_of_one_class(folder), p),
+        "classes: expected names as text, got \\[0, 1\\]; put them in quotes": (pictures, p, [0, 1]),
+        "of at least two classes, got only test": (read_pictures_of_one_class(folder), p),
     }.items():
         with pytest.raises(ValueError, match=message):
             label(*arguments)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from kdx.paths import data_home, places, sha256_of, written_whole
+from kdx.paths import DataError, check_space, data_home, one_line, places, sha256_of, written_whole
 
 
 def test_data_home_follows_the_environment(monkeypatch, tmp_path):
@@ -24,6 +24,7 @@ def test_written_whole_appears_at_the_end_or_not_at_all(tmp_path):
         (scratch / "file").write_text("one")
         assert not path.exists()
     assert (path / "file").read_text() == "one"
+    assert path.stat().st_mode == path.parent.stat().st_mode  # not private as the usual scratch folders
     other = tmp_path / "other"
 
     def fail():
@@ -42,3 +43,15 @@ def test_written_whole_appears_at_the_end_or_not_at_all(tmp_path):
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_check_space_says_what_is_missing(tmp_path):
+    check_space("pets", 1, tmp_path)
+    with pytest.raises(DataError, match=r"pets: needs .* MB free in .*; free some space or point KDX_HOME"):
+        check_space("pets", 10**18, tmp_path)
+
+
+def test_messages_are_cut_to_one_line():
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(ValueError()) == "ValueError"
+    assert len(one_line(ValueError("x" * 500))) == 200

@@ -4,14 +4,14 @@ import pytest
 import torch
 from scipy import stats
 
-from kdx import distance
+from kdx import distance, permutation
 from kdx.distance import (
-    dependence,
     distance_correlation,
     distances,
     partial_distance_correlation,
     semipartial_distance_correlation,
 )
+from kdx.permutation import dependence
 
 
 def normal(*shape, seed=0):
@@ -57,7 +57,7 @@ def test_jackknife_equals_leaving_out_one_by_one(statistic):
 
 def test_p_counts_permutations_that_reach_the_observed_value():
     x, y, _ = sample("random", 12)
-    orders = distance.random_permutations(12, 99, seed=3)
+    orders = permutation.random_permutations(12, 99, seed=3)
     reached = sum(float(distance_correlation(x, y[o])) >= float(distance_correlation(x, y)) - 1e-12 for o in orders)
     assert dependence(x, y, permutations=99, seed=3).p == (reached + 1) / 100
 
@@ -66,7 +66,7 @@ def test_partial_test_permutes_the_projected_matrix():
     x, y, z = sample("random", 12)
     p, q, r = (distance.u_center(distances(s)) for s in (x, y, z))
     p, q = distance.project(p, r), distance.project(q, r)
-    orders = distance.random_permutations(12, 99, seed=3)
+    orders = permutation.random_permutations(12, 99, seed=3)
     reached = sum(float((p * q[o][:, o]).sum()) >= float((p * q).sum()) - 1e-12 for o in orders)
     assert dependence(x, y, z, statistic="partial", permutations=99, seed=3).p == (reached + 1) / 100
 
@@ -92,8 +92,8 @@ def test_p_is_uniform_when_samples_are_independent():
 
 def test_permutations_are_seeded_and_leave_the_global_generator_alone():
     state = torch.random.get_rng_state()
-    assert distance.random_permutations(8, 5, 1).equal(distance.random_permutations(8, 5, 1))
-    assert not distance.random_permutations(8, 5, 1).equal(distance.random_permutations(8, 5, 2))
+    assert permutation.random_permutations(8, 5, 1).equal(permutation.random_permutations(8, 5, 1))
+    assert not permutation.random_permutations(8, 5, 1).equal(permutation.random_permutations(8, 5, 2))
     assert torch.random.get_rng_state().equal(state)
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import kdx
-from kdx.data.cues import Scene, plantings
+from kdx.data.cues import Scene
+from kdx.planted import plantings
 from kdx.planted.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
 SMALL = Scene(size=24, cue_size=8)

@@ -1,10 +1,12 @@
-"""Folders of images: what is used, what is refused, and the cache that it is decoded into."""
+"""PlantVillage: names of classes, masks of leaves."""
 
 import numpy as np
 import torch
 from PIL import Image
 
-from kdx.data.dataset import folders, plantvillage
+from kdx.data import plantvillage
+from kdx.data.folders import UNKNOWN
+from kdx.data.prepared import prepare_folder
 from kdx.data.registry import DATASETS
 
 
@@ -40,13 +42,13 @@ def test_leaf_masks_follow_their_image(tmp_path):
                 Image.fromarray(pixels).save(source / "segmented" / name / f"{i}_final_masked.jpg", format="PNG")
         (source / "segmented" / name / "6_final_masked.jpg").write_text("broken")
         Image.fromarray(pixels[:20]).save(source / "segmented" / name / "7_final_masked.jpg")
-    prepared = folders.prepare("plantvillage", source, DATASETS["plantvillage"].layout, 48, tmp_path / "prepared")
+    prepared = prepare_folder("plantvillage", source, DATASETS["plantvillage"].layout, 48, tmp_path / "prepared")
     notes = prepared.files.set_index("file")["note"]
     assert notes["color/Apple___healthy/6.JPG"] == "mask refused: not an image"
     assert notes["color/Apple___healthy/7.JPG"] == "mask refused: 96 x 20 pixels, the image 96 x 48"
     for split in ("train", "test"):
         images, _, masks = prepared.read(split)
-        known = masks[:, 0, 0] != folders.UNKNOWN
-        assert set(masks[~known].unique().tolist()) <= {folders.UNKNOWN}
+        known = masks[:, 0, 0] != UNKNOWN
+        assert set(masks[~known].unique().tolist()) <= {UNKNOWN}
         assert torch.equal(masks[known] == 1, images[known, 0] > 100)
     assert int(prepared.files["mask"].sum()) == 12

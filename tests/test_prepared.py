@@ -1,4 +1,4 @@
-"""Folders of images: what is used, what is refused, and the cache that it is decoded into."""
+"""The cache into which a folder of images is decoded."""
 
 import errno
 from concurrent.futures import ThreadPoolExecutor
@@ -9,36 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from kdx.data.dataset import folders, load_dataset, prepare
+from kdx.data import prepared as module
+from kdx.data.dataset import load_dataset, prepare
 from kdx.data.folders import Layout
+from kdx.data.prepared import prepare_folder
 from kdx.paths import DataError
-
-
-def picture(seed, size=(40, 32), mode="RGB"):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-
-
-def fill(root, classes=("one", "two"), each=8, start=0, **settings):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(each):
-            picture(1000 * c + i + start, **settings).save(root / name / f"{i}.png")
-    return root
+from tests.photographs import fill, picture, ready, reasons
 
 
 @pytest.fixture
 def root(tmp_path):
     return fill(tmp_path / "photos", each=10)
-
-
-def ready(root, size=32):
-    return folders.prepare("photos", root, Layout(), size, root.parent / "prepared")
-
-
-def reasons(prepared):
-    bad = prepared.files[prepared.files["split"] == ""]
-    return dict(zip(bad["file"], bad["note"], strict=True))
 
 
 def test_prepare_keeps_the_middle_of_each_image(tmp_path):
@@ -56,7 +37,7 @@ def test_prepare_keeps_the_middle_of_each_image(tmp_path):
 
 
 def test_prepare_splits_each_class_by_a_fixed_seed_and_records_it(root, tmp_path):
-    first, again = ready(root), folders.prepare("photos", root, Layout(), 32, tmp_path / "elsewhere")
+    first, again = ready(root), prepare_folder("photos", root, Layout(), 32, tmp_path / "elsewhere")
     assert first.files.equals(again.files)
     assert first.card["counts"] == {"train": 14, "test": 6}
     assert first.card["split"] == "test share 0.3, seed 0"
@@ -86,7 +67,7 @@ def test_prepare_by_many_at_once_decodes_once(root, tmp_path):
 def test_prepared_images_are_found_again_where_the_folder_has_moved(root, tmp_path):
     first = ready(root)
     moved = root.rename(tmp_path / "moved")
-    assert folders.prepare("photos", moved, Layout(), 32, tmp_path / "prepared").folder == first.folder
+    assert prepare_folder("photos", moved, Layout(), 32, tmp_path / "prepared").folder == first.folder
 
 
 def test_prepare_is_done_once_and_again_when_a_file_changes(root):
@@ -105,7 +86,7 @@ def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(root, tmp_path,
         def statistics(*args):
             raise error
 
-        monkeypatch.setattr(folders, "_statistics", statistics)
+        monkeypatch.setattr(module, "_statistics", statistics)
 
     fail(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(DataError, match=r"photos: the disk of .* is full; nothing was kept"):
@@ -127,10 +108,6 @@ def test_damaged_prepared_images_are_refused(root):
     (prepared.folder / "card.json").write_text("{")
     with pytest.raises(DataError, match=r"are damaged \(.*delete that folder"):
         ready(root)
-
-
-def pets(root, each=8):
-    return fill(root / "PetImages", ("Cat", "Dog"), each)
 
 
 @pytest.mark.real_data

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import kdx
 from kdx.data.dataset import available, load_dataset, prepare
 from kdx.data.registry import DATASETS
 from kdx.data.sources import adopt, fingerprint
 from kdx.paths import DataError
+from tests.photographs import fill, pets
 
 PIXELS = bytes(range(16)) + bytes([0, 0, 1, 1])
 
@@ -87,7 +87,7 @@ def test_fetch_refuses_damaged_data_and_fetches_anew(register, damage, caplog):
     path.write_bytes(damage(PIXELS))
     kdx.fetch("bytes")
     assert path.read_bytes() == PIXELS
-    assert "fetching it anew" in caplog.text
+    assert "fetching it again" in caplog.text
     (aside,) = path.parent.parent.glob("bytes.refused-*")  # what lay there is kept
     assert (aside / "bytes" / "train.bin").read_bytes() == damage(PIXELS)
 
@@ -141,19 +141,6 @@ def test_fetch_finds_verified_data_in_further_places(register, tmp_path, monkeyp
     assert len(load_dataset("bytes")) == 4
 
 
-def picture(seed, size=(40, 32), mode="RGB"):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-
-
-def fill(root, classes=("one", "two"), each=8, start=0, **settings):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(each):
-            picture(1000 * c + i + start, **settings).save(root / name / f"{i}.png")
-    return root
-
-
 @pytest.fixture
 def root(tmp_path):
     return fill(tmp_path / "photos", each=10)
@@ -165,10 +152,6 @@ def test_a_place_without_the_data_is_passed_over(tmp_path, home, monkeypatch, ca
     monkeypatch.setenv("KDX_DATA", str(tmp_path / "place"))
     assert load_dataset("petimages", size=32).classes == ("cat", "dog")
     assert "petimages: passed over: expected images as PetImages/<class>/<image>" in caplog.text
-
-
-def pets(root, each=8):
-    return fill(root / "PetImages", ("Cat", "Dog"), each)
 
 
 def test_a_registered_dataset_is_found_in_kdx_data_or_says_how_to_get_it(tmp_path, home, monkeypatch):

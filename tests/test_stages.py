@@ -3,7 +3,7 @@ import torch
 import torchvision
 from torch import nn
 
-from kdx.explain.grad_cam import activations
+from kdx.networks.capture import activations
 from kdx.networks.models import MODELS, build
 from kdx.networks.stages import stages
 

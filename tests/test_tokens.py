@@ -74,7 +74,7 @@ def test_maps_and_scores_of_transformers_beside_a_cnn(make):
     student, base, x = make(), kdx.build("resnet10", 5, "small", seed=0).eval(), torch.rand(20, 3, 32, 32)
     labels = torch.arange(20) % 5
     table = torch.eye(5)
-    maps = unicam(student, base, x, table[labels])
+    maps = unicam(kdx.Reference(student, base, x), table[labels])
     assert [m.shape for m in maps.distilled.values()] == [(20, 4, 4)] * 4
     assert all(m.max() > 0 for m in maps.distilled.values())
     assert [m.shape[1] for m in maps.residual.values()] == [32, 16, 8, 4]
@@ -99,8 +99,8 @@ def test_reshape_says_how_an_output_lies():
     layers = stages(model, x, modules=["block"], reshape=lambda y: y.permute(0, 3, 1, 2))
     assert layers == {"L1": "block"}
     assert grad_cam(model, x, 2, layers)["L1"].shape == (4, 4, 6)
-    assert unicam(model, model, torch.rand(6, 3, 16, 24), torch.eye(2)[torch.arange(6) % 2], layers_student=layers,
-                  layers_base=layers).distilled["L1"].shape == (6, 4, 6)  # fmt: skip
+    both = kdx.Reference(model, model, torch.rand(6, 3, 16, 24), layers_student=layers, layers_base=layers)
+    assert unicam(both, torch.eye(2)[torch.arange(6) % 2]).distilled["L1"].shape == (6, 4, 6)
     wrong = stages(model, x, modules=["block"], reshape=lambda y: y[0])
     with pytest.raises(ValueError, match=r"L1 \(block\): expected reshape to give \(n, k, h, w\), got \(4, 6, 6\)"):
         grad_cam(model, x, 2, wrong)

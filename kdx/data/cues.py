@@ -1,8 +1,8 @@
 """Generated images with several independent cues, each with its mask.
 
-Every image shows one cue of each family, at random places over a structured background. What a
-network knows of a family can then be planted by what its labels tell (:mod:`kdx.planted.plantings`), and
-the masks say where that knowledge must show.
+Every image shows one cue of each family, at random places over a structured background. Labels that reveal only some
+of the families decide what a network knows (:mod:`kdx.planted.plantings`), and the masks show where that knowledge must
+appear in a map.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 COUNTS = {"train": 8_000, "test": 1_000}
 BACKGROUNDS = ("noise", "blur", "1/f")
-BLOCK = 500  # images drawn at a time
-MOST = 0.35  # of an image that cues may cover; more would seldom find places apart
+BLOCK = 500  # images drawn at the same time
+MOST = 0.35  # share of an image that cues may cover; with more, separate places are rarely found
 
 
 def _grating(u, v, value, values, rng):
@@ -79,7 +79,7 @@ def _segment(u, v, x0, y0, x1, y1):
 
 
 def _ink(distance, reach):
-    """Ink 0..1 within ``reach`` of a line, with soft edges of a tenth of the cue."""
+    """Ink 0..1 within ``reach`` of a line, with soft edges, a tenth of the cue wide."""
     return np.clip((reach - distance) / 0.2 + 0.5, 0, 1)
 
 
@@ -89,7 +89,13 @@ def _sign(rng, n):
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of cue: names of its values, and what draws them from coordinates in [-1, 1]."""
+    """A kind of cue.
+
+    Attributes:
+        names: Names of its values.
+        draw: ``draw(u, v, value, values, rng)`` returns the ink (n, side, side) in [-1, 1] of the values (n,) of
+            ``values`` at the coordinates ``u`` and ``v``, (side, side) in [-1, 1].
+    """
 
     names: tuple[str, ...]
     draw: Callable[..., np.ndarray]
@@ -107,15 +113,18 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What the images look like.
+    """How the images are drawn.
 
     Attributes:
-        cues: Names in ``FAMILIES``; an image shows one cue of each.
-        values: Classes of each family, 2 to 5.
-        cue_size: Pixels a side of a cue's square, which is its mask.
-        contrast: Of a cue, in (0, 1].
-        overlap: The largest share of a cue's side by which another may cover it, in [0, 1); later cues lie on top.
-        size: Pixels a side of an image.
+        cues: Names in ``FAMILIES``, 1 to 8; an image shows one cue of each.
+        values: Number of values of each family, 2 to 5.
+        cue_size: Pixels per side of the square of a cue, which is its mask; at least 5.
+        contrast: Contrast of a cue, in (0, 1].
+        overlap: Largest share of the side of a cue that another may cover, in [0, 1); later cues are on top.
+        size: Pixels per side of an image.
+
+    Raises:
+        ValueError: A setting is out of range, or the cues cover too much of an image.
     """
 
     cues: tuple[str, ...] = ("gratings", "shapes", "dots")
@@ -131,44 +140,56 @@ class Scene:
         if not 1 <= len(self.cues) <= 8 or len(set(self.cues)) < len(self.cues):
             raise ValueError(f"cues: expected 1 to 8 different ones, got {self.cues}")
         if not 2 <= self.values <= 5:
-            raise ValueError(f"values: expected 2 to 5 a cue, got {self.values}")
+            raise ValueError(f"values: expected 2 to 5 per cue, got {self.values}")
         if not 0 < self.contrast <= 1 or not 0 <= self.overlap < 1:
-            raise ValueError(f"expected 0 < contrast <= 1 and 0 <= overlap < 1, got {self.contrast} and {self.overlap}")
+            raise ValueError(
+                f"contrast, overlap: expected 0 < contrast <= 1 and 0 <= overlap < 1, got {self.contrast} and "
+                f"{self.overlap}"
+            )
         share = len(self.cues) * self.cue_size**2 / self.size**2
         if self.cue_size < 5 or share > MOST:
             raise ValueError(
-                f"cue_size: expected 5 or more, and {len(self.cues)} cues that cover {MOST:.0%} of an image of "
-                f"{self.size} pixels at most, got {self.cue_size} ({share:.0%})"
+                f"cue_size: expected 5 or more, and {len(self.cues)} cues that cover at most {MOST:.0%} of an image of "
+                f"{self.size} pixels per side, got {self.cue_size} ({share:.0%})"
             )
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes: all combinations, the last cue varying fastest."""
+        """Names of the classes: all combinations of values; the last cue varies fastest."""
         return tuple(map(", ".join, product(*(FAMILIES[cue].names[: self.values] for cue in self.cues))))
 
     def values_of(self, labels: Tensor) -> Tensor:
-        """Class indices (n,) -> the value of each cue, int64 (n, cues)."""
+        """The value of each cue, int64 (n, cues), for the class indices ``labels`` (n,)."""
         places = self.values ** torch.arange(len(self.cues) - 1, -1, -1)
         return labels[:, None] // places % self.values
 
     def labels_of(self, values: Tensor) -> Tensor:
-        """The reverse of :meth:`values_of`."""
+        """Class indices, int64 (n,), for the values of the cues (n, cues); the reverse of :meth:`values_of`."""
         return (values * self.values ** torch.arange(len(self.cues) - 1, -1, -1)).sum(1)
 
     @property
     def embeddings(self) -> Tensor:
-        """float32 (classes, cues x values): the values of all cues side by side, one-hot."""
+        """Label embeddings float32 (classes, cues x values): the one-hot values of all cues side by side."""
         values = self.values_of(torch.arange(len(self.classes)))
         return torch.nn.functional.one_hot(values, self.values).flatten(1).float()
 
     def bits(self, cues: tuple[str, ...]) -> int:
-        """What ``masks &`` finds these cues by."""
+        """The bits of these cues in a mask: ``masks & bits`` is not 0 where one of them is."""
         return sum(1 << self.cues.index(cue) for cue in cues)
 
 
 def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images uint8 (n, 3, size, size), labels int64 (n,) over ``scene.classes`` in equal shares, and masks
-    uint8 (n, size, size), of which bit i is set where cue i lies."""
+    """Draw images with equal shares of all classes.
+
+    Args:
+        scene: How the images are drawn.
+        n: Number of images.
+        seed: Draws classes, places and backgrounds.
+
+    Returns:
+        Images, uint8 (n, 3, size, size), labels, int64 (n,) over ``scene.classes``, and masks, uint8 (n, size, size),
+        in which bit i is set where cue i is.
+    """
     rng = np.random.default_rng(seed)
     labels = torch.from_numpy(rng.permutation(np.arange(n) % len(scene.classes)))
     blocks = [_draw(scene, part.numpy(), rng) for part in scene.values_of(labels).split(BLOCK)]
@@ -177,7 +198,16 @@ def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A split of the registered dataset, with the default :class:`Scene`."""
+    """Draw a split of the registered dataset, with the default :class:`Scene`.
+
+    Args:
+        folder: Not used.
+        split: ``"train"`` or ``"test"``.
+        seed: Draws the images; the splits of a seed differ.
+
+    Returns:
+        Images, labels and masks, as :func:`draw` returns.
+    """
     return draw(Scene(), COUNTS[split], 2 * seed + list(COUNTS).index(split))
 
 
@@ -203,7 +233,7 @@ def _draw(scene: Scene, values: np.ndarray, rng: np.random.Generator) -> tuple[n
 
 
 def _places(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Top and left (n,) of every cue, drawn until none covers too much of another."""
+    """Top and left (n,) of every cue, drawn again until no cue covers too much of another."""
     apart = scene.cue_size - int(scene.overlap * scene.cue_size)
     found = np.zeros((2, len(scene.cues), n), dtype=int)
     wrong = np.arange(n)

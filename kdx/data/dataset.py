@@ -1,6 +1,6 @@
-"""Datasets in memory: uint8 tensors, subsets, folds and augmentation.
+"""Datasets in memory: loading, subsets, folds and augmentation of uint8 images.
 
-:func:`load_dataset` takes a name from ``DATASETS``, or the path of a folder of images by class.
+:func:`load_dataset` takes a name from ``DATASETS``, or the path of a folder with a subfolder of images for each class.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Dataset:
     Attributes:
         images: uint8 (n, c, h, w).
         labels: int64 (n,).
-        masks: uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that tells its class from its
-            siblings; 255 throughout for an image without a mask.
+        card: What is known of the dataset.
+        masks: uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that distinguishes its class
+            from its siblings; 255 throughout for an image without a mask.
     """
 
     images: Tensor = field(repr=False)
@@ -45,15 +46,17 @@ class Dataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
         return self.card.classes
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 (hex) of pixels and labels, see :func:`kdx.data.sources.fingerprint`."""
         return fingerprint(self.images, self.labels)
 
     @property
     def masked(self) -> Tensor:
-        """bool (n,): the images that have a mask."""
+        """The images that have a mask: bool (n,)."""
         if self.masks is None:
             return torch.zeros(len(self), dtype=torch.bool)
         return self.masks[:, 0, 0] != UNKNOWN
@@ -62,14 +65,22 @@ class Dataset:
         return len(self.images)
 
     def __getitem__(self, rows: Tensor) -> Dataset:
-        """The subset at index tensor ``rows`` (m,)."""
+        """The subset at the index tensor ``rows`` (m,)."""
         if not isinstance(rows, Tensor) or rows.ndim != 1:
-            raise TypeError(f"expected an index tensor (m,), got {rows!r}")
+            raise TypeError(f"rows: expected an index tensor (m,), got {rows!r}")
         masks = None if self.masks is None else self.masks[rows]
         return Dataset(self.images[rows], self.labels[rows], self.card, masks)
 
     def limit(self, n: int | None, seed: int = 0) -> Dataset:
-        """``n`` images with the class proportions of the whole, drawn by ``seed``; None: all."""
+        """A random subset with the class proportions of the whole.
+
+        Args:
+            n: Number of images, at least one per class; None: all.
+            seed: Draws the images.
+
+        Raises:
+            ValueError: There are fewer images than ``n``, or more classes.
+        """
         if n is None or n == len(self):
             return self
         if not len(self.classes) <= n <= len(self):
@@ -77,26 +88,43 @@ class Dataset:
         return self[self._proportional(seed)[:n].sort().values]
 
     def only(self, classes: Sequence[str]) -> Dataset:
-        """The images of some of the classes, in the order of these names."""
+        """The images of some of the classes.
+
+        Args:
+            classes: Names of at least two classes; labels of the subset follow their order.
+
+        Raises:
+            ValueError: A name is unknown or repeated, or there are fewer than two.
+        """
         if unknown := [name for name in classes if name not in self.classes]:
-            raise ValueError(f"no classes {', '.join(unknown)}; choose from: {', '.join(self.classes)}")
+            raise ValueError(f"unknown classes {', '.join(unknown)}; choose from: {', '.join(self.classes)}")
         if len(set(classes)) < max(len(classes), 2):
-            raise ValueError(f"expected at least two different classes, got {list(classes)}")
+            raise ValueError(f"classes: expected at least two different names, got {list(classes)}")
         place = torch.full((len(self.classes),), -1)
         place[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
         part = self[(place[self.labels] >= 0).nonzero()[:, 0]]
         return replace(part, labels=place[part.labels], card=replace(self.card, classes=tuple(classes)))
 
     def split(self, *sizes: int, seed: int = 0) -> list[Dataset]:
-        """Disjoint random parts of these sizes, and what is left, each with the class proportions
-        of the whole."""
+        """Disjoint random parts, each with the class proportions of the whole.
+
+        Args:
+            *sizes: Images in each part.
+            seed: Draws the images.
+
+        Returns:
+            The parts, and last the remaining images.
+
+        Raises:
+            ValueError: A size is smaller than 1, or no image remains.
+        """
         if min(sizes) < 1 or sum(sizes) >= len(self):
             raise ValueError(f"split: expected sizes of 1 or more that leave some of {len(self)} images, got {sizes}")
         parts = self._proportional(seed).split([*sizes, len(self) - sum(sizes)])
         return [self[rows.sort().values] for rows in parts]
 
     def _proportional(self, seed: int) -> Tensor:
-        """All rows in a random order, of which every stretch has the class proportions of the whole."""
+        """All rows in a random order in which every stretch has the class proportions of the whole."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         labels = self.labels[order]
         share = (rank_in_class(labels) - 0.5) / labels.bincount()[labels]
@@ -111,20 +139,24 @@ def load_dataset(
     size: int | None = None,
     normalisation: Sequence[Sequence[float]] | None = None,
 ) -> Dataset:
-    """Load a split into memory, fetching, verifying or preparing it first where that is needed.
+    """Load a split into memory; fetch, verify or prepare it first if needed.
 
     Args:
-        name: From ``DATASETS``, or the path of a folder with a subfolder of images for each class, or with such folders
-            for training and testing (``train/``, and ``test/`` or ``val/``).
-        limit: Keep this many images, with the class proportions of the whole.
+        name: A name from ``DATASETS``, or the path of a folder with a subfolder of images for each class, or with such
+            folders for training and testing (``train/``, and ``test/`` or ``val/``).
+        split: ``"train"`` or ``"test"``.
+        limit: Number of images to keep, with the class proportions of the whole; None: all.
         seed: Draws the subset of ``limit``, and the images of a generated dataset.
-        size: Pixels a side; None: the card's. Photographs are decoded anew for it, and have statistics of their own;
-            images of a fixed size are resized, and keep the card's.
-        normalisation: (means, standard deviations) of the channels on the scale 0..1; None: the card's.
+        size: Pixels per side; None: the size on the card. For another size, photographs are decoded again and have
+            statistics of their own; images of a fixed size are resized and keep the statistics on the card.
+        normalisation: (means, standard deviations) of the channels on the scale 0..1; None: those on the card.
+
+    Returns:
+        The split.
 
     Raises:
-        ValueError: Unknown dataset or split, an impossible ``limit``, ``size`` or ``normalisation``.
-        DataError: No source gave the data that the card describes.
+        ValueError: The dataset or split is unknown, or ``limit``, ``size`` or ``normalisation`` is not possible.
+        DataError: No source has the data that the card describes.
 
     Examples:
         >>> import kdx
@@ -149,10 +181,18 @@ def load_dataset(
 
 
 def prepare(name: str, size: int | None = None) -> Prepared:
-    """The decoded images of a dataset that comes as folders, decoding them if that was not done.
+    """Open the decoded images of a dataset that comes as folders; decode them first if needed.
+
+    Args:
+        name: A name from ``DATASETS``, or the path of a folder.
+        size: Pixels per side; None: the size on the card.
+
+    Returns:
+        The prepared set.
 
     Raises:
-        DataError: The files are not on this machine, or not as they should be.
+        ValueError: The dataset does not come as folders, or the size is out of range.
+        DataError: The files are not on this machine, or are not what they should be.
     """
     card = find_card(name)
     if card.layout is None:
@@ -169,13 +209,21 @@ def prepare(name: str, size: int | None = None) -> Prepared:
     if found:
         raise DataError(
             f"{name}: several prepared sets in {home} ({', '.join(f.name for f in found)}), and their files are gone; "
-            "delete all but one, or name the place of the files in KDX_DATA"
+            "delete all but one, or name the folder above the files in KDX_DATA"
         )
     raise DataError(f"{name} is not on this machine at {size} px: {how_to_get(card)}")
 
 
 def available(name: str, size: int | None = None) -> str | None:
-    """What stands for the present files of a dataset; None if it comes as folders and is not on this machine."""
+    """A text that identifies the present files of a dataset.
+
+    Args:
+        name: A name from ``DATASETS``, or the path of a folder.
+        size: Pixels per side; None: the size on the card.
+
+    Returns:
+        The text, or None if the dataset comes as folders and is not on this machine.
+    """
     card = find_card(name)
     if card.layout is None:
         return name
@@ -230,6 +278,15 @@ def _resize(whole: Dataset, size: int | None) -> Dataset:
 def check_normalisation(
     normalisation: Sequence[Sequence[float]], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and standard deviations as tuples of floats.
+
+    Args:
+        normalisation: (means, standard deviations) on the scale 0..1.
+        channels: Channels of the images.
+
+    Raises:
+        ValueError: There is not one finite mean and one standard deviation > 0 for each channel.
+    """
     try:
         mean, std = (tuple(float(value) for value in values) for values in normalisation)
     except (TypeError, ValueError):
@@ -242,7 +299,19 @@ def check_normalisation(
 
 
 def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Stratified ``k`` folds: a list of (training rows, validation rows)."""
+    """Split rows into stratified folds.
+
+    Args:
+        labels: int64 (n,).
+        k: Number of folds, from 2 to the size of the smallest class.
+        seed: Draws the folds.
+
+    Returns:
+        (training rows, validation rows) of each fold.
+
+    Raises:
+        ValueError: ``k`` is out of range.
+    """
     from sklearn.model_selection import StratifiedKFold  # slow to import
 
     smallest = int(labels.unique(return_counts=True)[1].min())
@@ -256,19 +325,37 @@ def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 def augment(images: Tensor, augmentation: Mapping[str, Mapping[str, Any]]) -> Tensor:
-    """Transform each image of (n, c, h, w) at random, by torch's global generator.
+    """Transform each image at random, with the global generator of torch.
 
     Args:
-        augmentation: Name of a transform of ``torchvision.transforms.v2`` -> its arguments, in order; an argument
-            ``size`` that is not given is the images' own. ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding":
-            4}}``, for example; ``{}``: none.
+        images: (n, c, h, w).
+        augmentation: Arguments of each transform by its name in ``torchvision.transforms.v2``, in order, such as
+            ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4}}``; ``{}``: none. The default of an argument
+            ``size`` is the size of the images.
+
+    Returns:
+        The transformed images, of the same type and size.
+
+    Raises:
+        ValueError: A name or an argument is unknown.
     """
     transform = compose(augmentation, (images.shape[-2], images.shape[-1]))
     return images if transform is None else torch.stack([transform(image) for image in images])
 
 
 def compose(augmentation: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> v2.Transform | None:
-    """The transform that an augmentation describes, for images of ``size``; None: no change."""
+    """The transform that an augmentation describes.
+
+    Args:
+        augmentation: As for :func:`augment`.
+        size: (height, width) of the images.
+
+    Returns:
+        The transform; None: no change.
+
+    Raises:
+        ValueError: A name or an argument is unknown.
+    """
     parts = []
     for name, arguments in augmentation.items():
         kind = getattr(v2, name, None)

@@ -1,4 +1,4 @@
-"""One image file: decoded, checked, cut to a square."""
+"""Decoding one image file: checks, conversion to RGB, the middle square."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from torchvision.transforms import v2
 from kdx.data.folders import PLAIN, UNKNOWN, Item, Layout, RefusedError, stat_of
 from kdx.paths import one_line
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # others may run programs of their own
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # decoders of other formats may start other programs
 LEAST_SIDE = 8  # pixels of an original
-MOST_PIXELS = 50_000_000  # of an original; several are held decoded at a time
-BACKGROUND = 10  # of 255: darker is no leaf in a segmented picture, but for JPEG noise
+MOST_PIXELS = 50_000_000  # of an original; several are decoded at the same time
+BACKGROUND = 10  # of 255: in a segmented picture, darker pixels are background with JPEG noise
 
 
 def decode(path: Path | IO[bytes]) -> tuple[Image.Image, str]:
-    """A file as an upright RGB picture, and what had to be done for it (empty: nothing).
+    """Decode an image file.
+
+    Args:
+        path: The path of the file, or the file opened for reading bytes.
+
+    Returns:
+        The upright RGB picture, and a note on the conversion; empty if there was none.
 
     Raises:
-        RefusedError: Not an image that can be read whole, with 8 bits a channel, and of a sensible size.
+        RefusedError: The file is not an image that can be read completely, with 8 bits per channel, and of at least
+            ``LEAST_SIDE`` pixels per side and at most ``MOST_PIXELS`` pixels.
+        OSError: The file cannot be opened.
     """
     try:
         with Image.open(path, formats=FORMATS) as picture:
@@ -47,16 +55,26 @@ def decode(path: Path | IO[bytes]) -> tuple[Image.Image, str]:
         raise RefusedError("not an image") from error
     except Image.DecompressionBombError as error:
         raise RefusedError(f"far more than {MOST_PIXELS:,} pixels") from error
-    except Exception as error:  # a decoder may fail in any way on what it did not expect
+    except Exception as error:  # a decoder may raise any error on a damaged file
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the machine's fault, not the file's
+            raise  # an error of the machine, not of the file
         raise RefusedError(f"unreadable: {one_line(error)}") from error
 
 
 def prepare_image(
     item: Item, layout: Layout = PLAIN, *, size: int
 ) -> tuple[np.ndarray, np.ndarray, str] | RefusedError:
-    """The image (3, size, size) and mask (1, size, size) in its middle, and a note."""
+    """Decode a file and its mask, and cut out their middle squares.
+
+    Args:
+        item: The file.
+        layout: Where the file of its mask is.
+        size: Pixels per side of the result.
+
+    Returns:
+        The image, uint8 (3, size, size), the mask, uint8 (1, size, size), and a note on conversions; or the reason why
+        the file is refused. A mask is 1 on the object, 0 elsewhere, and ``UNKNOWN`` throughout if there is none.
+    """
     try:
         picture, note = decode(item.path)
     except RefusedError as reason:
@@ -74,14 +92,14 @@ def prepare_image(
             object_ = Image.fromarray((np.asarray(segmented).max(2) > BACKGROUND).astype(np.uint8))
             mask = resize_square(object_, size, v2.InterpolationMode.NEAREST)
         except RefusedError as reason:
-            note = f"{note}; " * bool(note) + f"mask refused: {reason}"
+            note = (f"{note}; " if note else "") + f"mask refused: {reason}"
     return resize_square(picture, size), mask, note
 
 
 def resize_square(
     picture: Image.Image, size: int, interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
 ) -> np.ndarray:
-    """The middle square, resized to ``size`` pixels a side, as (channels, size, size)."""
+    """The middle square of a picture, resized to ``size`` pixels per side: uint8 (channels, size, size)."""
     square = v2.CenterCrop(min(picture.size))
     transform = v2.Compose([square, v2.Resize((size, size), interpolation), v2.PILToTensor()])
     return transform(picture).numpy()

@@ -1,4 +1,4 @@
-"""Downloads that survive a cut connection."""
+"""Downloads that continue after an interruption, and unpacking of archives."""
 
 from __future__ import annotations
 
@@ -18,21 +18,29 @@ from filelock import FileLock
 from kdx.paths import DataError, check_space, one_line, sha256_of
 from kdx.progress import progress
 
-TRIES = 4  # in a row that bring nothing new
-PAUSE = 1.0  # seconds after the first of them, twice as long after each further one
+TRIES = 4  # attempts in a row without new data
+PAUSE = 1.0  # seconds after the first of them; doubled after each further one
 TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
-PIECE = 1 << 16  # bytes; what a cut connection may lose
+PIECE = 1 << 16  # bytes; the most that an interruption loses
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
-    """Fetch ``url`` to ``path``, and check it; at once if it is there already.
+    """Download a file and check it, unless it is there already.
 
-    What has arrived is kept beside ``path`` as ``<name>.partial``, and the next attempt, from this
-    address or another of the same file, asks for the rest only. A server that cannot send a part
-    sends the whole. A complete file with another checksum is deleted: it would never be right.
+    The received part is kept beside ``path`` as ``<name>.partial``, and the next attempt, from this address or another
+    of the same file, asks only for the rest. A server that cannot send a part sends the whole file. A complete file
+    with another checksum is deleted.
+
+    Args:
+        url: The address.
+        path: The file to write.
+        sha256: The expected SHA-256 (hex) of the file.
+
+    Returns:
+        ``path``.
 
     Raises:
-        DataError: The server refused, the connection was cut again and again, the checksum differs, or the disk is
+        DataError: The server refused, the connection was interrupted repeatedly, the checksum differs, or the disk is
             full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +50,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
             return path
         try:
             resumed = _transfer(url, partial)
-            if resumed and sha256_of(partial) != sha256:  # the two pieces may be of different files
+            if resumed and sha256_of(partial) != sha256:  # the two parts may belong to different files
                 partial.unlink()
                 _transfer(url, partial)
         except requests.HTTPError as error:
@@ -53,7 +61,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
             else:
                 why = f"the download was interrupted: {one_line(error)}"
             raise DataError(
-                f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, the next attempt goes on from there"
+                f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, and the next attempt continues from there"
             ) from error
         if (got := sha256_of(partial)) != sha256:
             size = partial.stat().st_size
@@ -64,7 +72,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
 
 
 def _transfer(url: str, partial: Path) -> bool:
-    """Bring ``partial`` to its full length; True if it was continued and not begun anew."""
+    """Complete the file ``partial``; True if what was there was continued, False if the server sent the whole file."""
     resumed, failures, most = _size(partial) > 0, 0, _size(partial)
     while True:
         try:
@@ -80,14 +88,14 @@ def _transfer(url: str, partial: Path) -> bool:
 
 
 def _request(url: str, partial: Path, start: int) -> bool:
-    """One request for all from byte ``start``; False if the server sent the whole instead."""
-    # a packed transfer would have offsets and a length of its own
+    """Send one request for everything from byte ``start``; False if the server sent the whole file instead."""
+    # the offsets and the length of a compressed transfer would differ
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # nothing after `start`: complete, or of another file
+        if answer.status_code == 416:  # nothing after `start`: complete, or another file
             return True
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise requests.ConnectionError(f"{answer.status_code} {answer.reason}")  # may pass
+            raise requests.ConnectionError(f"{answer.status_code} {answer.reason}")  # may be temporary
         answer.raise_for_status()
         continued = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if answer.status_code == 206 and not continued:
@@ -99,7 +107,7 @@ def _request(url: str, partial: Path, start: int) -> bool:
         try:
             _write(answer, whole, 0)
         except BaseException:
-            if _size(whole) > start:  # else what had arrived before is worth more
+            if _size(whole) > start:  # otherwise the earlier part is longer
                 os.replace(whole, partial)
             raise
         os.replace(whole, partial)
@@ -125,7 +133,15 @@ def _size(path: Path) -> int:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive; nothing is written outside of ``folder``."""
+    """Unpack a zip or tar archive; nothing is written outside of ``folder``.
+
+    Args:
+        archive: The path of the archive.
+        folder: The folder to fill; created if it does not exist.
+
+    Raises:
+        DataError: The archive is damaged or of another type, or the disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if zipfile.is_zipfile(archive):
@@ -141,11 +157,20 @@ def unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise DataError(f"the disk of {folder} is full; nothing of {archive} was kept") from error
-        raise DataError(f"{archive}: expected a whole zip or tar archive; {one_line(error)}") from error
+        raise DataError(f"{archive}: expected a complete zip or tar archive; {one_line(error)}") from error
 
 
 def archive_source(url: str, sha256: str, name: str | None = None) -> Callable[[Path, Path], None]:
-    """A source of a dataset: an archive, downloaded under its ``name`` and unpacked."""
+    """A source of a dataset that is an archive.
+
+    Args:
+        url: The address of the archive.
+        sha256: The expected SHA-256 (hex) of the archive.
+        name: The file name of the download; None: the last part of the address.
+
+    Returns:
+        ``get(folder, downloads)``, which downloads the archive into ``downloads`` and unpacks it into ``folder``.
+    """
     name = name or url.rpartition("/")[2]
 
     def get(folder: Path, downloads: Path) -> None:

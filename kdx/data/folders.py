@@ -1,4 +1,4 @@
-"""Folders of images, one per class: which files there are, and which are refused by name or place."""
+"""Finding the files in folders of images, one per class; some are refused by their name or place."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from typing import NamedTuple
 from kdx.paths import DataError
 
 WORKERS = min(8, os.cpu_count() or 1)
-SPLITS = {  # names of folders above those of the classes
+SPLITS = {  # names of folders above the class folders
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
 }
-UNKNOWN = 255  # in a mask
+UNKNOWN = 255  # value of all pixels in the mask of an image without a mask
 
 
-def _as_it_is(folder: str) -> str | None:
+def _unchanged(folder: str) -> str | None:
+    """The name of a folder, or None if it is hidden."""
     return None if folder.startswith((".", "__")) else folder
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a dataset lie.
+    """Where the files of a dataset are.
 
     Attributes:
-        roots: Where, inside the dataset's folder, the folders of its classes may be; the first that holds one is taken.
-        class_name: The name of a folder -> the name of its class, or None if it is no class.
-        mask_of: Path of an image -> path of a picture of its object on a black background.
+        roots: Folders inside the dataset's folder that may hold the class folders; the first that holds one is used.
+        class_name: Returns the name of the class for the name of a folder, or None if the folder is not a class.
+        mask_of: Returns the path of a picture of the object on a black background for the path of an image; None: the
+            dataset has no masks.
     """
 
     roots: tuple[str, ...] = (".",)
-    class_name: Callable[[str], str | None] = _as_it_is
+    class_name: Callable[[str], str | None] = _unchanged
     mask_of: Callable[[Path], Path] | None = None
 
 
@@ -42,7 +44,14 @@ PLAIN = Layout()  # a subfolder of images for each class
 
 
 class Item(NamedTuple):
-    """A file that may be an image: its path, that inside the source, its class, its split if known."""
+    """A file that may be an image.
+
+    Attributes:
+        path: The path of the file.
+        file: The path inside the source, as printable text.
+        name: The name of the class; empty for a flat folder.
+        split: ``"train"`` or ``"test"``; empty if the folders do not say.
+    """
 
     path: Path
     file: str
@@ -51,14 +60,21 @@ class Item(NamedTuple):
 
 
 class RefusedError(ValueError):
-    """Why a file is not used."""
+    """A file is not used; the message is the reason."""
 
 
 def scan(source: Path, layout: Layout) -> tuple[list[Item], dict[str, str]]:
-    """The files of every class, sorted, and those refused by their name or place with the reason.
+    """Find the files of every class.
+
+    Args:
+        source: The folder of the dataset.
+        layout: Where its files are.
+
+    Returns:
+        The files that may be images, sorted, and a dict from each refused file or folder to the reason.
 
     Raises:
-        DataError: No folders of classes where the layout expects them.
+        DataError: There are no class folders where the layout expects them.
     """
     source = source.resolve()
     items: list[Item] = []
@@ -78,8 +94,8 @@ def scan(source: Path, layout: Layout) -> tuple[list[Item], dict[str, str]]:
 
 
 def list_files(source: Path) -> tuple[list[Item], dict[str, str]]:
-    """The result of :func:`scan`; for a folder without subfolders its files, of class ``""``."""
-    if not source.is_dir() or any(f.is_dir() and _as_it_is(f.name) for f in source.iterdir()):
+    """As :func:`scan`, and for a folder without subfolders its files, with the class ``""``."""
+    if not source.is_dir() or any(f.is_dir() and _unchanged(f.name) for f in source.iterdir()):
         return scan(source, PLAIN)
     items: list[Item] = []
     refused: dict[str, str] = {}
@@ -99,7 +115,18 @@ def _collect(folder: Path, source: Path, name: str, split: str, items: list[Item
 
 
 def find_roots(source: Path, layout: Layout) -> list[tuple[Path, str]]:
-    """Folders that hold those of the classes, each with the split it is for (empty: not said)."""
+    """Find the folders that hold the class folders.
+
+    Args:
+        source: The folder of the dataset.
+        layout: Where its files are.
+
+    Returns:
+        Each of these folders with its split; ``""`` if the folders do not say.
+
+    Raises:
+        DataError: There is no such folder, or it is a link out of ``source``.
+    """
     if not source.is_dir():
         raise DataError(f"expected a folder of images, found no folder {printable(source)}")
     roots = _split_roots(source) if layout == PLAIN else []
@@ -109,20 +136,20 @@ def find_roots(source: Path, layout: Layout) -> list[tuple[Path, str]]:
             roots = [(folder, "")]
     if not roots:
         expected = " or ".join((Path(root) / "<class>" / "<image>").as_posix() for root in layout.roots)
-        entries = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in source.iterdir())
+        entries = sorted(printable(entry.name) + ("/" if entry.is_dir() else "") for entry in source.iterdir())
         found = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
         raise DataError(f"expected images as {expected}, found {found or 'nothing'} in {printable(source)}")
     for folder, _ in roots:
         if not _inside(folder, source.resolve()):
             raise DataError(
-                f"{printable(folder)} is a link out of the folder of the images; give the folder it leads to"
+                f"{printable(folder)} is a link out of the folder of images; give the folder that it leads to"
             )
     return roots
 
 
 def _split_roots(source: Path) -> list[tuple[Path, str]]:
-    """Folders named as the parts of a data set, if that is what they are, and not classes."""
-    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir() and _as_it_is(folder.name))
+    """Folders that are named as the parts of a dataset; none if these names are classes."""
+    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir() and _unchanged(folder.name))
     parts = {name: SPLITS[name.lower()] for name in names if name.lower() in SPLITS}
     kinds = set(parts.values())
     if kinds == {"train"} and len(names) == 1:
@@ -131,7 +158,7 @@ def _split_roots(source: Path) -> list[tuple[Path, str]]:
         return []
     if others := [printable(name) for name in names if name not in parts]:
         raise DataError(
-            f"expected folders of classes, or of parts such as train and test, found both ({', '.join(parts)}; "
+            f"expected class folders, or parts such as train and test, found both ({', '.join(parts)}; "
             f"{', '.join(others[:5])}) in {printable(source)}"
         )
     held_out = "test" if "test" in kinds else "val"
@@ -139,6 +166,8 @@ def _split_roots(source: Path) -> list[tuple[Path, str]]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, and links to folders, in a fixed order."""
+
     def stop(error: OSError) -> None:
         raise error
 
@@ -149,7 +178,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def printable(path: Path | str) -> str:
-    """A path or name as text that can be shown and stored, whatever bytes it is made of."""
+    """A path or name, of any bytes, as text that can be shown and stored."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -159,6 +188,7 @@ def _inside(path: Path, source: Path) -> bool:
 
 
 def _check_place(path: Path, source: Path) -> None:
+    """Raise RefusedError for links out of the source and for what is not a file with content."""
     if path.is_symlink() and not _inside(path, source):
         raise RefusedError("a link out of the folder")
     if path.is_symlink() and path.is_dir():
@@ -170,7 +200,7 @@ def _check_place(path: Path, source: Path) -> None:
 
 
 def stat_of(path: Path) -> tuple[int, ...]:
-    """Size and date of a file; nothing where there is none."""
+    """Size in bytes and date of change in nanoseconds of a file; () if there is no file."""
     try:
         found = path.stat()
     except OSError:

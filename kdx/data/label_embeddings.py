@@ -1,7 +1,7 @@
-"""Label embeddings: what a class name means, as a vector.
+"""Label embeddings: class names as vectors.
 
-``python -m kdx.data.label_embeddings PATH NAME`` writes the shipped table anew with the encoder at PATH, called
-NAME in its provenance, for the classes of all registered datasets.
+``python -m kdx.data.label_embeddings PATH NAME`` rewrites the shipped table with the encoder at PATH, for the classes
+of all registered datasets. NAME is the name of the encoder in the provenance of the table.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ TABLE = Path(__file__).with_name("label_embeddings.safetensors")
 
 
 def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download: bool = False) -> Tensor:
-    """Embeddings of class names: float32 (classes, m). Index them with labels: ``table[labels]``.
+    """Embeddings of class names; ``table[labels]`` has a row for each image.
 
     Args:
+        classes: At least two different names.
         encoder: ``"shipped"``: the table that comes with kdx, for the classes of its datasets (:func:`shipped_encoder`
-            names its encoder). ``"one-hot"``: all classes equally far apart. Else a transformers encoder by path or
-            name, such as the paper's ``"bert-base-uncased"``; a name's embedding is the mean of its last hidden states
-            over the tokens.
-        download: Let transformers fetch an encoder that this machine does not have.
+            names its encoder). ``"one-hot"``: all classes equally far apart. Otherwise a transformers encoder by path
+            or name, such as the paper's ``"bert-base-uncased"``; the embedding is the mean of its last hidden states
+            over the tokens of a name.
+        download: Whether transformers may download an encoder that is not on this machine.
+
+    Returns:
+        float32 (classes, m).
 
     Raises:
-        ValueError: Fewer than two classes, names that repeat or that the shipped table lacks, an encoder that is not
-            there.
+        ValueError: There are fewer than two classes, a name repeats or is missing in the shipped table, or the encoder
+            or the package transformers is not on this machine.
 
     Examples:
         >>> import kdx
@@ -42,7 +46,7 @@ def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download:
                 [0., 1.]])
     """
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
-        raise ValueError(f"expected at least two different class names, got {classes!r}")
+        raise ValueError(f"classes: expected at least two different class names, got {classes!r}")
     if encoder == "one-hot":
         return torch.eye(len(classes))
     if encoder == "shipped":
@@ -51,7 +55,7 @@ def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download:
 
 
 def shipped_encoder() -> dict[str, str]:
-    """Where the shipped table comes from: ``encoder``, ``pooling``, ``command``, ``versions``."""
+    """The provenance of the shipped table: ``encoder``, ``pooling``, ``command``, ``versions``."""
     with safe_open(TABLE, framework="pt") as file:
         return json.loads(file.metadata()["kdx"])
 
@@ -71,14 +75,14 @@ def _encode(classes: Sequence[str], encoder: str, download: bool) -> Tensor:
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
-        raise ValueError(f"encoder {encoder!r} needs the package transformers: pip install transformers") from error
+        raise ValueError(f"encoder: {encoder!r} needs the package transformers: pip install transformers") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=not download)
         model = AutoModel.from_pretrained(encoder, local_files_only=not download, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         remedy = "check its name and the connection" if download else "pass download=True to fetch it"
         raise ValueError(
-            f"no transformers encoder {encoder!r} with safetensors weights on this machine; {remedy}, or use "
+            f"encoder: no transformers encoder {encoder!r} with safetensors weights on this machine; {remedy}, or use "
             "encoder='shipped' or 'one-hot'"
         ) from error
     tokens = tokenizer([name.replace("_", " ") for name in classes], padding=True, return_tensors="pt")
@@ -93,7 +97,7 @@ def _write_table(encoder: str, name: str) -> None:
 
     from kdx.data.registry import DATASETS
 
-    # names of planted classes list values of cues, which mean nothing beyond these
+    # class names of planted cues only list values of cues; they have no meaning of their own
     names = sorted({name for card in DATASETS.values() for name in card.classes if card.name != "planted"})
     rows = label_embeddings(names, encoder)
     facts = {

@@ -1,4 +1,4 @@
-"""A folder of images as it is: read, and labelled by its subfolders or by what a network predicts."""
+"""Own images, read without preparation and labelled by their folders or by the predictions of a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdx.data.folders import WORKERS, Item, RefusedError, list_files, printable
 from kdx.data.registry import Card
 from kdx.paths import DataError
 
-SHOWN = 3  # names in a message
+SHOWN = 3  # most names in a message
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Pictures:
 
     Attributes:
         images: uint8 (n, 3, size, size), the middle squares.
-        files: Their paths inside the folder.
-        labels: int64 (n,) by the folders of classes; None for a flat folder.
-        classes: Names of those folders; () for a flat one.
-        refused: File -> why it was skipped.
-        there: Files in the folder that may be images, of those for testing where it says so.
-        testing: Whether the folder has a part for testing, which alone is read.
+        files: Paths of the images inside the folder.
+        labels: int64 (n,), by class folder; None for a flat folder.
+        classes: Names of the class folders; () for a flat folder.
+        refused: The reason for each file that was skipped.
+        there: Number of files in the folder, or in its test part, that may be images.
+        testing: Whether the folder has a test part; only this part is read then.
     """
 
     images: Tensor
@@ -48,13 +48,20 @@ class Pictures:
 def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed: int = 0) -> Pictures:
     """Read a folder of images, with a subfolder for each class or flat, and skip what cannot be read.
 
+    Where folders are named train and test, only the test images are read.
+
     Args:
-        size: Pixels a side, to which the middle square of every image is resized.
-        limit: Most images, drawn by ``seed``: as many of each class, as far as there are; None: all. Where folders are
-            named train and test, those for testing are read.
+        folder: The folder of images.
+        size: Pixels per side, to which the middle square of every image is resized.
+        limit: Largest number of images, with the same number of each class where there are enough; None: all.
+        seed: Draws the images.
+
+    Returns:
+        The images that can be read, with their labels and the reasons for skipped files.
 
     Raises:
-        DataError: No such folder, or no image in it that can be read.
+        ValueError: The limit is smaller than 1.
+        DataError: The folder does not exist, or has no image that can be read.
     """
     items, refused = list_files(Path(folder).expanduser())
     if testing := any(item.split == "test" for item in items):
@@ -89,7 +96,13 @@ def _in_turns(items: Sequence[Item]) -> list[Item]:
 
 
 def as_dataset(pictures: Pictures, labels: Tensor, classes: Sequence[str]) -> Dataset:
-    """Pictures with labels, as what figures and splits take."""
+    """Pictures and labels as a dataset, for figures and splits.
+
+    Args:
+        pictures: The images.
+        labels: int64 (n,) into ``classes``.
+        classes: Names of the classes.
+    """
     size = pictures.images.shape[-1]
     return Dataset(
         pictures.images, labels, Card("own", "Own images", "Images of a folder.", tuple(classes), (3, size, size))
@@ -98,14 +111,14 @@ def as_dataset(pictures: Pictures, labels: Tensor, classes: Sequence[str]) -> Da
 
 @dataclass(frozen=True)
 class Labels:
-    """What stands for the truth about pictures.
+    """Labels that are used as the ground truth of pictures.
 
     Attributes:
         labels: int64 (n,) into ``names``.
-        names: Of the classes that there are.
-        outputs: int64 (names,): the networks' output for each of them; None if that is not known.
-        given: Whether they come from folders, and not from the student's answers.
-        origin: The same in words.
+        names: Names of the classes that occur.
+        outputs: int64 (names,), the output of the networks for each class; None if it is not known.
+        given: Whether the labels come from folders; otherwise the student predicts them.
+        origin: Where the labels come from, in words.
     """
 
     labels: Tensor
@@ -116,19 +129,23 @@ class Labels:
 
 
 def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()) -> Labels:
-    """Labels of pictures: of their folders, or, of a flat folder, the classes that a network predicts.
+    """Labels of pictures, by their folders, or for a flat folder by the predictions of a network.
 
     Args:
-        probabilities: (n, outputs) of the student.
-        classes: Names of the outputs in order; (): folders stand for the outputs in alphabetical order if there are as
-            many of them.
+        pictures: The images.
+        probabilities: float (n, outputs) of the student.
+        classes: Names of the outputs in order. (): the folders in alphabetical order are the outputs, if their numbers
+            agree.
+
+    Returns:
+        The labels, with the names of the classes and the output of the networks for each.
 
     Raises:
-        ValueError: Names that do not fit, or fewer than two classes.
+        ValueError: The names do not fit the outputs or the folders, or there are fewer than two classes.
     """
     n_outputs, classes = probabilities.shape[1], tuple(classes)
     if not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"classes: expected names, got {list(classes)}; put them in quotes")
+        raise ValueError(f"classes: expected names as text, got {list(classes)}; put them in quotes")
     if classes and (len(classes) != n_outputs or len(set(classes)) < n_outputs):
         raise ValueError(f"classes: expected a name for each of {n_outputs} outputs, got {len(set(classes))} names")
     if pictures.labels is None:
@@ -136,21 +153,23 @@ def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()
         names = tuple(classes[i] if classes else f"output {i}" for i in present.tolist())
         if len(names) < 2:
             raise ValueError(
-                f"the student predicts {names[0]} for all {len(labels)} images of the flat folder, and features can "
-                "relate to classes only where there are two; give other images, or put them into folders by class"
+                f"the student predicts {names[0]} for all {len(labels)} images of the flat folder, but at least two "
+                "classes are needed; give other images, or put them into folders by class"
             )
         return Labels(labels, names, present, False, "the classes that the student predicts: the folder has none")
     names = pictures.classes
     if len(names) < 2:
-        raise ValueError(f"expected images of at least two classes, got {names[0]} alone; or give a flat folder")
+        raise ValueError(
+            f"expected images of at least two classes, got only {names[0]}; add a class, or give a flat folder"
+        )
     if unknown := [name for name in names if classes and name not in classes]:
-        raise ValueError(f"folders {', '.join(unknown[:SHOWN])} are not among classes: {', '.join(classes)}")
+        raise ValueError(f"classes: no name for the folders {', '.join(unknown[:SHOWN])} among {', '.join(classes)}")
     if classes:
         outputs, origin = torch.tensor([classes.index(name) for name in names]), "the folders, by name"
     elif len(names) == n_outputs:
         outputs, origin = torch.arange(n_outputs), "the folders, in alphabetical order"
     else:
         outputs = None
-        origin = f"the folders; which of the {n_outputs} outputs they stand for is not known (parameter classes)"
+        origin = f"the folders; the matching ones of the {n_outputs} outputs are not known (parameter classes)"
     assert pictures.labels is not None
     return Labels(pictures.labels, names, outputs, True, origin)

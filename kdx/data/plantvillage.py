@@ -1,4 +1,4 @@
-"""PlantVillage: names of its classes and masks of its leaves."""
+"""PlantVillage: names of the classes and masks of the leaves."""
 
 from __future__ import annotations
 
@@ -48,13 +48,18 @@ CLASSES = (
 
 
 def class_name(folder: str) -> str | None:
-    """``"Cherry_(including_sour)___Powdery_mildew"`` -> ``"Cherry: Powdery mildew"``; None: no class."""
+    """The class of a folder, or None if the folder is not a class.
+
+    Example:
+        >>> class_name("Cherry_(including_sour)___Powdery_mildew")
+        'Cherry: Powdery mildew'
+    """
     crop, found, disease = folder.replace("_", " ").partition("   ")
     name = f"{re.sub(r'[(].*[)]', '', crop).strip()}: {disease.strip()}"
     return name if found and name in CLASSES else None
 
 
 def mask_of(image: Path) -> Path:
-    """The leaf without its background, in the original's folder ``segmented`` beside ``color``."""
+    """The picture of the leaf without background, in the folder ``segmented`` of the original, beside ``color``."""
     folder = image.parents[2] / "segmented" / image.parent.name
     return folder / f"{image.stem}_final_masked.jpg"

@@ -30,9 +30,9 @@ from kdx.paths import DataError, check_space, one_line, written_whole
 from kdx.progress import progress
 
 FORMAT = 2  # of a prepared set; part of its digest
-SIZES = (16, 1024)  # pixels a side of a prepared image, least and most
-LEAST_IMAGES = 8  # of a class
-TEST_SHARE = 0.3  # of each class, where the folders do not say what is for testing
+SIZES = (16, 1024)  # smallest and largest number of pixels per side of a prepared image
+LEAST_IMAGES = 8  # per class
+TEST_SHARE = 0.3  # of each class, where the folders do not name a test part
 SPLIT_SEED = 0
 BLOCK = 256  # images decoded at a time
 
@@ -42,10 +42,9 @@ class Prepared:
     """A set of decoded images on disk.
 
     Attributes:
+        folder: The folder of the set.
         card: Classes, counts per split, size, mean, std, number of masks, seed and share of the split, source, numbers
-            of files refused and noted.
-        files: One row a file: file, class, split, mask (whether there is one), note. Refused files have no split, and
-            the note says why; the others come in the order of ``images.bin``.
+            of files refused and files with a note.
     """
 
     folder: Path
@@ -53,18 +52,34 @@ class Prepared:
 
     @property
     def files(self) -> pd.DataFrame:
+        """One row per file: file, class, split, mask (whether there is one), note.
+
+        Refused files have no split, and the note is the reason; the others are in the order of ``images.bin``.
+        """
         text = dict.fromkeys(("file", "class", "split", "note"), str)  # also for a class called 0 or True
         return pd.read_csv(self.folder / "files.csv", keep_default_na=False, dtype=text)
 
     def rows(self, split: str) -> pd.DataFrame:
-        """The rows of ``files`` of a split, in the order of :meth:`read`: random, but always the same. The index
-        is the place in ``images.bin``."""
+        """The rows of ``files`` of a split, in the order of :meth:`read`, which is random but always the same.
+
+        The index is the position in ``images.bin``.
+        """
         files = self.files
         used = files[files["split"] != ""].reset_index(drop=True)
         return used[used["split"] == split].sample(frac=1, random_state=SPLIT_SEED)
 
     def read(self, split: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images uint8 (n, 3, size, size), labels int64 (n,) and masks uint8 (n, size, size) or None."""
+        """Read a split into memory.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+
+        Returns:
+            Images, uint8 (n, 3, size, size), labels, int64 (n,), and masks, uint8 (n, size, size), or None.
+
+        Raises:
+            DataError: The files of the set are damaged.
+        """
         rows = self.rows(split)
         labels = torch.tensor(rows["class"].map(self.card["classes"].index).to_numpy())
         images = torch.from_numpy(self._array("images.bin", 3)[rows.index])
@@ -89,15 +104,25 @@ def digest(source: Path, layout: Layout, size: int) -> str:
 
 
 def prepare_folder(name: str, source: Path, layout: Layout, size: int, home: Path) -> Prepared:
-    """Decode a source into ``home / "<name>-<size>px-<digest>"``, or open what is there already.
+    """Decode a folder of images into ``home / "<name>-<size>px-<digest>"``, or open this set if it exists.
 
-    Images are cut to their middle square and resized to ``size`` pixels a side.
-    Where the folders do not name the splits, three tenths of each class are kept for testing, drawn by
-    a fixed seed. Of files with the same pixels, only the first is used.
+    Images are cut to their middle square and resized. Where the folders do not name the splits, three tenths of each
+    class are kept for testing, drawn by a fixed seed. Of files with the same pixels, only the first is used.
+
+    Args:
+        name: The start of the name of the set.
+        source: The folder of images.
+        layout: Where the files of each class are.
+        size: Pixels per side of the prepared images, in ``SIZES``.
+        home: The folder of all prepared sets.
+
+    Returns:
+        The prepared set.
 
     Raises:
+        ValueError: The size is out of range.
         DataError: The folders are not laid out by class, there are fewer than two classes, or fewer than 8 readable
-            images of some class; the disk is full.
+            images of some class; the disk is full; the set that exists is damaged.
     """
     if not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size: expected {SIZES[0]} to {SIZES[1]} pixels, got {size}")
@@ -116,6 +141,11 @@ def prepare_folder(name: str, source: Path, layout: Layout, size: int, home: Pat
 
 
 def open_prepared(folder: Path) -> Prepared:
+    """Open a prepared set.
+
+    Raises:
+        DataError: Its ``card.json`` is missing or damaged.
+    """
     try:
         return Prepared(folder, json.loads((folder / "card.json").read_text()))
     except (OSError, ValueError) as error:
@@ -125,6 +155,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
+    """Write all files of a prepared set."""
     items, refused = scan(source, layout)
     classes = sorted({item.name for item in items})
     if len(classes) < 2:
@@ -166,7 +197,11 @@ def _write(folder: Path, source: Path, layout: Layout, size: int) -> None:
 
 
 def _decode_all(folder: Path, items: list[Item], refused: dict[str, str], layout: Layout, size: int) -> pd.DataFrame:
-    """Write ``images.bin`` and ``masks.bin``; return a row for each image in them, and add to ``refused``."""
+    """Write ``images.bin`` and ``masks.bin``.
+
+    Returns:
+        A row for each image in them. Files that cannot be decoded, and repeated ones, are added to ``refused``.
+    """
     rows: list[tuple[str, str, str, bool, str]] = []
     seen: dict[bytes, str] = {}
     with (
@@ -176,7 +211,7 @@ def _decode_all(folder: Path, items: list[Item], refused: dict[str, str], layout
         ThreadPoolExecutor(WORKERS) as pool,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd files: what cannot be read is refused
+        warnings.simplefilter("ignore")  # of Pillow on unusual files; unreadable ones are refused
         for start in range(0, len(items), BLOCK):
             block = items[start : start + BLOCK]
             decoded = pool.map(partial(prepare_image, layout=layout, size=size), block)
@@ -197,6 +232,7 @@ def _decode_all(folder: Path, items: list[Item], refused: dict[str, str], layout
 
 
 def _check_counts(names: pd.Series, classes: list[str], refused: dict[str, str], source: Path) -> None:
+    """Raise DataError if a class has too few images; ``names`` are the classes of the images."""
     counts = names.value_counts().reindex(classes, fill_value=0)
     examples = "; ".join(f"{file}: {reason}" for file, reason in list(refused.items())[:3])
     because = f" ({len(refused)} refused, such as {examples})" if refused else ""
@@ -210,7 +246,7 @@ def _check_counts(names: pd.Series, classes: list[str], refused: dict[str, str],
 
 
 def _split(files: pd.DataFrame) -> np.ndarray:
-    """Train or test for each file: the same share of every class, and of its images with a mask."""
+    """Train or test for each file, with the same share of every class and of its images with a mask."""
     from sklearn.model_selection import train_test_split  # slow to import
 
     strata = files["class"] + files["mask"].map({True: "/masked", False: ""})

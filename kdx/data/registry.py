@@ -1,4 +1,4 @@
-"""The registry of datasets: what is known of each of them before it is opened."""
+"""The registry of datasets: a card for each of them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,34 @@ from kdx.data.folders import Layout
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a dataset. For images in folders, classes, counts, mean and std are those of
-    the files that were prepared; before, the card lists the classes that the original has.
+    """What is known of a dataset.
+
+    For images in folders, classes, counts, mean and std are those of the prepared files; before preparation, the card
+    lists the classes of the original.
 
     Attributes:
+        name: The name in the registry; for a folder its own name.
+        title: The name for readers.
+        description: What the images show, and how they were made.
+        classes: Names of the classes, in the order of the labels.
         size: (channels, height, width) of every image.
         counts: Images per split.
-        mean, std: Per-channel statistics of the training pixels, on the scale 0..1.
-        augmentation: Transforms of training images, in order: name in ``torchvision.transforms.v2`` -> its arguments,
-            see :func:`augment`.
-        checksums: SHA-256 of pixels and labels per split (:func:`fingerprint`); ``None`` for generated data, which are
-            recomputed instead of stored, and for images in folders.
-        sources: Name -> ``get(folder, downloads)``, tried in order: fills ``folder``, and keeps in ``downloads`` what
-            an interrupted attempt has brought; empty for generated data.
-        read: ``read(folder, split, seed)`` -> (images, labels, masks or None).
-        layout: Where the images of each class lie; instead of ``read``.
+        mean: Mean of each channel of the training pixels, on the scale 0..1.
+        std: Standard deviation of each channel of the training pixels, on the scale 0..1.
+        licence: The licence of the images.
+        citation: The publication to cite.
+        homepage: The address of the original.
+        augmentation: Transforms of training images, in order: arguments by the name of the transform, see
+            :func:`kdx.data.dataset.augment`.
+        read: ``read(folder, split, seed)`` returns (images, labels, masks or None).
+        layout: Where the images of each class are; instead of ``read``.
         source: The folder of a dataset that is not in the registry.
-        preparation: How the images came from their files.
+        checksums: SHA-256 of pixels and labels per split (:func:`kdx.data.sources.fingerprint`); None for generated
+            data, which are recomputed instead of stored, and for images in folders.
+        sources: Functions ``get(folder, downloads)`` by name, tried in order. Each fills ``folder``, and keeps the
+            received part of an interrupted download in ``downloads``; empty for generated data.
+        download_bytes: Size of the download.
+        preparation: How the files became images, as rows of the table for readers.
     """
 
     name: str
@@ -58,9 +69,19 @@ class Card:
     preparation: dict[str, str] = field(default_factory=dict, repr=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (n, c, h, w) -> float32 with zero mean and unit variance per channel."""
+        """Normalise images to zero mean and unit variance per channel.
+
+        Args:
+            images: uint8 (n, c, h, w).
+
+        Returns:
+            float32 (n, c, h, w).
+
+        Raises:
+            TypeError: The images are not uint8.
+        """
         if images.dtype != torch.uint8:
-            raise TypeError(f"expected uint8 images, got {images.dtype}")
+            raise TypeError(f"images: expected uint8 images, got {images.dtype}")
         return v2.functional.normalize(v2.functional.to_dtype(images, scale=True), list(self.mean), list(self.std))
 
     def _repr_markdown_(self) -> str:
@@ -94,14 +115,21 @@ class Card:
 
 
 def find_card(name: str) -> Card:
-    """The card of a registered name, or of the path of a folder with one subfolder a class."""
+    """The card of a dataset.
+
+    Args:
+        name: A name from ``DATASETS``, or the path of a folder with a subfolder of images for each class.
+
+    Raises:
+        ValueError: There is no dataset of this name and no such folder.
+    """
     if name in DATASETS:
         return DATASETS[name]
     if (folder := Path(name).expanduser()).is_dir():
         return Card(
             name=folders.printable(folder.resolve().name),
             title=folders.printable(folder.resolve().name),
-            description="Images in folders, one a class.",
+            description="Images in folders, one per class.",
             classes=(),
             size=(3, 96, 96),
             layout=Layout(),
@@ -142,7 +170,7 @@ DATASETS: dict[str, Card] = {
             description=(
                 "Generated: three discs, three boxes and three tailed discs that differ in one part, "
                 "and empty images, over dark, blurred or noisy backgrounds. Each image carries a mask "
-                "of where the object is and which part tells its class from its siblings."
+                "of the object and of the part that distinguishes its class from its siblings."
             ),
             classes=shapes.CLASSES,
             size=(3, shapes.SIZE, shapes.SIZE),
@@ -199,7 +227,7 @@ DATASETS: dict[str, Card] = {
             title="PlantVillage",
             description=(
                 "Some 54,300 photographs of single leaves on a plain ground, healthy or with one of 26 diseases. Where "
-                "the folder `segmented` of the original repository is there, its pictures give masks of the leaves; "
+                "the folder `segmented` of the original repository is there, its pictures provide masks of the leaves; "
                 "the download below has none. The split is by photograph, and several may show one leaf."
             ),
             classes=plantvillage.CLASSES,

@@ -1,9 +1,8 @@
 """Generated images with a ground truth for saliency maps.
 
-After the synthesized set of Tjoa & Guan (2020) as Han et al. (2023, appendices B.6 and D) use
-it: ten classes in a hierarchy, three kinds of random background, and a mask of two regions,
-where the object is and which part of it tells the class from its siblings. All shapes are drawn
-from signed distances (pixels, negative inside), a whole block of images at a time.
+After the synthesized set of Tjoa & Guan (2020) as Han et al. (2023, appendices B.6 and D) use it: ten classes in a
+hierarchy, three kinds of random background, and a mask of two regions, the object and the part that distinguishes its
+class from its siblings. All shapes are drawn from signed distances (pixels, negative inside), in blocks of images.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIZE = 64  # pixels, height and width
+SIZE = 64  # pixels per side
 COUNTS = {"train": 6_400, "test": 1_600}
 FAMILIES = {
     "circular": ("disc-dot", "disc-ring", "disc-bar"),
@@ -24,11 +23,21 @@ FAMILIES = {
 }
 CLASSES = tuple(name for family in FAMILIES.values() for name in family)
 BACKGROUNDS = ("dark", "blurred", "noisy")
-BLOCK = 400  # images drawn at a time
+BLOCK = 400  # images drawn at the same time
 
 
 def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a split: images uint8 (n, 3, SIZE, SIZE), labels int64 (n,), masks uint8 (n, SIZE, SIZE)."""
+    """Draw a split.
+
+    Args:
+        folder: Not used.
+        split: ``"train"`` or ``"test"``.
+        seed: Draws the images; the splits of a seed differ.
+
+    Returns:
+        Images, uint8 (n, 3, SIZE, SIZE), labels, int64 (n,), and masks, uint8 (n, SIZE, SIZE): 0 background, 1 object,
+        2 the distinguishing part.
+    """
     rng = np.random.default_rng([seed, list(COUNTS).index(split)])
     labels = rng.permutation(np.arange(COUNTS[split]) % len(CLASSES))
     blocks = [_draw(labels[i : i + BLOCK], rng) for i in range(0, len(labels), BLOCK)]
@@ -50,7 +59,7 @@ def _turn(x, y, angle):
 
 
 def _cover(distance):
-    """Share of a pixel inside a shape, 0..1, from the signed distance of its centre."""
+    """Share of a pixel inside a shape, 0..1, by the signed distance of its centre."""
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -62,7 +71,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
     def uniform(low, high):
         return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
 
-    # Where: the object and everything that sticks out of it stays inside the image.
+    # The object and everything that extends beyond it stay inside the image.
     radius = uniform(12, 17) * np.where(is_tailed, 0.62, 1.0).astype(np.float32)[:, None, None]
     reach = radius * np.where(is_tailed, 2.4, 1.4).astype(np.float32)[:, None, None]
     x0, y0 = (reach + uniform(0, 1) * (SIZE - 1 - 2 * reach) for _ in range(2))
@@ -73,7 +82,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
     height = radius * uniform(0.7, 0.9)
     body[is_box] = _box(x[is_box], y[is_box], radius[is_box], height[is_box])
 
-    # Which part: a mark off the body's centre, or tails around it.
+    # The distinguishing part: a mark beside the centre of the body, or tails around it.
     part = np.full_like(body, np.inf)
     u, v = x - radius * uniform(-0.25, 0.25), y - radius * uniform(-0.25, 0.25)
     marks = {
@@ -92,7 +101,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
             part[of] = np.minimum(part[of], np.maximum(tail, -body[of]))
     body[is_none] = np.inf
 
-    # What it looks like: a background, a body brighter than it, a mark darker than the body.
+    # Colours: a background, a brighter body, and a mark darker than the body.
     canvas = _background(n, rng)
     body_colour = rng.uniform(0.45, 0.95, (n, 3)).astype(np.float32)
     mark_colour = rng.uniform(0.0, 0.25, (n, 3)).astype(np.float32)

@@ -1,8 +1,7 @@
-"""Where the files of a dataset come from: places on this machine, an archive or folder of one's own,
-verified downloads.
+"""Sources of the files of a dataset: folders on this machine, an own archive or folder, verified downloads.
 
-A download is unpacked in a scratch folder, checked, and only then moved into place, so an
-interrupted or corrupt one is never taken for the data.
+A download is unpacked in a scratch folder, checked, and only then moved to its final place, so an interrupted or
+corrupt download is never used as the data.
 """
 
 from __future__ import annotations
@@ -28,14 +27,22 @@ log = logging.getLogger(__name__)
 
 
 def fingerprint(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 (hex) of the pixels, channels first, followed by the labels as one byte each."""
+    """Checksum of a split.
+
+    Args:
+        images: uint8 (n, c, h, w).
+        labels: int64 (n,), below 256.
+
+    Returns:
+        SHA-256 (hex) of the pixels in this order, followed by the labels as one byte each.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(images.numpy()).data)
     digest.update(labels.to(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def find_source(card: Card) -> Path | None:
-    """The folder with the files of a dataset that comes as folders: the first of ``places()`` that has one."""
+    """The folder with the files of a dataset that comes as folders, from the first of ``places()`` that has it."""
     if card.source or card.layout is None:
         return card.source
     for folder in (place / card.name for place in places()):
@@ -49,27 +56,34 @@ def find_source(card: Card) -> Path | None:
 
 
 def how_to_get(card: Card) -> str:
-    """What to type for data that are not here."""
+    """What to do about a dataset that is not on this machine."""
     return (
         f"get it with `kdx data get {card.name}` ({card.download_bytes / 1e6:.0f} MB), prepare a folder or an archive "
-        f"that you have with `kdx data prepare {card.name} --from PATH`, or name its place in KDX_DATA"
+        f"that you have with `kdx data prepare {card.name} --from PATH`, or name the folder above it in KDX_DATA"
     )
 
 
 def adopt(name: str, origin: Path) -> Path:
-    """Make a folder (by a link) or an archive (unpacked) the source of a registered dataset.
+    """Use an own folder (through a link) or archive (unpacked) as the source of a registered dataset.
+
+    Args:
+        name: A name from ``DATASETS``.
+        origin: The path of the folder or archive.
 
     Returns:
-        the dataset's place in ``raw/``.
+        The folder or link of the dataset in ``raw/``.
+
+    Raises:
+        ValueError: The dataset is not registered, or does not come as folders.
+        DataError: There is nothing at ``origin``, it is not laid out as the dataset, or ``raw/`` holds the dataset
+            already.
     """
     card = find_card(name)
     if card.layout is None or card.source:
-        raise ValueError(f"{name}: only registered datasets of images in folders can be taken from elsewhere")
+        raise ValueError(f"{name}: only registered datasets of images in folders can use an own folder or archive")
     folder = data_home() / "raw" / name
     if folder.is_dir() and not folder.is_symlink():
-        raise DataError(
-            f"{folder} is there already; leave out --from to use it, or delete it before another source takes its place"
-        )
+        raise DataError(f"{folder} is there already; leave out --from to use it, or delete it to use another source")
     origin = origin.expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=folder.parent) as scratch:
@@ -88,10 +102,19 @@ def adopt(name: str, origin: Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Make sure that the files of dataset ``name`` are on this machine, verified; return their folder.
+    """Make sure that the verified files of a dataset are on this machine.
 
-    They are looked for in ``places()``; then the card's sources are tried in order, and each failure
-    is logged in one line.
+    They are searched in ``places()``; then the sources on the card are tried in order, and each failure is logged in
+    one line.
+
+    Args:
+        name: A name from ``DATASETS``, or the path of a folder.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        DataError: No source has the files that the card describes, or the disk is full.
     """
     card = find_card(name)
     if card.source:
@@ -114,11 +137,11 @@ def _fetch(card: Card, raw: Path, folder: Path) -> Path:
     name = card.name
     if folder.is_symlink() or folder.exists():
         refusal = _refusal(card, folder)
-        if refusal is None:  # another process has fetched it meanwhile
+        if refusal is None:  # another process has fetched it in the meantime
             return folder
         aside = Path(tempfile.mkdtemp(prefix=f"{name}.refused-", dir=raw))
         os.replace(folder, aside / name)
-        log.warning("%s: %s; moved to %s, fetching it anew", name, refusal, aside.name)
+        log.warning("%s: %s; moved to %s, fetching it again", name, refusal, aside.name)
     check_space(name, 3 * card.download_bytes, raw)  # archive, files, and room to move
     failures = []
     downloads = raw / ".downloads"
