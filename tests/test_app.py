@@ -145,7 +145,7 @@ def test_without_pairs_the_explorer_says_what_to_do(tmp_path, monkeypatch):
     assert "The explorer has nothing to show:</b> no student" in shown[0].value
 
 
-def test_the_benchmark_prints_how_long_every_knob_takes(capsys):
+def test_the_benchmark_prints_how_long_every_knob_takes(app, capsys):
     path = Path(__file__).parent / "benchmarks" / "explorer.py"
     found = runpy.run_path(str(path))["main"]("shapes", repeats=1, limit=100)
     assert list(found) == ["stage", "overlay", "kept", "reference", "new image"]

@@ -22,6 +22,7 @@ def write_notebook(path, *cells):
     return path
 
 
+@pytest.mark.book
 def test_execute_failed_notebook_is_not_taken_for_a_page(tmp_path):
     path = write_notebook(tmp_path / "n.ipynb", "x: int = 1  # a number", "1 / (x - 1)")
     with pytest.raises(build.BookError, match=r"n.ipynb: ZeroDivisionError: division by zero"):
@@ -99,6 +100,7 @@ def test_parse_parameter_follows_the_declared_type():
         assert build.parse_parameter(path, item) == (item.partition("=")[0], value)
 
 
+@pytest.mark.book
 def test_execute_passes_the_data_home_on(tmp_path, monkeypatch):
     path = write_notebook(tmp_path / "n" / "n.ipynb", "x: int = 1  # a number", "import os; os.environ['KDX_HOME']")
     monkeypatch.chdir(tmp_path)
@@ -110,6 +112,7 @@ def test_execute_passes_the_data_home_on(tmp_path, monkeypatch):
     assert "KDX_DATA" not in os.environ
 
 
+@pytest.mark.book
 def test_page_is_kept_aside_when_its_data_are_gone_and_made_anew_when_they_change(tmp_path, monkeypatch):
     (tmp_path / "root" / "book" / "executed").mkdir(parents=True)
     notebook = write_notebook(tmp_path / "n" / "n.ipynb", 'dataset: str = "petimages"  # a name', "1 + 1")
@@ -131,6 +134,7 @@ def test_page_is_kept_aside_when_its_data_are_gone_and_made_anew_when_they_chang
     assert "Not built here" not in executed.with_suffix(".last.ipynb").read_text()
 
 
+@pytest.mark.book
 def test_plain_papermill_refuses_unknown_parameters(tmp_path):
     """Without kdx's own check in front: the notebook defends itself."""
     papermill = [

@@ -22,7 +22,7 @@ def train(tiny_shapes, **settings):
 
 
 def test_fit_learns_and_evaluate_measures_it(tiny_shapes):
-    run = train(tiny_shapes, recipe=Recipe(epochs=15, batch_size=16, lr=0.1), width=0.25)
+    run = train(tiny_shapes, recipe=Recipe(epochs=15, batch_size=16, lr=0.1))
     curve = run.history.set_index(["split", "epoch"])
     assert curve.loc[("train", 15), "loss"] < 0.7 * curve.loc[("train", 1), "loss"]
     assert list(curve.loc["validation"].index) == list(range(1, 16))

@@ -34,7 +34,7 @@ def disturbed(model):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_grad_cam_equals_captum_at_every_stage(name):
-    model, x, target = disturbed(NETWORKS[name]()), torch.rand(4, 3, 64, 64), torch.tensor([3, 0, 7, 3])
+    model, x, target = disturbed(NETWORKS[name]()), torch.rand(3, 3, 64, 64), torch.tensor([3, 0, 7])
     maps = grad_cam(model, x, target)
     layers = kdx.stages(model, x)
     assert list(maps) == list(layers) == ["L1", "L2", "L3", "L4"]

@@ -174,6 +174,7 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
 # --- a killed run ------------------------------------------------------------------------------
 
 
+@pytest.mark.book
 def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     notebook = nbformat.v4.new_notebook()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
