@@ -78,7 +78,7 @@ class _Distances(torch.autograd.Function):
 
 
 class Rows:
-    """Rows (n, d) to which distances are asked again and again.
+    """Rows (n, d) from which distances are computed repeatedly.
 
     They are centred on their mean, which keeps the Gram matrix from losing the small distances
     among large norms.
@@ -151,7 +151,7 @@ class Rows:
         return squared.clamp_(min=0).sqrt_()
 
     def _mend(self, squared: Tensor, x: Tensor, squares: Tensor, diagonal: int | None = None) -> None:
-        """Recompute what the cancellation of norms has left too few digits of."""
+        """Recompute the entries that the cancellation of norms left with too few digits."""
         right = self.squares[: squared.shape[1]]
         if squared.amin() > 1e-10 * (squares.amax() + right.amax()):
             return

@@ -1,4 +1,4 @@
-"""What the stages of a network give for images: features, and gradients with respect to them."""
+"""Features at the stages of a network, and gradients with respect to them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 1
 
 
 class OverwrittenError(RuntimeError):
-    """A captured output was changed in place by a layer that follows."""
+    """A layer that follows changed a captured output in place."""
 
 
 def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
     """Outputs of named modules, from a forward pass in evaluation mode without gradients.
 
-    Images pass in chunks that suit the caches of the device, whose results are gathered.
+    Images are processed in chunks that suit the caches of the device.
 
     Args:
         images: (n, c, h, w), normalised as the network expects.

@@ -1,6 +1,6 @@
 """Networks: a registry, and checkpoints.
 
-``MODELS`` maps a name to what builds it from (classes, stem, width), and its default width factor.
+``MODELS`` maps a name to a function of (classes, stem, width), and its default width factor.
 """
 
 from __future__ import annotations

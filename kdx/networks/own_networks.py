@@ -1,4 +1,4 @@
-"""A pair of your own: networks built by your functions, with weights from your files, and a folder of images."""
+"""Networks of your own: built by your functions, with weights from your files, and checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ IMAGENET = {  # normalisation by the number of channels
 
 
 def find_builder(where: str) -> Callable[[], Any]:
-    """What ``"module:function"`` names, or ``"timm:create_model('vit_tiny_patch16_224')"``, with arguments.
+    """The function that ``"module:function"`` names, perhaps with arguments, as in
+    ``"timm:create_model('vit_tiny_patch16_224')"``.
 
     Arguments are literals. Modules of the working directory are found as well.
 
@@ -78,8 +79,8 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     """A network of your own, in evaluation mode on the CPU, in float32 whatever precision it was stored in.
 
     Args:
-        build: What returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a checkpoint
-            of kdx, which knows its architecture.
+        build: A function that returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a
+            checkpoint of kdx, which knows its architecture.
         weights: A file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a checkpoint
             (under state_dict or model, say) and the prefix of DataParallel are found.
 
@@ -136,8 +137,10 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def header_of(weights: Path | str) -> dict[str, Any]:
-    """What a checkpoint of kdx says of its network: architecture, classes, mean, std, and, in the run store,
-    size; {} for any other file."""
+    """The header of a checkpoint of kdx: architecture, classes, mean, std and, in the run store, size.
+
+    {} for any other file.
+    """
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -198,11 +201,12 @@ def _first(keys: list[str]) -> str:
 
 
 def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequence[float]] = ()) -> Tensor:
-    """uint8 images (n, 3, h, w) as a network takes them: grey if its first convolution has one channel,
-    normalised, on the device of its weights.
+    """Images as input of a network: normalised, on the device of its weights, grey if it takes one channel.
 
     Args:
-        normalisation: Means and standard deviations of the channels on the scale 0..1; (): those of ImageNet.
+        model: The network.
+        images: uint8 (n, 3, h, w).
+        normalisation: Means and standard deviations of the channels on the scale 0..1; () takes those of ImageNet.
     """
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     weight = next(model.parameters(), None)
@@ -238,17 +242,17 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
 
 
 def check_answers(probabilities: Mapping[str, Tensor]) -> None:
-    """Refuse networks, by role, that tell apart different numbers of classes."""
+    """Refuse networks, by role, with different numbers of classes."""
     numbers = {role: p.shape[1] for role, p in probabilities.items()}
     if len(set(numbers.values())) > 1:
         raise ValueError(f"student and base must answer the same question, got outputs for classes: {numbers}")
 
 
 def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
-    """Refuse two sets of class indices (n,) that tell the same classes apart but number them differently.
+    """Refuse two sets of class indices (n,) for the same classes that are numbered differently.
 
-    That is so where two classes or more, of 10 images or more, go over into each other one for one, by
-    majority and in both directions: weak networks confuse classes, but do not permute them.
+    That is the case if two or more classes, with 10 or more images, correspond one to one by majority in both
+    directions: weak networks confuse classes, but do not permute them.
 
     Returns:
         whether there are enough images, 2 or more for at least half of the classes of ``one``.
@@ -271,7 +275,7 @@ def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
 
 
 def _majorities(one: Tensor, other: Tensor) -> dict[int, int]:
-    """Class of ``one`` -> class that ``other`` gives to more than half of its images, of which there are 2 or more."""
+    """Class of ``one`` with 2 or more images -> class that ``other`` gives to more than half of them."""
     found = {}
     for c in one.unique().tolist():
         values, counts = other[one == c].unique(return_counts=True)

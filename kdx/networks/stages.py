@@ -1,4 +1,4 @@
-"""The stages of any CNN, read off one traced forward pass."""
+"""The stages of any CNN, from one traced forward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kdx.networks.tokens import Layer, token_stages
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of DataParallel or DistributedDataParallel; any other is itself."""
+    """The network inside of DataParallel or DistributedDataParallel; any other network is returned as it is."""
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     return model.module if parallel else model  # type: ignore[return-value]
 
 
 class evaluating:  # noqa: N801
-    """Context manager: evaluation mode inside, every module's own mode back at the end."""
+    """Context manager: evaluation mode inside; at the end every module gets its own mode back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modes = {module: module.training for module in model.modules()}
@@ -39,7 +39,7 @@ class evaluating:  # noqa: N801
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a module during the traced forward: spatial sizes and tensors, and its place."""
+    """One call of a module during the traced forward pass: its tensors and the calls inside."""
 
     name: str
     module: nn.Module
@@ -73,22 +73,22 @@ def stages(
 ) -> dict[str, str]:
     """Names of the modules whose outputs are the stages of a network: L1 (shallow) to L4 (deep).
 
-    A stage ends with the last module before each spatial down-sampling, and with the last before
-    pooling; the deepest four are kept. They are read off one traced forward pass. Pointwise
-    layers (1x1 convolutions, norms) that open a down-sampling block belong to that block. What a
-    network computes outside of modules (a sum of two branches, say) cannot be named: check the
-    result for such networks, and name the stages yourself where it is not what you mean.
+    A stage ends with the last module before each spatial down-sampling, and with the last before pooling; the deepest
+    four are kept. They are found in one traced forward pass. Pointwise layers (1x1 convolutions, norms) that open a
+    down-sampling block belong to that block. Operations outside of modules (such as a sum of two branches) have no
+    name: check the result for such networks, and name the stages yourself if necessary. A vision transformer has no
+    change of resolution; its stages are the last blocks of the quarters of its depth.
 
     Args:
-        images: (n, c, h, w), what the network takes; only the first is used. None: zeros of 224 x 224 with the channels
-            of the first convolution.
-        modules: Names as in ``model.named_modules()``, which override the search.
-        reshape: What makes feature maps (n, k, h, w) of a stage's output, where that is neither those already nor
-            tokens (n, t, k) of a square. The names that are returned carry it with them.
+        model: Any CNN or plain vision transformer.
+        images: (n, c, h, w), valid input of the network; only the first is used. None takes zeros of 224 x 224 with
+            the channels of the first convolution.
+        modules: Names as in ``model.named_modules()``, instead of the search.
+        reshape: Function from a stage's output to feature maps (n, k, h, w), for outputs that are neither feature maps
+            nor tokens (n, t, k) of a square. The returned names carry it with them.
 
-
-    A vision transformer has no resolutions to tell stages by: they are the last blocks of the quarters
-    of its depth.
+    Returns:
+        Stage -> module name.
 
     Raises:
         ValueError: An unknown module name, or a network without stages.
@@ -139,7 +139,7 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.Si
 
 
 class Tap(NamedTuple):
-    """Where features are taken: a module's output, or its input; and the batch norm before it."""
+    """Where features are taken: at a module's output or input, and the batch norm before it."""
 
     module: str
     input: bool = False
@@ -147,19 +147,23 @@ class Tap(NamedTuple):
 
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tap]:
-    """The stages of a CNN as they are, for what can also take :func:`pre_activations`."""
+    """The outputs of the stages of a CNN, in the form of :func:`pre_activations`."""
     return {stage: Tap(name) for stage, name in stages(model, images).items()}
 
 
 def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
-    """The stages of a CNN before their last activation function, where they end in one.
+    """The stages of a CNN before their last activation function, if they end in one.
 
-    ``norm`` is the batch norm whose output that is, or, where it is a sum of branches, the batch
-    norm at the end of the longest of them; None if there is none. An activation that a network
-    computes outside of modules cannot be seen: its stage is taken after it.
+    The field ``norm`` is the batch norm whose output the features are. If they are a sum of branches, it is the batch
+    norm at the end of the longest branch; None if there is none. An activation that is computed outside of modules
+    cannot be found: its stage is taken after it.
 
     Args:
-        images: (n, c, h, w), what the network takes; only the first is used.
+        model: Any CNN.
+        images: (n, c, h, w), valid input of the network; only the first is used.
+
+    Returns:
+        Stage -> where its features are taken.
 
     Raises:
         ValueError: A network without stages.
@@ -190,7 +194,7 @@ def _calls(call: _Call) -> Any:
 
 
 def _chain(end: _Call, calls: Sequence[_Call]) -> list[_Call]:
-    """The calls that lead to ``end`` one after the other, each taking what the one before gave."""
+    """The calls that lead to ``end``, each taking the output of the one before."""
     chain = [end]
     while source := next((c for c in calls if c.output is chain[-1].input and c not in chain), None):
         chain.append(source)
@@ -200,8 +204,8 @@ def _chain(end: _Call, calls: Sequence[_Call]) -> list[_Call]:
 def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
     """The tree of module calls of one forward pass, and how often each module was called.
 
-    Shapes are all that is asked for, so the pass runs on meta tensors, which hold no values and
-    cost no arithmetic; only a network that needs values is run on the image itself.
+    Only shapes matter, so the pass runs on meta tensors, which hold no values and cost no arithmetic. A network that
+    needs values is run on the image itself.
     """
     shapes = {
         name: tensor.to("meta") for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named
@@ -221,7 +225,7 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
 
 
 class _NormsUnseen(TorchFunctionMode):
-    """Batch norms, which torch is slow to trace and which change no shape, pass their input on."""
+    """Batch norms return their input: torch is slow to trace them, and they change no shape."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.batch_norm:
@@ -257,7 +261,7 @@ def _trace_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[_Call, d
 
 
 def _units(call: _Call) -> list[_Call]:
-    """The chain of blocks through which every path runs, opened until each makes one step at most."""
+    """The chain of blocks on every path, opened until each contains one down-sampling step at most."""
     units = []
     for child in call.children:
         units += [child] if _is_unit(child) else _units(child)

@@ -13,7 +13,7 @@ PREFIXES = (0, 1, 2, 4, 5)  # tokens before those of the image: class, distillat
 
 
 class Layer(str):
-    """A module's name that carries how the module's output becomes feature maps (n, k, h, w)."""
+    """A module's name together with the function that turns its output into feature maps (n, k, h, w)."""
 
     reshape: Callable[[Tensor], Tensor]
 
@@ -27,7 +27,7 @@ def to_grid(stage: str, name: str, output: Tensor, images: Tensor) -> Tensor:
     """A stage's output for images (n, c, h, w) as feature maps (n, k, h, w).
 
     Tokens (n, t, k) of square images are laid out as a square, after the prefix tokens (the fewest that
-    leave a square number) are dropped. What :class:`Layer` says comes first.
+    leave a square number) are dropped. The function of a :class:`Layer` takes precedence.
 
     Raises:
         ValueError: An output of another shape, or tokens that are no square.
@@ -57,7 +57,7 @@ def to_grid(stage: str, name: str, output: Tensor, images: Tensor) -> Tensor:
 
 
 def first_tensor(output: Any) -> Any:
-    """The tensor that a block returns, alone or first in a tuple."""
+    """The tensor that a block returns, by itself or first in a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
