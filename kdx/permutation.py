@@ -65,8 +65,8 @@ def dependence(
     if statistic not in STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}; choose from: {', '.join(STATISTICS)}")
     if (z is None) != (STATISTICS[statistic] == 2):
-        given = 2 if z is None else 3
-        raise ValueError(f"statistic {statistic!r} relates {STATISTICS[statistic]} samples, got {given} (argument z)")
+        came = 2 if z is None else 3
+        raise ValueError(f"statistic {statistic!r} relates {STATISTICS[statistic]} samples, got {came} (argument z)")
     if statistic != "distance" and estimator != "unbiased":
         raise ValueError(f"the {statistic} statistic is defined for the unbiased estimator, got {estimator!r}")
     with torch.no_grad():

@@ -138,3 +138,13 @@ def _unless_ci(reason):
     if os.environ.get("CI"):
         pytest.fail(f"{reason}; CI must not skip this")
     pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Seconds of each part of the suite, summed over processes."""
+    seconds = dict.fromkeys(("unit", "book", "real_data"), 0.0)
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+        part = next((mark for mark in ("real_data", "book") if mark in report.keywords), "unit")
+        seconds[part] += report.duration
+    parts = ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items())
+    terminalreporter.write_line(f"time of the parts, summed over processes: {parts}")
