@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdx.data.dataset import Card, Dataset, compose
+from kdx.data.augmentation import compose
+from kdx.data.dataset import Card, Dataset
 from kdx.distil.run_store import Run, code_digest, find_run, run_key, store_run
 from kdx.distil.techniques import TECHNIQUES, Technique, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
@@ -41,6 +42,7 @@ def fit(
     teacher: Run | None = None,
     recipe: Recipe | None = None,
     seed: int = 0,
+    batch_seed: int | None = None,
     stem: str = "small",
     width: float | None = None,
     device: str = "auto",
@@ -58,10 +60,11 @@ def fit(
         teacher: The run to learn from, for every technique but ``"label"``. It may be of another width, depth or
             family.
         recipe: How to train; None takes the defaults of :class:`kdx.Recipe`.
-        seed: Of the initial weights, the order of the batches and the augmentation.
+        seed: Of the initial weights.
+        batch_seed: Of the order of the batches and the augmentation; None takes ``seed``.
         stem: As for :func:`kdx.build`.
         width: As for :func:`kdx.build`, for a model whose name does not carry its width.
-        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Not part of the run's key.
+        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Only its precision is part of the run's key.
         **settings: Parameters of the techniques.
 
     Returns:
@@ -81,7 +84,8 @@ def fit(
         ['train', 'validation']
     """
     job = Job(
-        model, train, validation, technique, teacher, recipe or Recipe(), seed, stem, width, device, settings
+        model, train, validation, technique, teacher, recipe or Recipe(), seed, batch_seed, stem, width, device,
+        settings,
     )  # fmt: skip
     return job.find() or job.run()
 
@@ -101,6 +105,7 @@ class Job:
     teacher: Run | None = None
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
+    batch_seed: int | None = None
     stem: str = "small"
     width: float | None = None
     device: str = "auto"
@@ -118,6 +123,8 @@ class Job:
             raise ValueError("expected at least one validation image, got none")
         if min(train.card.size[1:]) * min(recipe.sizes) < 8:
             raise ValueError(f"recipe: expected images of 8 pixels or more for {train.card.name}, got {recipe}")
+        if self.batch_seed is None:
+            object.__setattr__(self, "batch_seed", self.seed)
         if recipe.augmentation is None:
             object.__setattr__(self, "recipe", replace(recipe, augmentation=train.card.augmentation))
         compose(self.recipe.augmentation or {}, train.card.size[1:])
@@ -148,6 +155,8 @@ class Job:
             "teacher": self.teacher.key if self.teacher else None,
             "recipe": asdict(self.recipe),
             "seed": self.seed,
+            "batch_seed": self.batch_seed,
+            "classes": self.train.classes,
             "train": self.train.fingerprint,
             "validation": self.validation.fingerprint,
             "input": {"size": card.size, "mean": card.mean, "std": card.std},
@@ -155,9 +164,15 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """The key of the run: of the spec, and of the code that moves the weights."""
+        """The key of the run: of the spec, the code that moves the weights, the precision, and torch's version."""
         make, _ = models.MODELS[self.architecture["name"]]
-        return run_key(self.spec, CODE + code_digest(make) + code_digest(*map(type, self.parts)))
+        code = CODE + code_digest(make) + code_digest(*map(type, self.parts))
+        return run_key(self.spec | {"precision": self.precision, "torch": torch.__version__.partition("+")[0]}, code)
+
+    @property
+    def precision(self) -> str:
+        """``"float32"`` or ``"bfloat16"``, see :func:`kdx.networks.devices.autocast_dtype`."""
+        return str(autocast_dtype(pick_device(self.device))).removeprefix("torch.")
 
     def find(self) -> Run | None:
         """The run, if this training was done before."""
@@ -166,7 +181,6 @@ class Job:
     def run(self) -> Run:
         """Train, and store the run."""
         device = pick_device(self.device)
-        precision = autocast_dtype(device)
         card = self.train.card
         start = time.perf_counter()
         student = models.build(**self.architecture, seed=self.seed)
@@ -185,7 +199,7 @@ class Job:
             header,
             dataset=card.name,
             device=device_name(device),
-            precision=str(precision).removeprefix("torch."),
+            precision=self.precision,
             seconds=round(time.perf_counter() - start, 1),
         )
 
@@ -199,7 +213,7 @@ class Job:
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with progress(total=epochs * batches, desc=role, unit="batch") as bar, placed(helper, device):
             trained = train_epochs(
-                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.seed, device,
+                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.batch_seed, device,
                 bar.update,
             )  # fmt: skip
             for epoch, (loss, accuracy) in enumerate(trained, 1):
