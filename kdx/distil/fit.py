@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from kdx.data.augmentation import compose
 from kdx.data.dataset import Card, Dataset
-from kdx.distil.run_store import Run, code_digest, find_run, run_key, store_run
+from kdx.distil.run_store import Run, code_digest, find_run, find_shipped, run_key, store_run
 from kdx.distil.techniques import TECHNIQUES, Technique, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.progress import progress
+
+RECIPE = 1  # raise it when shipped networks are to be trained anew, since an edit of the code does not orphan them
 
 # The code that moves weights, read now: an edit made later must not be credited with what this process trains.
 CODE = code_digest(train_epochs, Card.normalize, models.build)
@@ -174,9 +176,15 @@ class Job:
         """``"float32"`` or ``"bfloat16"``, see :func:`kdx.networks.devices.autocast_dtype`."""
         return str(autocast_dtype(pick_device(self.device))).removeprefix("torch.")
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the specification alone, by which shipped networks are found; what is only watched plays no part."""
+        spec = {name: value for name, value in self.spec.items() if name != "validation"}
+        return run_key(spec | {"teacher": self.teacher and self.teacher.digest}, f"recipe {RECIPE}")
+
     def find(self) -> Run | None:
-        """The run, if this training was done before."""
-        return find_run(self.key)
+        """The network, if this training was done before or its network is shipped."""
+        return find_run(self.key) or find_shipped(self.digest)
 
     def run(self) -> Run:
         """Train, and store the run."""
@@ -197,6 +205,7 @@ class Job:
             student,
             history,
             header,
+            digest=self.digest,
             dataset=card.name,
             device=device_name(device),
             precision=self.precision,
@@ -213,8 +222,8 @@ class Job:
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with progress(total=epochs * batches, desc=role, unit="batch") as bar, placed(helper, device):
             trained = train_epochs(
-                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.batch_seed, device,
-                bar.update,
+                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
+                device, bar.update,
             )  # fmt: skip
             for epoch, (loss, accuracy) in enumerate(trained, 1):
                 if not loss < float("inf"):  # also NaN
