@@ -254,6 +254,12 @@ class Evaluation:
     accuracy: float
     logits: Tensor
 
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Evaluation:
+        """Loss and accuracy of logits (n, classes) against labels (n,)."""
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        return cls(F.cross_entropy(logits, labels).item(), accuracy, logits)
+
     @property
     def predictions(self) -> Tensor:
         """int64 (n,): the class with the largest logit."""
@@ -285,7 +291,4 @@ def evaluate(
         for images in dataset.images.split(batch_size):
             x = dataset.card.normalize(images.to(device))
             logits.append(model(resize(x, scale)).float().cpu())
-    z = torch.cat(logits).clone()
-    loss = F.cross_entropy(z, dataset.labels).item()
-    accuracy = (z.argmax(1) == dataset.labels).double().mean().item()
-    return Evaluation(loss, accuracy, z)
+    return Evaluation.of(torch.cat(logits).clone(), dataset.labels)
