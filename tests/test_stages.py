@@ -187,7 +187,7 @@ class Growing(Small):
 def test_a_network_that_cannot_be_evaluated_and_put_back_says_so():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), Stuck())
     with pytest.raises(ValueError, match=r"can be set and put back; refused by 1 \(Stuck: it keeps its own\)"):
-        stages(network, torch.rand(1, 3, 8, 8))
+        activations(network, torch.rand(1, 3, 8, 8), {"L1": "0"})
     assert network[0].training
     with pytest.raises(ValueError, match=r"Growing adds or removes modules in its forward pass \(Dropout\)"):
         activations(Growing(), torch.rand(1, 3, 8, 8), {"L1": "a"})

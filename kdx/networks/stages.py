@@ -245,7 +245,9 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
     modules = dict(model.named_modules())
     with torch.no_grad():
         try:
-            with locked(model), evaluating(twin := _without_values(model)), _NormsUnseen():
+            with locked(model):
+                twin = _without_values(model)
+            with _NormsUnseen():
                 return _trace_calls(twin, image.to("meta"), modules)
         except Exception:
             try:
@@ -259,12 +261,20 @@ def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of a network whose tensors are on the meta device. Hooks are those of the network itself."""
-    parts = [(name, value) for module in model.modules() for name, value in vars(module).items()]
-    tensors = [*model.parameters(), *model.buffers(), *(value for _, value in parts if isinstance(value, Tensor))]
-    known: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
-    known |= {id(value): value.copy() for name, value in parts if "_hooks" in name and isinstance(value, dict)}
-    return copy.deepcopy(model, known)
+    """A copy of a network whose tensors are on the meta device; with its hooks, and in evaluation mode."""
+    modules = list(model.modules())
+    tensors = [value for m in modules for held in (m._parameters, m._buffers, vars(m)) for value in held.values()]
+    known: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors if isinstance(tensor, Tensor)}
+    known |= {id(module): object.__new__(type(module)) for module in modules}
+    for module in modules:  # as copy.deepcopy does, at half its time
+        twin = vars(known[id(module)])
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float | None):
+                twin[name] = value
+            else:
+                twin[name] = value.copy() if "_hooks" in name else copy.deepcopy(value, known)
+        twin["training"] = False
+    return known[id(model)]
 
 
 class _NormsUnseen(TorchFunctionMode):

@@ -61,20 +61,20 @@ def hooked(hooks: Iterable[tuple[str, Callable[[Any], RemovableHandle], Callable
 
     with ExitStack() as stack:
         for name, register, hook in hooks:
-            with _refused(name, "takes hooks; build it without torch.jit, or choose other modules"):
+            try:
                 handle = register(own(hook))
+            except Exception as error:
+                raise _refused(name, "takes hooks; build it without torch.jit, or name others", error) from error
             stack.callback(_remove, name, handle)
         yield
 
 
 def _remove(name: str, handle: RemovableHandle) -> None:
-    with _refused(name, "gives its hooks back; one of kdx is left on it, so build the network anew"):
-        handle.remove()
-
-
-@contextmanager
-def _refused(name: str, expected: str) -> Iterator[None]:
     try:
-        yield
+        handle.remove()
     except Exception as error:
-        raise ValueError(f"{name or 'the network'}: expected a module that {expected} ({error})") from error
+        raise _refused(name, "gives its hooks back; one of kdx is left, so build the network anew", error) from error
+
+
+def _refused(name: str, expected: str, error: Exception) -> ValueError:
+    return ValueError(f"{name or 'the network'}: expected a module that {expected} ({error})")

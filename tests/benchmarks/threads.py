@@ -64,7 +64,13 @@ def state(network):
         name: (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), *vars(module).keys())
         for name, module in network.named_modules()
     } | {
-        name: (tensor.device.type, tensor.requires_grad, tensor.grad is None, id(tensor), *tensor.flatten().tolist())
+        name: (
+            id(tensor),
+            tensor.device.type,
+            tensor.requires_grad,
+            tensor.is_leaf and tensor.grad,
+            *tensor.flatten().tolist(),
+        )
         for tensors in (network.named_parameters(), network.named_buffers())
         for name, tensor in tensors
     }
