@@ -1,7 +1,7 @@
 # make book: everything from a fresh clone to the HTML    make explore: the explorer in a browser
 # make test: the whole test suite                         make clean: removes .venv and the built book
 PYTHON ?= python3
-PROFILE ?= quick
+PROFILE ?= shipped
 CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` installs the newest versions instead
 BIN = .venv/bin
 

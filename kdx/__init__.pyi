@@ -5,6 +5,7 @@ from .data.dataset import prepare as prepare
 from .data.label_embeddings import label_embeddings as label_embeddings
 from .data.registry import DATASETS as DATASETS
 from .data.sources import fetch as fetch
+from .distil.answers import answers as answers
 from .distil.chains import distill_chain as distill_chain
 from .distil.cross_validation import cross_chains as cross_chains
 from .distil.cross_validation import cross_fit as cross_fit

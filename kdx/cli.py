@@ -24,7 +24,9 @@ networks = typer.Typer(help="Networks that come with the checkout: list, verify,
 app.add_typer(networks, name="networks")
 
 LISTED = 20  # files named on the terminal
-Profile = Annotated[str, typer.Option(help="smoke (seconds), quick (a laptop) or paper (a GPU)")]
+Profile = Annotated[
+    str, typer.Option(help="shipped (nothing is trained), smoke (seconds), quick (a laptop) or paper (a GPU)")
+]
 
 
 @app.callback()
@@ -154,7 +156,7 @@ def networks_train(
 def run(
     notebook: Annotated[str, typer.Argument(help="name of a page of the book or of a notebook, or a path")],
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
-    profile: Profile = "quick",
+    profile: Profile = "shipped",
     output: Annotated[Path | None, typer.Option("-o", help="where the executed notebook goes")] = None,
 ) -> None:
     """Execute a page of the book with the parameters of a profile, or any notebook; your own parameters come last."""
@@ -182,7 +184,7 @@ def run(
 
 @app.command("book")
 def build(
-    profile: Profile = "quick",
+    profile: Profile = "shipped",
     root: Annotated[Path | None, typer.Option(help="the checkout; default: found from here")] = None,
 ) -> None:
     """Execute the pages that changed and build the HTML; warnings are errors."""

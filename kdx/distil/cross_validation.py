@@ -140,6 +140,7 @@ def cross_chains(
     technique: str = "response",
     settings: Mapping[str, Any] | None = None,
     k: int = 3,
+    first: int | None = None,
     watched: int = 0,
     controls: int = 0,
     seed: int = 0,
@@ -158,6 +159,7 @@ def cross_chains(
         technique: Of every link.
         settings: Parameters of the technique.
         k: Number of folds, as for :func:`cross_fit`; likewise watched, seed, recipe, workers and training.
+        first: Carry out only so many of the folds, from the first on; None: all.
         watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
         controls: Number of folds, from the first on, that also get a second base.
         seed: First of the seeds of folds and networks.
@@ -173,7 +175,7 @@ def cross_chains(
     for chain in chains.values() if isinstance(chains, Mapping) else ():
         architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
         check_chain(chain, train, technique, **architecture, **settings or {})
-    plans = plan_chains(chains, technique, k, controls, seed, recipe, budget, **training)
+    plans = plan_chains(chains, technique, k if first is None else first, controls, seed, recipe, budget, **training)
     wanted = [plan for links in plans.values() for plan in links]
     runs = carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, **training)
     return {name: [runs[plan] for plan in links] for name, links in plans.items()}
@@ -189,7 +191,7 @@ def plan_chains(
     budget: int | None = None,
     **training: Any,
 ) -> dict[tuple[str, int], list[Plan]]:
-    """The networks of :func:`cross_chains`, whose arguments these are: (name, fold from 1) -> plans in order."""
+    """The networks of the first ``k`` folds of :func:`cross_chains`: (name, fold from 1) -> plans in order."""
     _check_controls(controls, k)
     recipe = recipe or Recipe()
     budget = recipe.epochs if budget is None else budget

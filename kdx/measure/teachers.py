@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdx.data.batches import balanced_batches
 from kdx.data.dataset import Dataset, folds
 from kdx.data.label_embeddings import label_embeddings
+from kdx.distil.answers import answers
 from kdx.distil.cross_validation import cross_chains
-from kdx.distil.fit import Evaluation, evaluate
+from kdx.distil.fit import Evaluation
 from kdx.distil.run_store import Run
 from kdx.distil.training import Recipe
 from kdx.intervals import mean_interval
@@ -83,7 +84,7 @@ def evaluate_chains(
     """
     wanted = dict.fromkeys((run.key, fold) for (_, fold), runs in chains.items() for run in runs[-2:])
     known = {run.key: run for runs in chains.values() for run in runs}
-    return {(key, fold): evaluate(known[key].model, _of_fold(images, fold), device) for key, fold in wanted}
+    return {(key, fold): answers(known[key], _of_fold(images, fold), device) for key, fold in wanted}
 
 
 def measure_students(
@@ -272,6 +273,7 @@ def rank_teachers(
     budget: int = 1,
     by: str = "accuracy",
     k: int = 3,
+    first: int | None = None,
     seed: int = 0,
     recipe: Recipe | None = None,
     batches: int = 16,
@@ -292,6 +294,7 @@ def rank_teachers(
         budget: Epochs of student and base, at most the recipe's.
         by: The measure that sorts the table: accuracy, RS L1, ..., agreement, KL or cost.
         k: Number of folds.
+        first: Carry out only so many of the folds, from the first on; None: all.
         seed: First of the seeds of folds and networks.
         recipe: Of teachers and assistants.
         batches: Class-balanced batches for RS, among each fold's held-out images.
@@ -321,7 +324,7 @@ def rank_teachers(
     tried = rs(untrained, x, labels, table, **scoring | {"batches": 2})
     if by not in (choices := [*MEASURES, *("RS " + tried["stage"])]):
         raise ValueError(f"by: expected one of {', '.join(choices)}, got {by!r}")
-    runs = cross_chains(data, chains, k=k, seed=seed, recipe=recipe, budget=budget, **training)
+    runs = cross_chains(data, chains, k=k, first=first, seed=seed, recipe=recipe, budget=budget, **training)
     answers = evaluate_chains(runs, lambda fold: held_out[fold - 1], training.get("device", "auto"))
     values = gains(measure_students(runs, answers, lambda fold: held_out[fold - 1], table, **scoring))
     return Ranking(rank(values, by), values)

@@ -34,7 +34,7 @@ from kdx.paths import data_home, places
 from kdx.progress import TERMINAL, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
-PROFILES = ("smoke", "quick", "paper")
+PROFILES = ("smoke", "shipped", "quick", "paper")
 PACKAGE = Path(kdx.__file__).parent
 
 
