@@ -31,7 +31,13 @@ def data_home() -> Path:
 
 
 def networks_home() -> Path:
-    """The folder of the shipped networks, ``data/networks`` of the checkout."""
+    """The folder of the shipped networks.
+
+    Returns:
+        ``$KDX_NETWORKS`` if it is set, else ``data/networks`` of the checkout.
+    """
+    if home := os.environ.get("KDX_NETWORKS"):
+        return Path(home).expanduser().absolute()
     return CHECKOUT / "data" / "networks"
 
 

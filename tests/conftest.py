@@ -20,15 +20,14 @@ def fresh_home(tmp_path, monkeypatch, request):
     """Every test has a data home of its own, but those marked real_data."""
     if "real_data" not in request.keywords:
         monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("KDX_NETWORKS", str(tmp_path / "networks"))
         monkeypatch.delenv("KDX_DATA", raising=False)
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def networks_home(tmp_path, monkeypatch):
-    """A folder of shipped networks that is empty."""
-    for module in ("kdx.paths", "kdx.distil.run_store", "kdx.distil.shipped"):
-        monkeypatch.setattr(f"{module}.networks_home", lambda: tmp_path / "networks")
+def networks_home(tmp_path):
+    """The folder of shipped networks of a test, which is empty."""
     return tmp_path / "networks"
 
 

@@ -19,7 +19,7 @@ from tests.checkout import ROOT, asked_for, copy_sources
 
 def kdx(*arguments, home):
     command = [sys.executable, "-m", "kdx.cli", *map(str, arguments)]
-    environment = os.environ | {"KDX_HOME": str(home), "KDX_DATA": ""}
+    environment = os.environ | {"KDX_HOME": str(home), "KDX_DATA": "", "KDX_NETWORKS": str(home / "networks")}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -1,3 +1,6 @@
+import json
+from dataclasses import asdict
+
 import pandas as pd
 import pytest
 import torch
@@ -89,9 +92,18 @@ def test_load_network_names_the_choices(study):
         shipped.train(only=["bass"])
 
 
-def test_shipped_networks_are_those_of_the_current_recipes():
-    table = pd.read_csv(shipped.networks_home() / "networks.csv")
+def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    table = shipped_table()
     for study in shipped.STUDIES:
-        places = {place for plan, place in {plan: p for p, plan in study.plans(study.recipe).items()}.items()}
-        rows = table[table["dataset"] == study.dataset]
-        assert set(zip(rows["role"], rows["fold"], strict=True)) == places
+        plans = study.plans(study.recipe)
+        rows = table[table["dataset"] == study.dataset].set_index(["role", "fold"])
+        assert set(rows.index) == set({plan: place for place, plan in plans.items()}.values())
+        for place, row in rows.iterrows():
+            assert (plans[place].model, plans[place].epochs) == (row["model"], row["epochs"])
+        for sha256, digest in rows[["sha256", "digest"]].itertuples(index=False):
+            run = find_run(sha256[:32])  # checks the file
+            recipe = run.manifest["spec"]["recipe"]
+            recipe["augmentation"] = study.recipe.augmentation and recipe["augmentation"]
+            assert recipe == json.loads(json.dumps(asdict(study.recipe)))
+            assert run.digest == digest

@@ -156,6 +156,7 @@ DATASETS: dict[str, Card] = {
             licence="none stated by the authors; free for research with citation",
             citation="Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images",
             homepage="https://www.cs.toronto.edu/~kriz/cifar10.html",
+            augmentation={"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4, "padding_mode": "reflect"}},
             read=cifar10.read,
             checksums={
                 "train": "1e91790dbaf241617ca1f29a9aba08eb9a62df84cc90676b47edd05ad2ab3c94",

@@ -280,7 +280,7 @@ def evaluate(
         dataset: Images and labels.
         device: Where to compute, as for :func:`kdx.fit`.
         batch_size: Images per forward pass.
-        scale: Fraction of their size to which images are shrunk, as in ``Recipe.sizes``.
+        scale: Fraction of their size to which images are shrunk, as in :class:`Recipe`.
 
     Returns:
         Loss, accuracy and logits.

@@ -78,10 +78,9 @@ def _ladder(recipe: Recipe) -> Plans:
     student, *larger = LADDER
     lines = [[name, student] for name in LADDER]
     lines += [[name, ASSISTANT, student] for name in larger if name != ASSISTANT]
+    chains = plan_chains({" > ".join(line): line for line in lines}, "response", 3, 3, 0, recipe)
     found = {}
-    for (name, fold), links in plan_chains(
-        {" > ".join(line): line for line in lines}, "response", 5, 5, 0, recipe
-    ).items():
+    for (name, fold), links in chains.items():
         for link in links:
             role = " > ".join(plan.model for plan in reversed(link.line))
             found[f"{role}, second base" if name == "second base" else role, fold] = link
@@ -107,13 +106,7 @@ LEAVES = (
 STUDIES = (
     Study(
         "cifar10",
-        Recipe(
-            epochs=30,
-            batch_size=128,
-            lr=0.2,
-            augmentation={"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4, "padding_mode": "reflect"}},
-            sizes=(1.0,),
-        ),
+        Recipe(),
         lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
         folds=5,
         settings={"attention_weight": 100.0},

@@ -1,4 +1,4 @@
-"""Students in the run store, each with its base."""
+"""Students in the run store and among the shipped networks, each with its base."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ class Pair:
 
 
 def stored_pairs(dataset: str | None = None, technique: str | None = None) -> list[Pair]:
-    """The students of the run store that have a base there, one fold of each kind.
+    """The students that have a base in the run store or among the shipped networks, one fold of each kind.
 
-    Those with a second base come first, then the newest. Students of a random teacher are left out.
+    Those with a second base come first, then the newest; shipped ones after those of the run store. Students of a
+    random teacher are left out.
 
     Args:
         dataset: Only of this dataset.
@@ -85,9 +86,10 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
         ValueError: There is no such student.
     """
     stored = manifests()
-    bases: dict[Any, dict[int, str]] = {}
+    bases: dict[Any, dict[int, str]] = {}  # twin -> seed -> key
     for key, manifest in stored.items():
-        if manifest["spec"]["technique"]["name"] == "label":
+        spec = manifest["spec"]
+        if spec["technique"]["name"] == "label" and spec["batch_seed"] == spec["seed"]:  # no reordered base
             bases.setdefault(_twin(manifest), {})[manifest["spec"]["seed"]] = key
     found: dict[Any, Pair] = {}
     for key, manifest in sorted(stored.items(), key=lambda item: item[1]["spec"]["seed"]):

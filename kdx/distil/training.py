@@ -24,6 +24,7 @@ from kdx.networks.devices import autocast
 from kdx.networks.stages import Tap, evaluating
 
 WARM_UP = 0.2
+PROGRESSIVE = (0.5, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,17 @@ class Recipe:
         momentum: Of SGD, in (0, 1).
         weight_decay: L2 penalty on all weights.
         augmentation: Of training images, see :func:`kdx.data.dataset.augment`; None takes the dataset's own.
-        sizes: Image sizes as fractions of the full one, each for an equal share of the steps (progressive resizing);
-            ``(1.0,)`` trains at full size throughout. A teacher sees full-size images always.
+        sizes: Image sizes as fractions of the full one, each for an equal share of the steps; ``PROGRESSIVE`` is
+            quicker and a little less accurate. A teacher always sees full-size images.
     """
 
-    epochs: int = 4
-    batch_size: int = 64
-    lr: float = 0.3
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augmentation: Mapping[str, Mapping[str, Any]] | None = None
-    sizes: tuple[float, ...] = (0.5, 0.5, 0.75, 1.0)
+    sizes: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size))
