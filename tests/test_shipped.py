@@ -1,15 +1,22 @@
+import ast
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
+import papermill
 import pytest
 import torch
 
 import kdx
 from kdx.distil import shipped
-from kdx.distil.cross_validation import plan_fit
+from kdx.distil.cross_validation import plan_chains, plan_fit
 from kdx.distil.run_store import find_run, manifests, shipped_table
+from kdx.distil.training import PROGRESSIVE
 from kdx.networks.models import load_checkpoint
+from kdx.pages import build
+
+ROOT = Path(__file__).parent.parent
 
 TINY = kdx.Recipe(epochs=1, batch_size=20, lr=0.1, sizes=(1.0,))
 
@@ -107,3 +114,36 @@ def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
             recipe["augmentation"] = study.recipe.augmentation and recipe["augmentation"]
             assert recipe == json.loads(json.dumps(asdict(study.recipe)))
             assert run.digest == digest
+
+
+def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone():
+    studies = {study.dataset: study for study in shipped.STUDIES}
+    asked = 0
+    for page in build.load_pages(ROOT, "shipped"):
+        defaults = papermill.inspect_notebook(str(page.notebook))
+        p = {name: ast.literal_eval(found["default"]) for name, found in defaults.items()} | page.parameters
+        if not {"epochs", "folds", "dataset"} <= set(p):
+            continue
+        study = studies[p["dataset"]]
+        sizes = PROGRESSIVE if p["progressive"] else (1.0,)
+        recipe = kdx.Recipe(
+            epochs=p["epochs"], batch_size=p["batch_size"], lr=p["lr"], augmentation=p["augmentation"] or None,
+            sizes=sizes,
+        )  # fmt: skip
+        assert recipe == study.recipe
+        assert (p["stem"], p["folds"], p["seed"], p["limit"], p["size"]) == (study.stem, study.folds, 0, 0, 0)
+        if "teachers" in p:
+            line = [[name, p["student"]] for name in p["teachers"]]
+            line += [[name, p["assistant"], p["student"]] for name in p["teachers"][2:]]
+            plans = plan_chains(
+                {str(i): each for i, each in enumerate(line)}, p["technique"], p["used"], p["controls"], 0
+            )
+            wanted = {link for links in plans.values() for link in links}
+        else:
+            wanted = set(
+                plan_fit(p["teacher"], p["student"], p["techniques"], p["folds"], p["controls"], 0, recipe).values()
+            )
+            assert p["settings"] == study.settings
+        assert wanted <= set(study.plans(study.recipe).values())
+        asked += 1
+    assert asked == 7

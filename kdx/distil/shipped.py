@@ -230,7 +230,7 @@ def _ship(study: Study, role: str, fold: int, plan: Plan, run: Run, tested: Data
         "digest": run.digest,
         "data": run.manifest["spec"]["train"][:16],
         "version": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "device": run.manifest["device"],
         "precision": run.manifest["precision"],
         "seconds": run.manifest["seconds"],
@@ -248,7 +248,7 @@ def _ship(study: Study, role: str, fold: int, plan: Plan, run: Run, tested: Data
     return shipped
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout, with + where files were changed; empty where git does not tell."""
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:

@@ -1,0 +1,18 @@
+import pandas as pd
+import pytest
+
+from kdx.pages import results
+
+
+def test_stored_results_come_back_with_their_origin(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
+    (tmp_path / "data").mkdir()
+    table = pd.DataFrame({"network": ["base", "student"], "value": [0.25, 1 / 3]})
+    results.store("ranking", table, "python rank.py", 90.2)
+    again, facts = results.load("ranking")
+    pd.testing.assert_frame_equal(again, table)
+    assert (facts["command"], facts["seconds"]) == ("python rank.py", 90)
+    assert {"date", "commit", "kdx", "torch", "python"} <= set(facts)
+    assert "from `python rank.py` at commit" in results.origin("ranking")
+    with pytest.raises(ValueError, match=r"no stored results 'rank' .* choose from: ranking"):
+        results.load("rank")
