@@ -12,7 +12,6 @@ import kdx
 from kdx.distil import shipped
 from kdx.distil.cross_validation import plan_chains, plan_fit
 from kdx.distil.run_store import find_run, manifests, shipped_table
-from kdx.distil.training import PROGRESSIVE
 from kdx.networks.models import load_checkpoint
 from kdx.pages import build
 
@@ -125,7 +124,7 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone():
         if not {"epochs", "folds", "dataset"} <= set(p):
             continue
         study = studies[p["dataset"]]
-        sizes = PROGRESSIVE if p["progressive"] else (1.0,)
+        sizes = kdx.Recipe.PROGRESSIVE if p["progressive"] else (1.0,)
         recipe = kdx.Recipe(
             epochs=p["epochs"], batch_size=p["batch_size"], lr=p["lr"], augmentation=p["augmentation"] or None,
             sizes=sizes,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from kdx.networks.devices import autocast
 from kdx.networks.stages import Tap, evaluating
 
 WARM_UP = 0.2
-PROGRESSIVE = (0.5, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Recipe:
         momentum: Of SGD, in (0, 1).
         weight_decay: L2 penalty on all weights.
         augmentation: Of training images, see :func:`kdx.data.dataset.augment`; None takes the dataset's own.
-        sizes: Image sizes as fractions of the full one, each for an equal share of the steps; ``PROGRESSIVE`` is
-            quicker and a little less accurate. A teacher always sees full-size images.
+        sizes: Image sizes as fractions of the full one, each for an equal share of the steps;
+            ``Recipe.PROGRESSIVE`` is quicker and a little less accurate. A teacher always sees full-size images.
     """
 
     epochs: int = 30
@@ -49,6 +48,7 @@ class Recipe:
     weight_decay: float = 5e-4
     augmentation: Mapping[str, Mapping[str, Any]] | None = None
     sizes: tuple[float, ...] = (1.0,)
+    PROGRESSIVE: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
         whole = all(isinstance(n, int) for n in (self.epochs, self.batch_size))
