@@ -149,7 +149,7 @@ def plant(
     """
     if len(scene.cues) < 3:
         raise ValueError(f"cues: plantings need three, got {', '.join(scene.cues)}")
-    recipe = recipe or Recipe(epochs=8, sizes=(1.0,))
+    recipe = recipe or Recipe(epochs=8, batch_size=64)
     grown: list[Grown] = []
     sets: dict[int, tuple[Dataset, Dataset, Dataset]] = {}
     first: dict[Any, Job] = {}
