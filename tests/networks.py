@@ -1,4 +1,8 @@
-"""Networks that tests share."""
+"""Networks that tests share, and threads that share networks."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -17,3 +21,33 @@ class Small(nn.Module):
     def forward(self, x):
         x = self.c(self.b(self.a(x).relu()).relu()).relu()
         return x.mean((2, 3))
+
+
+def state(network):
+    """All of a network that a call could leave changed, comparable."""
+    modules = {
+        name: (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), *vars(module))
+        for name, module in network.named_modules()
+    }
+    tensors = {
+        name: (id(tensor), str(tensor.device), tensor.requires_grad, tensor.stride(), tensor.tolist())
+        for named in (network.named_parameters(), network.named_buffers())
+        for name, tensor in named
+    }
+    return modules, tensors
+
+
+def at_once(work, threads=8, calls=20):
+    """(i, work(i)) of every call, by threads i that begin together and change places often."""
+    start, interval = threading.Barrier(threads), sys.getswitchinterval()
+
+    def run(i):
+        start.wait()
+        return [(i, work(i)) for _ in range(calls)]
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return [pair for task in [pool.submit(run, i) for i in range(threads)] for pair in task.result()]
+    finally:
+        sys.setswitchinterval(interval)

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from kdx import activations, capture
 from kdx.networks import capture as capture_module
 from kdx.networks.capture import OverwrittenError
 from kdx.networks.models import build
+from tests.networks import Small, at_once, state
 
 
 def disturbed(model):
@@ -59,7 +62,7 @@ class Idle(nn.Module):
         self.idle = nn.Conv2d(1, 1, 1)
 
     def forward(self, x):
-        return x
+        return x.mean((2, 3))
 
 
 def test_activations_are_those_before_in_place_layers():
@@ -78,3 +81,27 @@ def test_activations_are_those_before_in_place_layers():
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"never called \['L1'\]"):
         activations(Idle(), x, {"L1": "idle"})
+    with pytest.raises(ValueError, match=r"never called \['L1'\]"):
+        capture_module.gradients(Idle(), x, lambda logits: logits.sum(), {"L1": "idle"})
+
+
+def test_activations_of_a_network_that_threads_share(one_thread):
+    """In training mode, which a thread that leaves early would bring back for the others."""
+    network, x, layers = (
+        disturbed(build("resnet10", 3, "small", 0.125)).train(),
+        torch.rand(2, 3, 16, 16),
+        {"L1": "layer2"},
+    )
+    expected, before = activations(network, x, layers)["L1"], state(network)
+    assert all(torch.equal(found["L1"], expected) for _, found in at_once(lambda i: activations(network, x, layers)))
+    assert state(network) == before
+
+
+def test_capture_leaves_forward_passes_of_other_threads_alone():
+    model, x = Small(), torch.rand(1, 3, 8, 8)
+    with ThreadPoolExecutor(1) as pool, capture(model, {"L1": "a"}, gradients=True) as captured:
+        model.requires_grad_(False)(x)
+        mine = captured["L1"]
+        other = pool.submit(model, 2 * x).result()
+    assert captured["L1"] is mine
+    assert not other.requires_grad  # this thread's hook makes roots of the graph

@@ -3,6 +3,7 @@ import torch
 
 from kdx import build
 from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed
+from tests.networks import at_once
 
 
 def layout(model):
@@ -18,6 +19,18 @@ def test_placed_puts_every_tensor_back():
     assert layout(model) == before
     with pytest.raises(RuntimeError, match="on purpose"), placed(model, torch.device("cpu")):
         raise RuntimeError("on purpose")
+    assert layout(model) == before
+
+
+def test_placed_in_threads_puts_every_tensor_back(one_thread):
+    model = build("resnet10", 3, "small", 0.125, seed=0)
+    before = layout(model)
+
+    def work(i):
+        with placed(model, torch.device("cpu")):
+            return model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+    assert all(found for _, found in at_once(work))
     assert layout(model) == before
 
 

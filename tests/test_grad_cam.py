@@ -12,6 +12,7 @@ from torch import nn
 import kdx
 from kdx import agreement, grad_cam
 from kdx.networks.models import build
+from tests.networks import Small, at_once, state
 
 NETWORKS = {
     "resnet10": lambda: build("resnet10", 10, "small"),
@@ -131,6 +132,14 @@ def test_grad_cam_leaves_the_network_as_it_was(network):
     assert torch.equal(network.fc.weight.grad, torch.ones_like(network.fc.weight))
     assert all(p.grad is None for n, p in network.named_parameters() if n != "fc.weight")
     assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_grad_cam_of_a_network_that_threads_share(one_thread):
+    network, x, layers = Small().train(), torch.rand(2, 3, 16, 16), {"L1": "a", "L2": "c"}
+    expected, before = grad_cam(network, x, 1, layers), state(network)
+    for _, maps in at_once(lambda i: grad_cam(network, x, 1, layers)):
+        assert all(torch.equal(maps[stage], expected[stage]) for stage in layers)
+    assert state(network) == before
 
 
 Output = namedtuple("Output", "logits aux")

@@ -5,7 +5,8 @@ from torch import nn
 
 from kdx.networks.capture import activations
 from kdx.networks.models import MODELS, build
-from kdx.networks.stages import stages
+from kdx.networks.stages import evaluating, stages
+from tests.networks import Small, at_once, state
 
 STAGES = {
     "resnet18": ["layer1.1", "layer2.1", "layer3.1", "layer4.1"],
@@ -124,3 +125,74 @@ def test_stages_errors_say_what_to_do():
     with pytest.raises(ValueError, match="name its stages with modules="):
         stages(swin)
     assert stages(model, modules=["features.4"]) == {"L1": "features.4"}
+
+
+def test_stages_of_a_network_that_threads_share(one_thread):
+    network, x = Small().train(), torch.rand(1, 3, 16, 16)
+    expected, before = stages(network, x), state(network)
+    assert all(found == expected for _, found in at_once(lambda i: stages(network, x)))
+    assert state(network) == before
+
+
+def test_stages_leave_forward_passes_of_other_threads_alone(one_thread):
+    """They run on a copy, so a thread that serves predictions never meets tensors without values."""
+    network, x = Small().eval(), torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        logits = network(x)
+
+    def work(i):
+        with torch.no_grad():
+            return stages(network, x) if i % 2 else network(x)
+
+    for i, found in at_once(work):
+        assert i % 2 or torch.equal(found, logits)
+
+
+def test_stages_of_a_network_that_keeps_what_it_saw():
+    class Keeping(Small):
+        def forward(self, x):
+            self.seen = x + getattr(self, "seen", 0)
+            return super().forward(x)
+
+    network, x = Keeping(), torch.rand(1, 3, 16, 16)
+    names = stages(network, x)
+    assert not hasattr(network, "seen")
+    network(x)
+    assert stages(network, x) == names == stages(Small(), x)
+    assert torch.equal(network.seen, x)
+
+
+def test_evaluating_sets_each_mode_and_puts_it_back():
+    network = Small().train()
+    network.b.eval()
+    with pytest.raises(RuntimeError, match="halt"), evaluating(network):  # noqa: PT012
+        assert not any(module.training for module in network.modules())
+        raise RuntimeError("halt")
+    assert [network.training, network.a.training, network.b.training] == [True, True, False]
+
+
+class Stuck(nn.Identity):
+    """Always in training mode."""
+
+    training = property(lambda self: True, lambda self, mode: None)
+
+
+class Growing(Small):
+    def forward(self, x):
+        self.late = nn.Dropout()
+        return super().forward(self.late(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_network_that_cannot_be_evaluated_and_put_back_says_so():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), Stuck())
+    with pytest.raises(ValueError, match=r"can be set and put back; refused by 1 \(Stuck: it keeps its own\)"):
+        activations(network, torch.rand(1, 3, 8, 8), {"L1": "0"})
+    assert network[0].training
+    with pytest.raises(ValueError, match=r"Growing adds or removes modules in its forward pass \(Dropout\)"):
+        activations(Growing(), torch.rand(1, 3, 8, 8), {"L1": "a"})
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1)).eval()))  # it has no mode at all
+    found = activations(nn.Sequential(frozen, nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8), {"L1": "1"})
+    assert found["L1"].shape == (1, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"^0: expected a module that takes hooks; build it without torch.jit"):
+        stages(nn.Sequential(frozen, nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8))

@@ -32,7 +32,8 @@ def grad_cam(
 
     The network runs in evaluation mode and is left as it was found: parameters, their
     ``requires_grad`` and gradients, modes and hooks. Works under ``no_grad`` and
-    ``inference_mode``, and with networks that return a tuple, a mapping or an output object.
+    ``inference_mode``, and with networks that return a tuple, a mapping or an output object. Threads may share a
+    network: they take turns.
 
     Args:
         model: Any CNN or plain vision transformer.

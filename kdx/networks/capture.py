@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdx.networks.stages import evaluating, stages, unwrapped
+from kdx.networks.threads import hooked, locked
 from kdx.networks.tokens import first_tensor, to_grid
 
 CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
@@ -24,7 +25,7 @@ class OverwrittenError(RuntimeError):
 def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
     """Outputs of named modules, from a forward pass in evaluation mode without gradients.
 
-    Images are processed in chunks that suit the caches of the device.
+    Images are processed in chunks that suit the caches of the device. Threads may share a network: they take turns.
 
     Args:
         images: (n, c, h, w), normalised as the network expects.
@@ -59,14 +60,18 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
 def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: bool) -> dict[str, Tensor]:
     with capture(model, layers, copy=copy) as captured:
         model(images)
-    if missing := set(layers) - set(captured):
-        raise ValueError(f"the forward pass of {type(model).__name__} never called {sorted(missing)}")
+    _check_called(model, layers, captured)
     for stage, output in captured.items():
         if output.ndim == 0 or len(output) != len(images):
             raise ValueError(
                 f"{stage} ({layers[stage]}): expected a row for each of {len(images)} images, got {tuple(output.shape)}"
             )
     return {stage: captured[stage] for stage in layers}
+
+
+def _check_called(model: nn.Module, layers: Mapping[str, str], captured: Collection[str]) -> None:
+    if missing := set(layers) - set(captured):
+        raise ValueError(f"the forward pass of {type(model).__name__} never called {sorted(missing)}")
 
 
 @contextmanager
@@ -77,9 +82,10 @@ def capture(
     copy: bool = True,
     inputs: Collection[str] = (),
 ) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of named modules during the forward passes inside the block.
+    """Collect the outputs of named modules during the forward passes of this thread inside the block.
 
-    Hooks are removed when the block ends, also by an exception.
+    Hooks are removed when the block ends, also by an exception. Until then, other threads wait before they change the
+    network, see :class:`kdx.networks.threads.locked`.
 
     Args:
         layers: Stage -> module name, as :func:`kdx.stages` returns.
@@ -95,9 +101,6 @@ def capture(
         dict: Stage -> output of its module, (n, k, h, w) for a convolutional stage, in the latest forward pass, and
             there in the module's latest call.
     """
-    modules = dict(model.named_modules())
-    if missing := [name for name in layers.values() if name not in modules]:
-        raise ValueError(f"no modules {missing} in {type(model).__name__}; see kdx.stages(model)")
     captured: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
 
@@ -122,24 +125,22 @@ def capture(
 
         return before if stage in inputs else hook
 
-    handles = []
-    in_place: list[Any] = []
-    try:
+    with locked(model), ExitStack() as stack:
+        modules = dict(model.named_modules())
+        if missing := [name for name in layers.values() if name not in modules]:
+            raise ValueError(f"no modules {missing} in {type(model).__name__}; see kdx.stages(model)")
+        hooks: list[Any] = []
         for stage, name in layers.items():
             module = modules[name]
             if stage in inputs and getattr(module, "inplace", False):
-                in_place.append(module)
+                stack.callback(setattr, module, "inplace", True)
                 module.inplace = False
             register = module.register_forward_pre_hook if stage in inputs else module.register_forward_hook
-            handles.append(register(keep(stage)))
+            hooks.append((name, register, keep(stage)))
+        stack.enter_context(hooked(hooks))
         yield captured
         if changed := [stage for stage, version in versions.items() if captured[stage]._version != version]:
             raise OverwrittenError(f"layers that work in place have changed the outputs of {', '.join(changed)}")
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in in_place:
-            module.inplace = True
 
 
 def gradients(
@@ -150,7 +151,7 @@ def gradients(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Activations of every stage, and the gradient of a scalar function of the logits with respect to them.
 
-    The network runs in evaluation mode and is left as it was found, as by :func:`grad_cam`.
+    The network runs in evaluation mode and is left as it was found, as by :func:`grad_cam`. Threads may share it.
 
     Args:
         objective: Logits (n, classes) -> scalar.
@@ -163,15 +164,16 @@ def gradients(
     with torch.inference_mode(False), torch.enable_grad():
         images = _plain(images)
         layers = stages(model, images) if layers is None else layers
-        frozen = {
-            name: _plain(tensor)
-            for tensors in (model.named_parameters(), model.named_buffers())
-            for name, tensor in tensors
-        }
         with evaluating(model), capture(model, layers, gradients=True) as captured:
+            frozen = {
+                name: _plain(tensor)
+                for tensors in (model.named_parameters(), model.named_buffers())
+                for name, tensor in tensors
+            }
             logits = logits_of(functional_call(model, frozen, (images,)))
+        _check_called(model, layers, captured)
         value = objective(logits)
-        if not captured or not value.requires_grad:
+        if not layers or not value.requires_grad:
             raise ValueError(f"the logits do not depend on any of {layers}; choose modules on the way to them")
         found = torch.autograd.grad(value, list(captured.values()), allow_unused=True)
     by_stage = {}

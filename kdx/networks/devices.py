@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdx.networks.threads import locked
+
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     if name != "auto":
@@ -48,15 +50,17 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block a network is on ``device``, in channels-last memory format; afterwards its tensors are those
     of before.
 
-    Inside, nothing may change them: a change would be lost.
+    Inside, nothing may change them: a change would be lost. Other threads wait until the end, see
+    :class:`kdx.networks.threads.locked`.
     """
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        yield
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, found in buffers:
-            module._buffers.update(found)
+    with locked(model):
+        parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+        buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        try:
+            model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            yield
+        finally:
+            for parameter, data in parameters:
+                parameter.data = data
+            for module, found in buffers:
+                module._buffers.update(found)

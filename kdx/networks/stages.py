@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from kdx.networks.threads import hooked, locked
 from kdx.networks.tokens import Layer, token_stages
 
 
@@ -22,19 +25,51 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if parallel else model  # type: ignore[return-value]
 
 
-class evaluating:  # noqa: N801
-    """Context manager: evaluation mode inside; at the end every module gets its own mode back."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; at its end every module gets its own mode back.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = {module: module.training for module in model.modules()}
+    Other threads wait until then, see :class:`kdx.networks.threads.locked`.
 
-    def __enter__(self) -> None:
-        for module in self.modes:
-            module.training = False
+    Raises:
+        ValueError: A module refuses a mode, or modules were added or removed inside the block.
+    """
+    with locked(model):
+        modes = {module: getattr(module, "training", False) for module in model.modules()}
+        try:
+            _set_modes(model, dict.fromkeys(modes, False))
+            yield
+        finally:
+            _set_modes(model, modes)
+        if changed := modes.keys() ^ set(model.modules()):
+            kinds = sorted({type(module).__name__ for module in changed})
+            raise ValueError(
+                f"{type(model).__name__} adds or removes modules in its forward pass ({', '.join(kinds)}), which are "
+                "then not in evaluation mode; make them in __init__, or call the network once before"
+            )
 
-    def __exit__(self, *exception: object) -> None:
-        for module, mode in self.modes.items():
-            module.training = mode
+
+def _set_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """Set ``training`` of all modules; then raise ValueError if any refused."""
+    refused = {}
+    for module, mode in modes.items():
+        try:
+            if getattr(module, "training", False) is not mode:  # frozen by torch.jit, it has none, and evaluates
+                module.training = mode
+                if module.training is not mode:
+                    refused[module] = "it keeps its own"
+        except Exception as error:  # of a property, or of compiled code
+            refused[module] = str(error).partition("\n")[0]
+    if refused:
+        names = [
+            f"{name or 'the network'} ({type(module).__name__}: {refused[module]})"
+            for name, module in model.named_modules()
+            if module in refused
+        ]
+        raise ValueError(
+            f"{type(model).__name__}: expected modules whose mode (training or evaluation) can be set and put back; "
+            f"refused by {', '.join(names)}"
+        )
 
 
 @dataclass(eq=False)
@@ -77,7 +112,7 @@ def stages(
     four are kept. They are found in one traced forward pass. Pointwise layers (1x1 convolutions, norms) that open a
     down-sampling block belong to that block. Operations outside of modules (such as a sum of two branches) have no
     name: check the result for such networks, and name the stages yourself if necessary. A vision transformer has no
-    change of resolution; its stages are the last blocks of the quarters of its depth.
+    change of resolution; its stages are the last blocks of the quarters of its depth. Threads may share a network.
 
     Args:
         model: Any CNN or plain vision transformer.
@@ -204,24 +239,42 @@ def _chain(end: _Call, calls: Sequence[_Call]) -> list[_Call]:
 def _trace(model: nn.Module, image: Tensor) -> tuple[_Call, dict[str, int]]:
     """The tree of module calls of one forward pass, and how often each module was called.
 
-    Only shapes matter, so the pass runs on meta tensors, which hold no values and cost no arithmetic. A network that
-    needs values is run on the image itself.
+    Only shapes matter, so the pass is one of a copy on the meta device, which holds no values and costs no arithmetic.
+    A network that needs values, or cannot be copied, is run on the image itself.
     """
-    shapes = {
-        name: tensor.to("meta") for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named
-    }
-    with evaluating(model), torch.no_grad():
+    modules = dict(model.named_modules())
+    with torch.no_grad():
         try:
+            with locked(model):
+                twin = _without_values(model)
             with _NormsUnseen():
-                return _trace_calls(model, lambda: functional_call(model, shapes, (image.to("meta"),)))
+                return _trace_calls(twin, image.to("meta"), modules)
         except Exception:
             try:
-                return _trace_calls(model, lambda: model(image))
+                with evaluating(model):
+                    return _trace_calls(model, image, modules)
             except RuntimeError as error:
                 raise ValueError(
                     f"stages: {type(model).__name__} does not take an input of {tuple(image.shape)}, {image.dtype}, "
                     f"on {image.device}; pass images as it expects them ({str(error).splitlines()[0]})"
                 ) from error
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a network whose tensors are on the meta device; with its hooks, and in evaluation mode."""
+    modules = list(model.modules())
+    tensors = [value for m in modules for held in (m._parameters, m._buffers, vars(m)) for value in held.values()]
+    known: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors if isinstance(tensor, Tensor)}
+    known |= {id(module): object.__new__(type(module)) for module in modules}
+    for module in modules:  # as copy.deepcopy does, at half its time
+        twin = vars(known[id(module)])
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float | None):
+                twin[name] = value
+            else:
+                twin[name] = value.copy() if "_hooks" in name else copy.deepcopy(value, known)
+        twin["training"] = False
+    return known[id(model)]
 
 
 class _NormsUnseen(TorchFunctionMode):
@@ -233,13 +286,14 @@ class _NormsUnseen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _trace_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[_Call, dict[str, int]]:
-    root = _Call("", model, None, None, [])
-    stack, counts, handles = [root], dict.fromkeys(dict(model.named_modules()), 0), []
+def _trace_calls(model: nn.Module, image: Tensor, modules: Mapping[str, nn.Module]) -> tuple[_Call, dict[str, int]]:
+    """Trace a forward pass of ``model``; calls name the module of that name in ``modules``."""
+    root = _Call("", modules[""], None, None, [])
+    stack, counts = [root], dict.fromkeys(modules, 0)
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = _Call(name, module, _feature_map(*args, *kwargs.values()), None, [])
+            call = _Call(name, modules[name], _feature_map(*args, *kwargs.values()), None, [])
             counts[name] += 1
             stack[-1].children.append(call)
             stack.append(call)
@@ -249,14 +303,12 @@ def _trace_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[_Call, d
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop().output = _feature_map(output)
 
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks.append((name, partial(module.register_forward_pre_hook, with_kwargs=True), enter(name)))
+        hooks.append((name, module.register_forward_hook, leave))
+    with hooked(hooks):
+        model(image)
     return root, counts
 
 

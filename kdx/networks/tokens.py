@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdx.networks.threads import hooked
+
 PREFIXES = (0, 1, 2, 4, 5)  # tokens before those of the image: class, distillation, registers
 
 
@@ -75,17 +77,13 @@ def token_stages(model: nn.Module, images: Tensor) -> list[str]:
         return hook
 
     containers = {name for name, module in model.named_modules() if isinstance(module, nn.Sequential | nn.ModuleList)}
-    handles = [
-        module.register_forward_hook(keep(name))
+    hooks = [
+        (name, module.register_forward_hook, keep(name))
         for name, module in model.named_modules()
         if name.rpartition(".")[0] in containers
     ]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(hooks), torch.no_grad():
+        model(images)
     rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, shape in shapes.items():
         rows.setdefault((name.rpartition(".")[0], shape), []).append(name)
