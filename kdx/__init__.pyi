@@ -18,6 +18,7 @@ from .distil.techniques import TECHNIQUES as TECHNIQUES
 from .distil.training import Recipe as Recipe
 from .explain.grad_cam import agreement as agreement
 from .explain.grad_cam import grad_cam as grad_cam
+from .explain.patching import patch_agreement as patch_agreement
 from .explain.reference import Reference as Reference
 from .explain.road import perturb as perturb
 from .explain.unexplained import Unexplained as Unexplained

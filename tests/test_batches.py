@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from kdx.data.batches import balanced_batches, in_turns, rank_in_class, scorable
+from kdx.data.batches import balanced_batches, class_indices, in_turns, rank_in_class, scorable
+
+
+def test_class_indices_may_be_of_any_integer_type():
+    found = class_indices(torch.tensor([2, 0], dtype=torch.uint8))
+    assert (found.dtype, found.tolist()) == (torch.int64, [2, 0])
+    for labels in (torch.rand(3), torch.ones(3, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"labels: expected class indices \(n,\), got torch"):
+            class_indices(labels)
 
 
 def test_rows_are_ranked_within_their_class_and_taken_in_turns():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,15 @@ def test_load_dataset_names_the_choices():
         load_dataset("mnist")
     with pytest.raises(ValueError, match="unknown split 'val' of shapes; choose from: train, test"):
         load_dataset("shapes", "val")
+
+
+def test_labels_may_be_of_any_integer_type():
+    whole = load_dataset("shapes", "test")
+    narrow = replace(whole, labels=whole.labels.to(torch.uint8))
+    assert torch.equal(narrow.limit(20).labels, whole.limit(20).labels)
+    assert narrow.only(whole.classes[2:4]).labels.unique().tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"labels: expected class indices \(n,\), got torch.float32"):
+        replace(whole, labels=whole.labels.float())
 
 
 def test_limit_keeps_the_class_balance_and_is_drawn_by_the_seed():

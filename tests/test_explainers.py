@@ -17,8 +17,8 @@ def test_every_explainer_gives_maps_of_both_directions(grown):
     known = one.reference.card.normalize(one.reference.images), one.reference.labels
     pair = one.networks["student"].model, one.networks["base"].model
     found = {}
-    for name, explain in explainers(*known, SCENE.embeddings).items():
-        maps = found[name] = explain(*pair, x, one.images.labels)
+    for name, explain in explainers(known[0], known[1].to(torch.uint8), SCENE.embeddings).items():
+        maps = found[name] = explain(*pair, x, one.images.labels.to(torch.uint8))
         for direction in ("distilled", "residual"):
             drawn = getattr(maps, direction)
             assert list(drawn) == ["L1", "L2", "L3", "L4"], name

@@ -1,7 +1,25 @@
+import numpy as np
+import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from kdx.explain.regression import Regression
+from kdx.explain import regression
+from kdx.explain.regression import RIDGES, Moments, Regression, share_left
+
+OLD_GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def fit(of, given, parts=2):
+    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0))
+    return Regression.fit([Moments.of(of[rows], given[rows]) for rows in order.tensor_split(parts)])
+
+
+def of_factors(n, channels, of, factors, noise, share=0.25, seed=0):
+    """Regressors: factors mixed into channels, with noise. Explained: the factors mixed, and a share of its own."""
+    mixing, drawing = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    mixes = [torch.randn(factors, k, generator=mixing) / factors**0.5 for k in (channels, of)]
+    f, own_x, own_y = (torch.randn(n, k, generator=drawing) for k in (factors, channels, of))
+    return (1 - share) ** 0.5 * f @ mixes[1] + share**0.5 * own_y, f @ mixes[0] + noise * own_x
 
 
 def test_regression_is_ridge_with_an_intercept_and_the_strength_that_predicts_best():
@@ -9,18 +27,81 @@ def test_regression_is_ridge_with_an_intercept_and_the_strength_that_predicts_be
     given = torch.randn(40, 5, 3, 3, generator=generator) + 2
     of = torch.einsum("nkhw,kj->njhw", given, torch.randn(5, 4, generator=generator)) - 1
     of += 0.1 * torch.randn(of.shape, generator=generator)
-    found = Regression.fit(of, given)
+    found = fit(of, given)
     x, y = (t.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for t in (given, of))
     oracle = Ridge(alpha=1e-5 * len(x)).fit(x, y)
     torch.testing.assert_close(found.weights.double(), torch.from_numpy(oracle.coef_.T), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(found.intercept.double(), torch.from_numpy(oracle.intercept_), rtol=1e-2, atol=1e-2)
-    noise = [torch.randn(40, k, generator=generator) for k in (2, 60)]
-    found = Regression.fit(*noise)  # more features than images: the strongest ridge
-    weakest = Ridge(alpha=1e-6, solver="svd").fit(noise[1].numpy(), noise[0].numpy())
-    assert found.weights.norm() < 0.9 * float(torch.from_numpy(weakest.coef_).norm())
+    assert found.spread == pytest.approx(y.var(0).sum())
+    assert not found.limited
+
+
+def test_errors_of_all_strengths_are_those_of_ridge_regressions():
+    y, x = (t.double() + 1 for t in of_factors(30, 6, 3, 2, 0.5))
+    errors, alone = regression.held_out_errors([Moments.of(y[i::3], x[i::3]) for i in range(3)])[1]
+    rows = np.arange(30) % 3 == 1
+    for ridge, error in zip(RIDGES, errors, strict=True):
+        strength = ridge * x[~rows].numpy().var(0).mean()
+        oracle = Ridge(alpha=strength * (~rows).sum()).fit(x[~rows].numpy(), y[~rows].numpy())
+        assert float(error) == pytest.approx(((oracle.predict(x[rows].numpy()) - y[rows].numpy()) ** 2).sum())
+    assert float(alone) == pytest.approx(float((y[rows] - y[~rows].mean(0)).square().sum()))
+
+
+def test_moments_of_batches_add_up():
+    of, given = torch.randn(10, 3, 4, 4), torch.randn(10, 5, 2, 2)
+    whole, added = Moments.of(of, given), Moments.of(of[:7], given[:7]) + Moments.of(of[7:], given[7:])
+    assert (whole.n, added.n) == (160, 160)
+    for name in ("x", "y", "xx", "xy", "yy"):
+        torch.testing.assert_close(getattr(added, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "of", "factors", "before", "most"),
+    [(256, 512, 64, 20, 0.37, 0.31), (200, 100, 100, 10, 0.33, 0.31)],
+)
+def test_strengths_suffice_for_few_rows(monkeypatch, rows, channels, of, factors, before, most):
+    """A known share of 0.25 is the explained features' own; the old grid, which ended at 0.1, said far more."""
+    y, x = of_factors(rows + 3000, channels, of, factors, 0.5)
+    others = y[rows:] - y[rows:].mean(0)
+
+    def left():
+        found = fit(y[:rows], x[:rows])
+        return float(found.left_over(y[rows:], x[rows:]).square().sum() / others.square().sum()), found.limited
+
+    share, limited = left()
+    assert 0.25 < share < most
+    assert not limited
+    monkeypatch.setattr(regression, "RIDGES", OLD_GRID)
+    share, limited = left()
+    assert share > before
+    assert limited
+
+
+def test_the_share_left_is_read_on_other_folds_and_its_interval_holds_for_other_images():
+    """In 95 % of draws the interval holds the share that fits of this size leave over on average."""
+    folds, truth = 5, []
+    for seed in range(1000, 1040):
+        y, x = of_factors(80 + 2000, 10, 5, 3, 0.5, seed=seed)
+        left = fit(y[:80], x[:80]).left_over(y[80:], x[80:])
+        truth.append(float(left.square().sum() / (y[80:] - y[80:].mean(0)).square().sum()))
+    hits = 0
+    for seed in range(200):
+        y, x = of_factors(100, 10, 5, 3, 0.5, seed=seed)
+        share = share_left([Moments.of(y[i::folds], x[i::folds]) for i in range(folds)])
+        assert share.n == folds
+        hits += share.low <= np.mean(truth) <= share.high
+    assert hits / 200 > 0.95 - 4 * (0.95 * 0.05 / 200) ** 0.5
+
+
+def test_the_share_left_is_one_without_a_relation_and_nan_without_variance():
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.randn(600, 4, generator=generator), torch.randn(600, 300, generator=generator)
+    share = share_left([Moments.of(y[i::5], x[i::5]) for i in range(5)])
+    assert share.mean == pytest.approx(1, abs=0.01)
+    assert np.isnan(share_left([Moments.of(torch.ones(10, 2), x[:10]) for _ in range(3)])).sum() == 3
 
 
 def test_features_that_do_not_vary_explain_nothing():
     of = torch.randn(10, 2, 2, 2)
-    found = Regression.fit(of, torch.ones(10, 3, 2, 2))
+    found = fit(of, torch.ones(10, 3, 2, 2))
     torch.testing.assert_close(found.left_over(of, torch.ones(10, 3, 2, 2)), of - of.mean((0, 2, 3), keepdim=True))

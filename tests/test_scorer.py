@@ -63,3 +63,11 @@ def test_a_scorer_names_its_networks():
         scorer.rs("base", embeddings)
     with pytest.raises(ValueError, match="embeddings: expected with features 'unicam' only, got none"):
         scorer.fss(("base", 1), ("base", 1), "unicam")
+
+
+def test_labels_may_be_of_any_integer_type():
+    images, labels, embeddings = data()
+    expected = kdx.rs(Small(), images, labels, embeddings, **SMALL)
+    pd.testing.assert_frame_equal(expected, kdx.rs(Small(), images, labels.to(torch.uint8), embeddings, **SMALL))
+    with pytest.raises(ValueError, match=r"labels: expected class indices \(n,\), got torch.float32 \(120,\)"):
+        kdx.rs(Small(), images, labels.float(), embeddings, **SMALL)

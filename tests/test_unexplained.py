@@ -1,11 +1,13 @@
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import kdx
 from kdx import Reference
+from kdx.explain.regression import FitWarning
 from kdx.explain.unexplained import contributions, smooth, unexplained_features
 
 
@@ -62,18 +64,33 @@ def test_nothing_is_unexplained_of_the_same_features_in_another_basis():
     reference = reference_of(student, base)
     maps = kdx.unexplained(reference, x)
     assert max(float(m.max()) for of in (maps.distilled, maps.residual) for m in of.values()) < 1e-6
-    share = kdx.unexplained_share(reference, x, torch.arange(20) % 2, batches=2, batch_size=10)
+    share = kdx.unexplained_share(reference, x, folds=4)
     assert share["value"].max() < 1e-6
 
 
 def test_share_is_one_where_the_base_knows_nothing_of_it():
     student, base = Colours((0,)), Colours((1,))
     x, _ = blots(400, 2)
-    share = kdx.unexplained_share(reference_of(student, base, 400), x, torch.arange(400) % 2, batches=2, batch_size=200)
+    share = kdx.unexplained_share(reference_of(student, base), x)
     found = share.set_index(["direction", "stage"])["value"]
     assert found["distilled", "answer"] == pytest.approx(1, abs=0.05)
     assert found["distilled", "L1"] == pytest.approx(1, abs=0.05)
-    assert share.columns.tolist() == ["direction", "stage", "value", "low", "high", "n", "batches"]
+    assert share.columns.tolist() == ["direction", "stage", "value", "low", "high", "n", "folds"]
+    answers = share[share["stage"] == "answer"]
+    assert ((answers["low"] < 1) & (answers["high"] > 1)).all()
+
+
+def test_share_of_the_reference_itself_is_read_on_images_that_were_not_fitted():
+    """The answers share nothing, and 20 images are too few to learn that from the images that are read."""
+    student, base = Colours((0,)), Colours((1,))
+    reference = reference_of(student, base, 20)
+    share = kdx.unexplained_share(reference, folds=5).set_index(["direction", "stage"])
+    pd.testing.assert_frame_equal(
+        share, kdx.unexplained_share(reference, reference.inputs, folds=5).set_index(["direction", "stage"])
+    )
+    assert share["value"]["distilled", "answer"] > 0.95
+    with pytest.raises(ValueError, match="folds: expected 3 to 20, the number of images, got 21"):
+        kdx.unexplained_share(reference, folds=21)
 
 
 def test_contributions_of_the_last_stage_add_up_to_what_they_make_of_the_answer():
@@ -149,11 +166,15 @@ def test_too_few_reference_images_for_the_classes_are_a_warning():
     student, base = (kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(2))
     x = torch.rand(12, 3, 16, 16)
     reference = Reference(student, base, x)
-    with pytest.warns(UserWarning, match="12 reference images for 20 classes are too few"):
+    with pytest.warns(FitWarning, match="12 reference images for 20 classes are too few") as caught:
         kdx.unexplained(reference, x)
+    assert {w.filename for w in caught} == {__file__}
+    with pytest.warns(FitWarning, match="9 reference images for 20 classes are too few") as caught:
+        kdx.unexplained_share(reference, folds=4)
+    assert {w.filename for w in caught} == {__file__}
 
 
-def test_a_window_averagescontributions():
+def test_a_window_averages_contributions():
     maps = torch.zeros(1, 6, 6)
     maps[0, 2, 2], maps[0, 2, 3] = 9.0, -9.0
     assert smooth(maps, 0.5)[0, 2].tolist() == [0, 1, 0, 0, -1, 0]

@@ -101,14 +101,25 @@ def test_a_query_is_explained_together_with_the_reference_alone():
         torch.testing.assert_close(found.residual[stage][0], together.residual[stage][24], rtol=1e-4, atol=1e-9)
 
 
-def test_a_member_with_another_label_is_refused():
+def test_an_image_may_have_several_labels():
+    """In the reference, row 5 is row 4 again under another label; each is explained with the others as in a batch."""
     student, base = Small(seed=0), Small(seed=1)
     images, labels = batch(24, 16)
+    images[5] = images[4]
     reference = kdx.Reference(student, base, images)
-    with pytest.raises(ValueError, match=r"images \[1\] are members of the reference, where they have other labels"):
-        kdx.unicam(reference, labels, images[:2], torch.stack([labels[0], labels[1] + 1]))
+    plain = explain(student, base, images, labels)
+    found = kdx.unicam(reference, labels, images[4:6], labels[4:6])
+    other = kdx.unicam(reference, labels, images[4:5], labels[6:7])  # a label that it does not have there: one more row
+    joined = explain(student, base, torch.cat([images, images[4:5]]), torch.cat([labels, labels[6:7]]))
+    for stage, maps in found.distilled.items():
+        torch.testing.assert_close(maps, plain.distilled[stage][4:6], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(other.distilled[stage][0], joined.distilled[stage][24], rtol=1e-4, atol=1e-9)
+
+
+def test_no_images_are_refused():
+    images, labels = batch(24, 16)
     with pytest.raises(ValueError, match="images: expected a tensor"):
-        kdx.unicam(reference, labels, images[:0], labels[:0])
+        kdx.unicam(kdx.Reference(Small(), Small(seed=1), images), labels, images[:0], labels[:0])
 
 
 def test_a_member_is_not_counted_twice():

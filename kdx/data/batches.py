@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def class_indices(labels: Tensor) -> Tensor:
+    """Class indices (n,) of any integer type as int64; as uint8, torch would take them for a mask.
+
+    Raises:
+        ValueError: Not a row of integers.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
+    return labels.long()
+
+
 def rank_in_class(labels: Tensor) -> Tensor:
     """The position of each image among those of its class, from 1, in the order of ``labels`` (n,): int64 (n,)."""
     members = labels[:, None] == labels.unique()
@@ -22,7 +33,7 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
     """Rows of disjoint random batches in which the numbers of images per class differ by at most one.
 
     Args:
-        labels: int64 (n,), class indices.
+        labels: (n,) class indices.
         batches: Number of batches, at least 2.
         batch_size: Images per batch, at least 5.
         seed: Draws the images.
@@ -33,8 +44,7 @@ def balanced_batches(labels: Tensor, batches: int, batch_size: int, seed: int = 
     Raises:
         ValueError: The labels are not class indices or have one class only, or the smallest class is too small.
     """
-    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
-        raise ValueError(f"labels: expected class indices (n,), got {labels.dtype} {tuple(labels.shape)}")
+    labels = class_indices(labels)
     counts = labels.unique(return_counts=True)[1]
     if len(counts) < 2:
         raise ValueError(f"labels: expected images of at least two classes, got {len(labels)} of one class")

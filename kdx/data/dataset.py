@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kdx.data import prepared
-from kdx.data.batches import rank_in_class
+from kdx.data.batches import class_indices, rank_in_class
 from kdx.data.folders import UNKNOWN
 from kdx.data.prepared import SIZES, Prepared
 from kdx.data.registry import Card, find_card
@@ -31,7 +31,7 @@ class Dataset:
 
     Attributes:
         images: uint8 (n, c, h, w).
-        labels: int64 (n,).
+        labels: int64 (n,); other integers are converted.
         card: What is known of the dataset.
         masks: uint8 (n, h, w) or None: 0 background, 1 object, 2 the part of the object that distinguishes its class
             from its siblings; 255 throughout for an image without a mask.
@@ -41,6 +41,9 @@ class Dataset:
     labels: Tensor = field(repr=False)
     card: Card = field(repr=False)
     masks: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", class_indices(self.labels))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdx.data.batches import class_indices
 from kdx.explain.grad_cam import grad_cam
 from kdx.explain.reference import DIRECTIONS, Reference
 from kdx.explain.regression import resample
@@ -77,7 +78,7 @@ class _WithReference:
     """Explainers that share a reference set, whose features are kept for the latest pair of networks."""
 
     def __init__(self, images: Tensor, labels: Tensor, embeddings: Tensor) -> None:
-        self.images, self.labels, self.embeddings = images, labels, embeddings
+        self.images, self.labels, self.embeddings = images, class_indices(labels), embeddings
         self.latest: Reference | None = None
 
     def reference(self, student: nn.Module, base: nn.Module) -> Reference:
@@ -100,7 +101,7 @@ class _WithReference:
 
     def unicam(self, method: str) -> Explainer:
         def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
-            known, of = self.embeddings[self.labels], self.embeddings[y]
+            known, of = self.embeddings[self.labels], self.embeddings[class_indices(y)]
             maps = unicam(self.reference(student, base), known, x, of, method=method)
             return Maps(maps.distilled, maps.residual)
 
@@ -199,12 +200,12 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def _logit_of(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda logits: logits.gather(1, labels[:, None]).sum()
+    return lambda logits: logits.gather(1, class_indices(labels)[:, None]).sum()
 
 
 def _batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     count = max(1, len(x) // AT_ONCE)
-    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
+    return list(zip(x.tensor_split(count), class_indices(y).tensor_split(count), strict=True))
 
 
 def _joined(parts: list[Any]) -> Maps:

@@ -69,8 +69,9 @@ def unicam(
         reference: The two networks, and the images with which others are explained.
         labels: (r, m) label embeddings of the reference's images, one row per image.
         images: (n, c, h, w), normalised as the networks expect, or a pair. Each is explained on its own, together
-            with the reference; a member of the reference with the other members. None explains the reference's own
-            images with each other: the paper's way, where a map depends on the other images of its batch.
+            with the reference; a member of the reference, with the same labels, with the other members. None explains
+            the reference's own images with each other: the paper's way, where a map depends on the other images of its
+            batch. An image may occur under several labels; images that coincide do not act on each other.
         image_labels: (n, m) label embeddings of ``images``.
         method: ``"cam"`` for channel weights, as in the paper; ``"hires"`` for gradient times activation element by
             element, then summed over channels (after HiResCAM, Draelos & Carin 2020).
@@ -80,8 +81,8 @@ def unicam(
         Maps with their stability, and the correlations behind them.
 
     Raises:
-        ValueError: Labels that do not vary or do not fit the images, NaN features, or a member of the reference with
-            labels other than there.
+        ValueError: Labels that do not vary or do not fit the images, NaN features, or networks whose weights changed
+            since the reference was made.
 
     Examples:
         >>> import kdx, torch
@@ -100,6 +101,7 @@ def unicam(
         raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
     if (images is None) != (image_labels is None):
         raise ValueError("expected images together with image_labels, or neither; got one of them")
+    reference.check_weights()
     labels = _check_labels(labels, len(reference), "labels").to(reference.inputs[0].device)
     stages = _stages(reference, labels)
     if images is None or image_labels is None:
@@ -153,19 +155,19 @@ def _explain(
     image_labels = _check_labels(image_labels, len(pair[0]), "image_labels").to(labels.device)
     if image_labels.shape[1] != labels.shape[1]:
         raise ValueError(f"image_labels: expected {labels.shape[1]} features as in labels, got {image_labels.shape[1]}")
-    rows = torch.tensor([reference.members.get(digest, -1) for digest in digests(pair[0])], device=labels.device)
-    members = (rows >= 0).nonzero()[:, 0]
-    if (wrong := members[(image_labels[members] != labels[rows[members]]).any(1)]).numel():
-        raise ValueError(f"images {wrong.tolist()} are members of the reference, where they have other labels")
-    own = rows[:, None] == torch.arange(len(reference), device=labels.device)
+    copies = torch.zeros(len(pair[0]), len(reference), dtype=torch.bool, device=labels.device)
+    for i, digest in enumerate(digests(pair[0])):
+        copies[i, reference.members.get(digest, [])] = True
     parts = []
-    for x_student, x_base, y, is_member in zip(*(t.split(batch_size) for t in (*pair, image_labels, own)), strict=True):
+    for x_student, x_base, y, same in zip(*(t.split(batch_size) for t in (*pair, image_labels, copies)), strict=True):
         found = reference.features_of(x_student, x_base)
         d_labels = distance.cross_distances(y, labels)
+        own = same & (d_labels == 0)
         maps = {}
         for name, stage in stages.items():
             d = torch.stack([*stage.distances_to(found[name]), d_labels])
-            maps[name] = stage.maps(found[name], d, is_member, method)
+            d[:2, same] = 0.0  # not the rounding of two forward passes
+            maps[name] = stage.maps(found[name], d, own, method)
         parts.append(maps)
     return parts
 

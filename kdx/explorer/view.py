@@ -214,19 +214,9 @@ class View:
                 unique = scorer.unique_rs(role, "base", self.embeddings)
                 unique = unique[unique["statistic"] == "semipartial"]
                 tables |= _by_kind("unique", role, unique)
-                tables |= _by_kind("unexplained", role, self._shares(role))
+                shares = unexplained_share(self.reference(self.references[-1], role), seed=self.seed)
+                tables |= _by_kind("unexplained", role, shares)
         return {name: table.set_index("stage") for name, table in tables.items()}
-
-    def _shares(self, role: str) -> pd.DataFrame | None:
-        """Unexplained shares on images that the regressions were not fitted on; None if too few are left."""
-        count = self.references[-1]
-        others = self.images.split(count, seed=self.seed)[1]
-        try:
-            rows, size = scorable(others.labels, 4, 64)
-        except ValueError:
-            return None
-        x, y = others.card.normalize(others.images[rows]), others.labels[rows]
-        return unexplained_share(self.reference(count, role), x, y, batches=4, batch_size=size, seed=self.seed)
 
     def warm_up(self) -> None:
         """Compute what the widgets will need: regressions on reference sets of every size, and scores."""
@@ -249,10 +239,8 @@ class View:
         return self._canvas.draw(scene, settings, self.perturbed(scene, settings.stage, settings.keep))
 
 
-def _by_kind(score: str, role: str, table: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+def _by_kind(score: str, role: str, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A table by direction; of the second base, its distilled part as the control."""
-    if table is None:
-        return {}
     parts = dict(list(table.groupby("direction", sort=False)))
     if role != "student":
         return {f"{score}, control": parts["distilled"]}

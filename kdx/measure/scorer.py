@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import distance, permutation
-from kdx.data.batches import balanced_batches
+from kdx.data.batches import balanced_batches, class_indices
 from kdx.explain.grad_cam import grad_cam
 from kdx.explain.reference import DIRECTIONS, Reference, check_stages
 from kdx.explain.road import perturb
@@ -86,7 +86,7 @@ class Scorer:
             raise ValueError(f"unknown estimator {estimator!r}; choose from: {', '.join(distance.ESTIMATORS)}")
         if permutations < 0:
             raise ValueError(f"permutations: expected 0 (no p) or more, got {permutations}")
-        self.networks, self.images, self.labels = networks, images, labels
+        self.networks, self.images, self.labels = networks, images, class_indices(labels)
         self.batches = balanced_batches(labels, batches, batch_size, seed)
         self.permutations, self.estimator, self.keep, self.seed = permutations, estimator, keep, seed
         self._layers: dict[Any, Layers] = dict(layers or {})
