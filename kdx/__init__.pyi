@@ -11,6 +11,8 @@ from .distil.cross_validation import cross_fit as cross_fit
 from .distil.fit import evaluate as evaluate
 from .distil.fit import fit as fit
 from .distil.run_store import Run as Run
+from .distil.shipped import load_network as load_network
+from .distil.shipped import load_pair as load_pair
 from .distil.techniques import TECHNIQUES as TECHNIQUES
 from .distil.training import Recipe as Recipe
 from .explain.grad_cam import agreement as agreement

@@ -6,6 +6,7 @@ Commands import what they need when they are called, so that ``--help`` answers 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from kdx.paths import data_home
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
 app.add_typer(data, name="data")
+networks = typer.Typer(help="Networks that come with the checkout: list, verify, train.", no_args_is_help=True)
+app.add_typer(networks, name="networks")
 
 LISTED = 20  # files named on the terminal
 Profile = Annotated[str, typer.Option(help="smoke (seconds), quick (a laptop) or paper (a GPU)")]
@@ -100,6 +103,51 @@ def data_prepare(
                 typer.echo(f"  {file}: {note}")
             if len(rows) > LISTED:
                 typer.echo(f"  and {len(rows) - LISTED:,} more, all in {prepared.folder / 'files.csv'}")
+
+
+@networks.command("list")
+def networks_list() -> None:
+    """Show the shipped networks: role, architecture, and test accuracy of each fold."""
+    from kdx.distil.run_store import shipped_table
+
+    table = shipped_table()
+    for (dataset, role, model), group in table.groupby(["dataset", "role", "model"], sort=False):
+        accuracies = ", ".join(
+            f"{accuracy:.2%} (fold {fold})" for fold, accuracy in zip(group["fold"], group["accuracy"], strict=True)
+        )
+        typer.echo(f"{dataset}: {role}, {model}: {accuracies}")
+    typer.echo(f"{len(table)} networks")
+
+
+@networks.command("verify")
+def networks_verify() -> None:
+    """Evaluate every shipped network on the test images and compare with the table."""
+    with _errors(), _seconds("verify"):
+        from kdx.distil import shipped
+
+        rows = []
+        for row in shipped.verify():
+            rows.append(row)
+            typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
+        if wrong := [row["file"] for row in rows if row["problem"]]:
+            raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the table says: {', '.join(wrong)}")
+        typer.echo(f"{len(rows)} networks are as the table says")
+
+
+@networks.command("train")
+def networks_train(
+    missing: Annotated[bool, typer.Option("--missing", help="those without a file, which is also the default")] = True,
+    only: Annotated[list[str] | None, typer.Option(help="role, may be repeated")] = None,
+    fold: Annotated[list[int] | None, typer.Option(help="from 1, may be repeated")] = None,
+    workers: Annotated[int, typer.Option(help="trained in parallel; 0: one per core, or one on a GPU")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
+    with _errors(), _seconds("train"):
+        from kdx.distil import shipped
+
+        os.nice(19)
+        shipped.train(only or (), fold or (), workers, device)
 
 
 @app.command()

@@ -30,6 +30,11 @@ def data_home() -> Path:
     return Path.home() / ".cache" / "kdx"
 
 
+def networks_home() -> Path:
+    """The folder of the shipped networks, ``data/networks`` of the checkout."""
+    return CHECKOUT / "data" / "networks"
+
+
 def places() -> list[Path]:
     """Folders that may hold raw data, with a subfolder for each dataset.
 

@@ -25,6 +25,14 @@ def fresh_home(tmp_path, monkeypatch, request):
 
 
 @pytest.fixture
+def networks_home(tmp_path, monkeypatch):
+    """A folder of shipped networks that is empty."""
+    for module in ("kdx.paths", "kdx.distil.run_store", "kdx.distil.shipped"):
+        monkeypatch.setattr(f"{module}.networks_home", lambda: tmp_path / "networks")
+    return tmp_path / "networks"
+
+
+@pytest.fixture
 def one_thread():
     """Tiny tensors are faster without a second thread to wait for."""
     threads = torch.get_num_threads()

@@ -25,7 +25,8 @@ def facts(run):
 def test_cross_fit_roles(small, shared_home):
     runs = cross_fit(small, techniques=["attention", "response"], controls=1, seed=3, settings={"alpha": 0.9}, **PAIR)
     assert list(runs) == [
-        *((role, 1) for role in ("base", "attention", "response", "second base", "random teacher")),
+        *((role, 1) for role in ("base", "attention", "response")),
+        *((role, 1) for role in ("second base", "reordered base", "second student", "random teacher")),
         *((role, 2) for role in ("base", "attention", "response")),
     ]
     for fold, seed in ((1, 3), (2, 5)):
@@ -36,6 +37,9 @@ def test_cross_fit_roles(small, shared_home):
         assert runs["response", fold].manifest["spec"]["technique"]["alpha"] == 0.9
     assert facts(runs["base", 1])[-1] != facts(runs["base", 2])[-1]
     assert facts(runs["second base", 1])[:4] == ("label", 4, None, 1)
+    assert facts(runs["reordered base", 1])[:4] == ("label", 3, None, 1)
+    assert [runs[role, 1].manifest["spec"]["batch_seed"] for role in ("base", "reordered base")] == [3, 4]
+    assert facts(runs["second student", 1])[:4] == ("attention", 4, runs["base", 1].key, 1)
     name, seed, teacher, epochs, _ = facts(runs["random teacher", 1])
     assert (name, seed, epochs) == ("attention", 3, 1)
     ignorant = find_run(teacher)  # the base as it was before training, which has no role of its own
@@ -44,9 +48,10 @@ def test_cross_fit_roles(small, shared_home):
 
 
 def test_cross_fit_has_a_teacher_where_its_architecture_differs(small, shared_home):
-    runs = cross_fit(small, **PAIR | {"teacher": "resnet18"})
-    assert {role for role, _ in runs} == {"teacher", "base", "response"}
+    runs = cross_fit(small, controls=1, **PAIR | {"teacher": "resnet18"})
+    assert {role for role, fold in runs if fold == 2} == {"teacher", "base", "response"}
     assert runs["response", 1].manifest["spec"]["teacher"] == runs["teacher", 1].key
+    assert runs["self-distilled", 1].manifest["spec"]["teacher"] == runs["base", 1].key
 
 
 def test_cross_fit_names_what_is_wrong(small):

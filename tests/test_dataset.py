@@ -3,7 +3,7 @@ import torch
 
 import kdx
 from kdx.data import shapes
-from kdx.data.dataset import augment, available, folds, load_dataset
+from kdx.data.dataset import available, folds, load_dataset
 from kdx.paths import DataError
 from tests.photographs import fill
 
@@ -44,44 +44,6 @@ def test_folds_partition_and_stratify():
     for k in (1, 21):
         with pytest.raises(ValueError, match=f"expected 2 to 20 .* got {k}"):
             folds(labels, k)
-
-
-def test_augment_transforms_each_image_by_itself_and_keeps_type_and_size():
-    images = torch.arange(8 * 3 * 4 * 5, dtype=torch.int32).view(8, 3, 4, 5).to(torch.uint8)
-    out = augment(images, {"RandomHorizontalFlip": {}})
-    kept = (out == images).flatten(1).all(1)
-    mirrored = (out == images.flip(-1)).flatten(1).all(1)
-    assert (kept ^ mirrored).all()
-    assert kept.any()
-    assert mirrored.any()
-    cropped = augment(images, {"RandomCrop": {"padding": 2, "padding_mode": "edge"}})  # to the images' own size
-    assert cropped.shape == images.shape
-    assert cropped.dtype == torch.uint8
-    assert augment(images, {}) is images
-
-
-def test_augment_is_drawn_by_the_global_seed():
-    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    drawn = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        drawn.append(augment(images, {"RandomHorizontalFlip": {}, "RandomResizedCrop": {"scale": [0.5, 1.0]}}))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-
-
-@pytest.mark.parametrize(
-    ("augmentation", "message"),
-    [
-        ({"RandomFlip": {}}, "expected names from torchvision.transforms.v2, got 'RandomFlip'"),
-        ({"functional": {}}, "expected names from torchvision.transforms.v2, got 'functional'"),
-        ({"RandomCrop": {"pad": 4}}, r"RandomCrop does not take \{'pad': 4\}: .*unexpected keyword argument 'pad'"),
-        ({"RandomHorizontalFlip": {"p": 2}}, "RandomHorizontalFlip does not take"),
-    ],
-)
-def test_augment_names_what_it_does_not_know(augmentation, message):
-    with pytest.raises(ValueError, match=message):
-        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), augmentation)
 
 
 def test_load_dataset_at_another_size_and_normalisation(monkeypatch):

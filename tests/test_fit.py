@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kdx.distil.fit
 from kdx import Recipe, evaluate, fit
 from kdx.distil.fit import Job
 from kdx.distil.techniques import TECHNIQUES, Technique, technique
+from kdx.distil.training import triangle
 from kdx.networks import models
 
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -193,3 +195,53 @@ def test_fit_and_evaluate_leave_a_network_as_they_found_it(tiny_shapes):
     train(tiny_shapes, technique="response", teacher=teacher, seed=7)
     assert {name: (tensor.data_ptr(), tensor.stride()) for name, tensor in network.state_dict().items()} == before
     assert network.training
+
+
+def weights(run):
+    return torch.cat([value.flatten() for value in run.model.state_dict().values() if value.is_floating_point()])
+
+
+def test_momentum_moves_weights(tiny_shapes):
+    runs = [train(tiny_shapes, recipe=replace(QUICK, momentum=momentum)) for momentum in (0.1, 0.9)]
+    assert not torch.equal(*map(weights, runs))
+
+
+def test_training_of_one_step_moves_weights(tiny_shapes):
+    one = {"train": tiny_shapes["train"].limit(16), "test": tiny_shapes["test"]}
+    run = train(one, recipe=Recipe(epochs=1, batch_size=16, lr=0.1))
+    fresh = torch.cat([value.flatten() for value in run.untrained.state_dict().values() if value.is_floating_point()])
+    assert (weights(run) - fresh).abs().max() > 1e-3
+
+
+def test_triangle_rises_to_one_and_falls():
+    assert [triangle(step, 5) for step in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert [triangle(step, 10) for step in range(3)] == pytest.approx([0.5, 1, 8 / 9])
+    assert triangle(0, 1) == 1
+
+
+def test_batch_seed_changes_the_order_of_the_batches_alone(tiny_shapes):
+    run, reordered = train(tiny_shapes), train(tiny_shapes, batch_seed=5)
+    assert torch.equal(run.untrained.conv1.weight, reordered.untrained.conv1.weight)
+    assert not torch.equal(weights(run), weights(reordered))
+    assert run.key == train(tiny_shapes, batch_seed=0).key
+
+
+def test_key_covers_names_of_classes_and_the_precision(tiny_shapes, monkeypatch):
+    def key():
+        return Job("resnet10", tiny_shapes["train"], tiny_shapes["test"], recipe=QUICK, device="cpu").key
+
+    card = replace(tiny_shapes["train"].card, classes=tuple(f"new {c}" for c in tiny_shapes["train"].classes))
+    renamed = {split: replace(data, card=card) for split, data in tiny_shapes.items()}
+    assert train(renamed).classes == card.classes
+    before = key()
+    other = torch.float16
+    monkeypatch.setattr(kdx.distil.fit, "autocast_dtype", lambda device: other)
+    assert key() != before
+
+
+def test_teacher_sees_full_size_images(tiny_shapes):
+    teacher, sizes = train(tiny_shapes), []
+    hook = teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
+    train(tiny_shapes, technique="response", teacher=teacher, recipe=replace(QUICK, sizes=(0.5, 1.0)))
+    hook.remove()
+    assert set(sizes) == {tiny_shapes["train"].images.shape[-1]}

@@ -205,3 +205,8 @@ def test_adopt_refuses_what_is_not_the_dataset(tmp_path, root, home):
     with pytest.raises(ValueError, match="shapes needs no preparation"):
         prepare("shapes")
     assert not (home / "raw" / "petimages").exists()
+
+
+def test_fingerprint_tells_labels_above_255_apart():
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    assert len({fingerprint(images, torch.tensor([0, 1, last])) for last in (0, 2, 256, 257)}) == 4

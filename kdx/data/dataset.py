@@ -1,17 +1,15 @@
-"""Datasets in memory: loading, subsets, folds and augmentation of uint8 images.
+"""Datasets in memory: loading, subsets and folds of uint8 images.
 
 :func:`load_dataset` takes a name from ``DATASETS``, or the path of a folder with a subfolder of images for each class.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from kdx.data.folders import UNKNOWN
 from kdx.data.prepared import SIZES, Prepared
 from kdx.data.registry import Card, find_card
 from kdx.data.sources import fetch, find_source, fingerprint, how_to_get
-from kdx.paths import DataError, data_home, one_line
+from kdx.paths import DataError, data_home
 
 
 @dataclass(frozen=True)
@@ -322,48 +320,3 @@ def folds(labels: Tensor, k: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
         (torch.from_numpy(train), torch.from_numpy(held_out))
         for train, held_out in splitter.split(np.zeros(len(labels)), labels.numpy())
     ]
-
-
-def augment(images: Tensor, augmentation: Mapping[str, Mapping[str, Any]]) -> Tensor:
-    """Transform each image at random, with the global generator of torch.
-
-    Args:
-        images: (n, c, h, w).
-        augmentation: Arguments of each transform by its name in ``torchvision.transforms.v2``, in order, such as
-            ``{"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4}}``; ``{}``: none. The default of an argument
-            ``size`` is the size of the images.
-
-    Returns:
-        The transformed images, of the same type and size.
-
-    Raises:
-        ValueError: A name or an argument is unknown.
-    """
-    transform = compose(augmentation, (images.shape[-2], images.shape[-1]))
-    return images if transform is None else torch.stack([transform(image) for image in images])
-
-
-def compose(augmentation: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> v2.Transform | None:
-    """The transform that an augmentation describes.
-
-    Args:
-        augmentation: As for :func:`augment`.
-        size: (height, width) of the images.
-
-    Returns:
-        The transform; None: no change.
-
-    Raises:
-        ValueError: A name or an argument is unknown.
-    """
-    parts = []
-    for name, arguments in augmentation.items():
-        kind = getattr(v2, name, None)
-        if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
-            raise ValueError(f"augmentation: expected names from torchvision.transforms.v2, got {name!r}")
-        own_size = {"size": size} if "size" in inspect.signature(kind).parameters else {}
-        try:
-            parts.append(kind(**own_size | dict(arguments)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"augmentation: {name} does not take {arguments!r}: {one_line(error)}") from error
-    return v2.Compose(parts) if parts else None

@@ -31,13 +31,15 @@ def fingerprint(images: Tensor, labels: Tensor) -> str:
 
     Args:
         images: uint8 (n, c, h, w).
-        labels: int64 (n,), below 256.
+        labels: int64 (n,).
 
     Returns:
-        SHA-256 (hex) of the pixels in this order, followed by the labels as one byte each.
+        SHA-256 (hex) of the pixels in this order, followed by the labels: as one byte each where all are 0 to 255, else
+        as eight.
     """
     digest = hashlib.sha256(np.ascontiguousarray(images.numpy()).data)
-    digest.update(labels.to(torch.uint8).numpy().data)
+    small = not len(labels) or (labels.min() >= 0 and labels.max() < 256)
+    digest.update(labels.to(torch.uint8 if small else torch.int64).numpy().data)
     return digest.hexdigest()
 
 

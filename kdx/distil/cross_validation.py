@@ -6,7 +6,7 @@ Networks are planned first, so that those that do not depend on each other can b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -36,6 +36,7 @@ class Plan:
     epochs: int
     technique: str = "label"
     teacher: Plan | None = None
+    batch_seed: int | None = None  # the seed
 
     @property
     def line(self) -> list[Plan]:
@@ -72,20 +73,40 @@ def cross_fit(
 
             - a *second base*: trained as the base, from another seed. Its difference from the base is what the seed
               alone explains.
+            - a *reordered base*: trained as the base from the same initial weights, with the batches of the second
+              base. Its difference from the base is what the order of the images alone explains.
+            - a *second student*: of the same teacher by the first technique, from the seed of the second base.
             - a student of a *random teacher*: trained with the first technique, by the teacher as it was before its
               training, which knows nothing.
+            - a *self-distilled* student: trained with the first technique, by the base; only if the teacher is another
+              network.
         seed: First of the seeds of folds and networks.
         recipe: Of all networks.
-        workers: Networks trained in parallel on a CPU, each by one thread of a process of its own; 0 means one per
-            core. More workers pay off for small networks, and need memory. Models and techniques registered outside
-            of kdx need 1. On another device, networks are trained one after the other. The number of threads changes
-            weights by rounding.
+        workers: Networks trained in parallel, each in a process of its own with its share of the cores. 0 means one
+            per core on a CPU, and one on another device, where several small networks may share the device. Models
+            and techniques registered outside of kdx need 1. The number of threads changes weights by rounding.
         **training: stem, width and device of :func:`kdx.fit`.
 
     Returns:
         (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
-        the base is the teacher), base, the techniques, second base and random teacher.
+        the base is the teacher), base, the techniques, and the controls by their names above.
     """
+    plans = plan_fit(teacher, student, techniques, k, controls, seed, recipe, **training)
+    runs = carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, **training)
+    return {name: runs[plan] for name, plan in plans.items()}
+
+
+def plan_fit(
+    teacher: str,
+    student: str,
+    techniques: Sequence[str],
+    k: int,
+    controls: int,
+    seed: int,
+    recipe: Recipe | None = None,
+    **training: Any,
+) -> dict[tuple[str, int], Plan]:
+    """The networks of :func:`cross_fit`, whose arguments these are: (role, fold from 1) -> plan."""
     _check_controls(controls, k)
     named = all(isinstance(name, str) for name in techniques)
     if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
@@ -102,11 +123,14 @@ def cross_fit(
         for name in techniques:
             plans[name, fold] = Plan(student, fold, one, recipe.epochs, name, guide)
         if fold <= controls:
-            plans["second base", fold] = Plan(student, fold, two, recipe.epochs)
-            ignorant = replace(guide, epochs=0)
-            plans["random teacher", fold] = Plan(student, fold, one, recipe.epochs, techniques[0], ignorant)
-    runs = _carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, training)
-    return {name: runs[plan] for name, plan in plans.items()}
+            base, first = plans["base", fold], plans[techniques[0], fold]
+            plans["second base", fold] = replace(base, seed=two)
+            plans["reordered base", fold] = replace(base, batch_seed=two)
+            plans["second student", fold] = replace(first, seed=two)
+            plans["random teacher", fold] = replace(first, teacher=replace(guide, epochs=0))
+            if teacher != student:
+                plans["self-distilled", fold] = replace(first, teacher=base)
+    return plans
 
 
 def cross_chains(
@@ -146,14 +170,31 @@ def cross_chains(
         (name, fold from 1) -> runs in the order of the chain, by fold; ("base", fold) and ("second base", fold) are
         chains of one.
     """
+    for chain in chains.values() if isinstance(chains, Mapping) else ():
+        architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
+        check_chain(chain, train, technique, **architecture, **settings or {})
+    plans = plan_chains(chains, technique, k, controls, seed, recipe, budget, **training)
+    wanted = [plan for links in plans.values() for plan in links]
+    runs = carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, **training)
+    return {name: [runs[plan] for plan in links] for name, links in plans.items()}
+
+
+def plan_chains(
+    chains: Mapping[str, Sequence[str]],
+    technique: str,
+    k: int,
+    controls: int,
+    seed: int,
+    recipe: Recipe | None = None,
+    budget: int | None = None,
+    **training: Any,
+) -> dict[tuple[str, int], list[Plan]]:
+    """The networks of :func:`cross_chains`, whose arguments these are: (name, fold from 1) -> plans in order."""
     _check_controls(controls, k)
     recipe = recipe or Recipe()
     budget = recipe.epochs if budget is None else budget
     if not isinstance(chains, Mapping) or not chains or {"base", "second base"} & set(chains):
         raise ValueError(f"chains: expected name -> models, named otherwise than the bases, got {chains!r}")
-    architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
-    for chain in chains.values():
-        check_chain(chain, train, technique, **architecture, **settings or {})
     lines = {name: [_full_name(model, training) for model in chain] for name, chain in chains.items()}
     if len(set(map(tuple, lines.values()))) < len(lines):
         raise ValueError(f"chains: expected different ones, got {lines}")
@@ -172,9 +213,7 @@ def cross_chains(
                 epochs = budget if i == len(others) else recipe.epochs
                 links.append(Plan(model, fold, one, epochs, technique, links[-1]))
             plans[name, fold] = links
-    wanted = [plan for links in plans.values() for plan in links]
-    runs = _carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, training)
-    return {name: [runs[plan] for plan in links] for name, links in plans.items()}
+    return plans
 
 
 def _full_name(model: str, training: Mapping[str, Any]) -> str:
@@ -192,18 +231,26 @@ def _seeds(seed: int, fold: int) -> tuple[int, int]:
     return seed + 2 * (fold - 1), seed + 2 * (fold - 1) + 1
 
 
-def _carry_out(
+def carry_out(
     plans: Iterable[Plan],
     train: Dataset,
     settings: Mapping[str, Any],
     k: int,
     watched: int,
     seed: int,
-    recipe: Recipe,
+    recipe: Recipe | None,
     workers: int,
-    training: Mapping[str, Any],
+    finished: Callable[[Plan, Run], Run] = lambda plan, run: run,
+    **training: Any,
 ) -> dict[Plan, Run]:
-    """Train the networks that the run store lacks, teachers before their students."""
+    """Train the networks of plans that are not stored, teachers before their students.
+
+    Args:
+        plans: The networks; their teachers are added.
+        train: Training images; the other arguments are those of :func:`cross_fit`.
+        finished: Called with every network as soon as it is there; students learn from the run that it returns.
+    """
+    recipe = recipe or Recipe()
     wanted = list(dict.fromkeys(ancestor for plan in plans for ancestor in plan.line))
     names = {plan.technique for plan in wanted}
     own = {name: {s: v for s, v in settings.items() if s in settings_of(name)} for name in names}
@@ -223,10 +270,11 @@ def _carry_out(
             teacher = runs[plan.teacher] if plan.teacher else None
             epochs = replace(recipe, epochs=plan.epochs)
             jobs[plan] = Job(
-                plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed,
+                plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed, plan.batch_seed,
                 settings=own[plan.technique], **training,
             )  # fmt: skip
-        runs |= fit_all(jobs, workers)
+        for plan, run in fit_all(jobs, workers):
+            runs[plan] = finished(plan, run)
     return runs
 
 
@@ -235,23 +283,31 @@ def _size(model: str, classes: int, stem: str) -> int:
     return sum(weight.numel() for weight in models.build(model, classes, stem, seed=0).parameters())
 
 
-def fit_all(jobs: Mapping[Any, Job], workers: int) -> dict[Any, Run]:
-    """Carry out trainings that do not depend on each other, or find their runs in the run store.
+def fit_all(jobs: Mapping[Any, Job], workers: int) -> Iterator[tuple[Any, Run]]:
+    """Carry out trainings that do not depend on each other, or find their runs.
 
     Args:
         jobs: Name -> training.
         workers: As for :func:`cross_fit`.
 
-    Returns:
-        Name -> run.
+    Yields:
+        Name and run, as soon as it is there.
     """
     if workers < 0:
-        raise ValueError(f"workers: expected 0 (one per core) or more, got {workers}")
-    runs = {name: run for name, job in jobs.items() if (run := job.find())}
-    missing = {name: job for name, job in jobs.items() if name not in runs}
-    workers = min(workers or joblib.cpu_count(), len(missing))
-    if {pick_device(job.device).type for job in missing.values()} != {"cpu"} or workers < 2:
-        return runs | {name: job.run() for name, job in missing.items()}
+        raise ValueError(f"workers: expected 0 (one per core, or one on a GPU) or more, got {workers}")
+    missing = {}
+    for name, job in jobs.items():
+        if run := job.find():
+            yield name, run
+        else:
+            missing[name] = job
+    if not workers:
+        on_cpu = {pick_device(job.device).type for job in missing.values()} == {"cpu"}
+        workers = joblib.cpu_count() if on_cpu else 1
+    if (workers := min(workers, len(missing))) < 2:
+        for name, job in missing.items():
+            yield name, job.run()
+        return
     threads = max(1, joblib.cpu_count() // workers)
     # never threads of this process: they would share torch's global generator
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
@@ -263,9 +319,8 @@ def fit_all(jobs: Mapping[Any, Job], workers: int) -> dict[Any, Run]:
                     f"the code of kdx was edited during the training: the worker stored {name} under the key {key}, "
                     f"expected {missing[name].key}; start again"
                 )
-            runs[name] = run
             bar.update()
-    return runs
+            yield name, run
 
 
 def _run_elsewhere(home: str, threads: int, name: Any, job: Job) -> tuple[Any, str]:

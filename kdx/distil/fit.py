@@ -17,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdx.data.dataset import Card, Dataset, compose
-from kdx.distil.run_store import Run, code_digest, find_run, run_key, store_run
+from kdx.data.augmentation import compose
+from kdx.data.dataset import Card, Dataset
+from kdx.distil.run_store import Run, code_digest, find_run, find_shipped, run_key, store_run
 from kdx.distil.techniques import TECHNIQUES, Technique, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.progress import progress
+
+RECIPE = 1  # raise it when shipped networks are to be trained anew, since an edit of the code does not orphan them
 
 # The code that moves weights, read now: an edit made later must not be credited with what this process trains.
 CODE = code_digest(train_epochs, Card.normalize, models.build)
@@ -41,6 +44,7 @@ def fit(
     teacher: Run | None = None,
     recipe: Recipe | None = None,
     seed: int = 0,
+    batch_seed: int | None = None,
     stem: str = "small",
     width: float | None = None,
     device: str = "auto",
@@ -58,10 +62,11 @@ def fit(
         teacher: The run to learn from, for every technique but ``"label"``. It may be of another width, depth or
             family.
         recipe: How to train; None takes the defaults of :class:`kdx.Recipe`.
-        seed: Of the initial weights, the order of the batches and the augmentation.
+        seed: Of the initial weights.
+        batch_seed: Of the order of the batches and the augmentation; None takes ``seed``.
         stem: As for :func:`kdx.build`.
         width: As for :func:`kdx.build`, for a model whose name does not carry its width.
-        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Not part of the run's key.
+        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device. Only its precision is part of the run's key.
         **settings: Parameters of the techniques.
 
     Returns:
@@ -81,7 +86,8 @@ def fit(
         ['train', 'validation']
     """
     job = Job(
-        model, train, validation, technique, teacher, recipe or Recipe(), seed, stem, width, device, settings
+        model, train, validation, technique, teacher, recipe or Recipe(), seed, batch_seed, stem, width, device,
+        settings,
     )  # fmt: skip
     return job.find() or job.run()
 
@@ -101,6 +107,7 @@ class Job:
     teacher: Run | None = None
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
+    batch_seed: int | None = None
     stem: str = "small"
     width: float | None = None
     device: str = "auto"
@@ -118,6 +125,8 @@ class Job:
             raise ValueError("expected at least one validation image, got none")
         if min(train.card.size[1:]) * min(recipe.sizes) < 8:
             raise ValueError(f"recipe: expected images of 8 pixels or more for {train.card.name}, got {recipe}")
+        if self.batch_seed is None:
+            object.__setattr__(self, "batch_seed", self.seed)
         if recipe.augmentation is None:
             object.__setattr__(self, "recipe", replace(recipe, augmentation=train.card.augmentation))
         compose(self.recipe.augmentation or {}, train.card.size[1:])
@@ -148,6 +157,8 @@ class Job:
             "teacher": self.teacher.key if self.teacher else None,
             "recipe": asdict(self.recipe),
             "seed": self.seed,
+            "batch_seed": self.batch_seed,
+            "classes": self.train.classes,
             "train": self.train.fingerprint,
             "validation": self.validation.fingerprint,
             "input": {"size": card.size, "mean": card.mean, "std": card.std},
@@ -155,18 +166,29 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """The key of the run: of the spec, and of the code that moves the weights."""
+        """The key of the run: of the spec, the code that moves the weights, the precision, and torch's version."""
         make, _ = models.MODELS[self.architecture["name"]]
-        return run_key(self.spec, CODE + code_digest(make) + code_digest(*map(type, self.parts)))
+        code = CODE + code_digest(make) + code_digest(*map(type, self.parts))
+        return run_key(self.spec | {"precision": self.precision, "torch": torch.__version__.partition("+")[0]}, code)
+
+    @property
+    def precision(self) -> str:
+        """``"float32"`` or ``"bfloat16"``, see :func:`kdx.networks.devices.autocast_dtype`."""
+        return str(autocast_dtype(pick_device(self.device))).removeprefix("torch.")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the specification alone, by which shipped networks are found; what is only watched plays no part."""
+        spec = {name: value for name, value in self.spec.items() if name != "validation"}
+        return run_key(spec | {"teacher": self.teacher and self.teacher.digest}, f"recipe {RECIPE}")
 
     def find(self) -> Run | None:
-        """The run, if this training was done before."""
-        return find_run(self.key)
+        """The network, if this training was done before or its network is shipped."""
+        return find_run(self.key) or find_shipped(self.digest)
 
     def run(self) -> Run:
         """Train, and store the run."""
         device = pick_device(self.device)
-        precision = autocast_dtype(device)
         card = self.train.card
         start = time.perf_counter()
         student = models.build(**self.architecture, seed=self.seed)
@@ -183,9 +205,10 @@ class Job:
             student,
             history,
             header,
+            digest=self.digest,
             dataset=card.name,
             device=device_name(device),
-            precision=str(precision).removeprefix("torch."),
+            precision=self.precision,
             seconds=round(time.perf_counter() - start, 1),
         )
 
@@ -199,8 +222,8 @@ class Job:
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with progress(total=epochs * batches, desc=role, unit="batch") as bar, placed(helper, device):
             trained = train_epochs(
-                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.seed, device,
-                bar.update,
+                student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
+                device, bar.update,
             )  # fmt: skip
             for epoch, (loss, accuracy) in enumerate(trained, 1):
                 if not loss < float("inf"):  # also NaN

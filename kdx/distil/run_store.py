@@ -1,7 +1,11 @@
-"""The run store: trained networks under a key made of specification, data and code.
+"""Trained networks: the run store, and those that come with the checkout.
 
-A run is a folder ``runs/<key>/`` with ``manifest.json``, ``model.safetensors`` and ``history.csv``. It is written
-beside its place and moved there in one step, so every run that is found is complete. Nothing is overwritten.
+In the run store, a run is found by a key made of specification, data and code. It is a folder ``runs/<key>/`` with
+``manifest.json``, ``model.safetensors`` and ``history.csv``, written beside its place and moved there in one step, so
+every run that is found is complete. Nothing is overwritten.
+
+A shipped network is one file in ``data/networks``, with weights in float16. It is found by the digest of its
+specification alone, so that an edit of the code does not orphan it (:mod:`kdx.distil.shipped` makes these files).
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import json
 import platform
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +28,14 @@ import pandas as pd
 import torch
 import torchvision
 
-from kdx.networks.models import Network, build, load_checkpoint, save_checkpoint
-from kdx.paths import data_home, sha256_of, written_whole
+from kdx.networks.models import Network, build, load_checkpoint, read_header, save_checkpoint
+from kdx.paths import data_home, networks_home, sha256_of, written_whole
 
 FORMAT = 1  # of the folder; part of every key
+COLUMNS = [
+    "dataset", "role", "fold", "seed", "model", "technique", "epochs", "accuracy", "file", "sha256", "digest", "data",
+    "version", "commit", "device", "precision", "seconds",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,9 @@ class Run:
     """A finished training.
 
     Attributes:
-        key: Name of its folder in the run store.
-        path: The folder.
-        manifest: Specification, versions, device, precision, duration in seconds, checksums of the files.
+        key: Name of its folder in the run store; of a shipped network, the start of its file's SHA-256.
+        path: The folder, or the file of a shipped network.
+        manifest: Specification and its digest, versions, device, precision, duration in seconds.
         history: Tidy table of epoch, split (train, validation), loss, accuracy (fraction).
     """
 
@@ -62,9 +70,19 @@ class Run:
         """Names of the classes, in the order of the logits."""
         return tuple(self._checkpoint[1]["classes"])
 
+    @property
+    def file(self) -> Path:
+        """The safetensors file of the weights."""
+        return self.path / "model.safetensors" if self.path.is_dir() else self.path
+
+    @property
+    def digest(self) -> str:
+        """Of the specification alone, see :attr:`kdx.distil.fit.Job.digest`."""
+        return self.manifest["digest"]
+
     @cached_property
     def _checkpoint(self) -> tuple[Network, dict[str, Any]]:
-        return load_checkpoint(self.path / "model.safetensors")
+        return load_checkpoint(self.file)
 
 
 def run_key(spec: Mapping[str, Any], code: str) -> str:
@@ -148,10 +166,10 @@ def _named(tree: ast.AST, module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def find_run(key: str) -> Run | None:
-    """The finished run of this key, or None. A damaged one raises ValueError."""
+    """The finished run or shipped network of this key, or None. A damaged one raises ValueError."""
     path = data_home() / "runs" / key
     if not path.exists():
-        return None
+        return _open_shipped("sha256", lambda sha256: sha256.startswith(key))
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, expected in manifest["files"].items():
@@ -162,8 +180,43 @@ def find_run(key: str) -> Run | None:
         raise ValueError(f"the stored run {path} is damaged ({error}); delete that folder to train it again") from error
 
 
+def find_shipped(digest: str) -> Run | None:
+    """The shipped network of this digest of a specification, or None. A damaged one raises ValueError."""
+    return _open_shipped("digest", lambda own: own == digest)
+
+
+def shipped_table() -> pd.DataFrame:
+    """``data/networks/networks.csv``, one row per shipped network; empty where kdx was installed without a checkout."""
+    path = networks_home() / "networks.csv"
+    return _read_table(path, path.stat().st_mtime_ns) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+
+
+@lru_cache(maxsize=1)
+def _read_table(path: Path, changed: int) -> pd.DataFrame:
+    return pd.read_csv(path, dtype={"digest": str, "sha256": str})
+
+
+def _open_shipped(column: str, wanted: Callable[[str], bool]) -> Run | None:
+    table = shipped_table()
+    rows = table[[wanted(value) for value in table[column]]]
+    if not len(rows):
+        return None
+    row = rows.iloc[0]
+    path = networks_home() / row["file"]
+    if not path.is_file():
+        return None
+    if (got := sha256_of(path)) != row["sha256"]:
+        raise ValueError(
+            f"the shipped network {path} is damaged (expected SHA-256 {row['sha256'][:12]}…, got {got[:12]}…); delete "
+            "it, and take it from the repository again or run `kdx networks train --missing`"
+        )
+    header = read_header(path)
+    return Run(row["sha256"][:32], path, header["run"], pd.DataFrame(header["history"]))
+
+
 def manifests() -> dict[str, dict[str, Any]]:
-    """Key -> manifest of every finished run, newest first. A damaged one raises ValueError."""
+    """Key -> manifest of every finished run, newest first, then of every shipped network. A damaged one raises
+    ValueError."""
     found = {}
     paths = (data_home() / "runs").glob("[0-9a-f]*/manifest.json")
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -171,6 +224,9 @@ def manifests() -> dict[str, dict[str, Any]]:
             found[path.parent.name] = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"the stored run {path.parent} is damaged ({error}); delete that folder") from error
+    for file, sha256 in shipped_table()[["file", "sha256"]].itertuples(index=False):
+        if (path := networks_home() / file).is_file():
+            found[sha256[:32]] = read_header(path)["run"]
     return found
 
 

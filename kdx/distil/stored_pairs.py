@@ -62,7 +62,7 @@ class Pair:
             path = folder / images.classes[label] / f"{i:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        files = {role: str(run.path / "model.safetensors") for role, run in self.runs.items()}
+        files = {role: str(run.file) for role, run in self.runs.items()}
         return {
             "student": files["student"],
             "base": files["base"],

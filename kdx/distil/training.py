@@ -16,26 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdx.data.dataset import Dataset, augment
+from kdx.data.augmentation import augment
+from kdx.data.dataset import Dataset
 from kdx.distil.techniques import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
 from kdx.networks.devices import autocast
 from kdx.networks.stages import Tap, evaluating
 
+WARM_UP = 0.2
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate.
+    """How a network is trained: SGD with Nesterov momentum; the learning rate rises and falls linearly.
 
     Attributes:
         epochs: Passes over the training images; 0 stores the network as it was initialised.
         batch_size: Images per step.
-        lr: Peak of the one-cycle learning rate.
+        lr: Peak of the learning rate, which is reached after a share ``WARM_UP`` of the steps.
         momentum: Of SGD, in (0, 1).
         weight_decay: L2 penalty on all weights.
         augmentation: Of training images, see :func:`kdx.data.dataset.augment`; None takes the dataset's own.
         sizes: Image sizes as fractions of the full one, each for an equal share of the steps (progressive resizing);
-            ``(1.0,)`` trains at full size throughout.
+            ``(1.0,)`` trains at full size throughout. A teacher sees full-size images always.
     """
 
     epochs: int = 4
@@ -94,7 +97,7 @@ def train_epochs(
         weight_decay=recipe.weight_decay,
         fused=device.type != "mps",
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(total, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, max(total, 1)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the augmentation
         for epoch in range(recipe.epochs):
@@ -103,10 +106,9 @@ def train_epochs(
             order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
             with objective.watching():
                 for step, rows in enumerate(order.to(device).split(recipe.batch_size), epoch * steps):
-                    x = augment(images[rows], recipe.augmentation or {})
-                    x = resize(train.card.normalize(x), recipe.sizes[step * len(recipe.sizes) // total])
-                    y = labels[rows]
-                    logits, loss = objective(x, y)
+                    x = train.card.normalize(augment(images[rows], recipe.augmentation or {}))
+                    y, scale = labels[rows], recipe.sizes[step * len(recipe.sizes) // total]
+                    logits, loss = objective(x, y, scale)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -115,6 +117,12 @@ def train_epochs(
                     stepped()
             loss_sum, correct = (seen / (steps * recipe.batch_size)).tolist()
             yield loss_sum, correct
+
+
+def triangle(step: int, steps: int) -> float:
+    """The learning rate of a step (from 0) as a fraction of its peak: never 0, in one step 1."""
+    peak = max(1, round(WARM_UP * steps))
+    return min((step + 1) / peak, (steps - step) / (steps - peak + 1))
 
 
 def resize(images: Tensor, scale: float) -> Tensor:
@@ -189,13 +197,13 @@ class _Objective:
         )
         return student, teacher
 
-    def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's logits for a batch, and its loss."""
+    def __call__(self, x: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The student's logits for a batch that it sees at a fraction ``scale`` of its size, and its loss."""
         student, *teacher = self.networks
         with autocast(x.device):
-            logits = [student(x).float()]
+            logits = [student(resize(x, scale)).float()]
             with torch.no_grad():  # what inference mode gives could not enter the loss without a copy
-                logits += [network(x).float() for network in teacher]
+                logits += [network(resize(x, 1.0)).float() for network in teacher]
         loss = F.cross_entropy(logits[0], labels) * self.label_weight
         if teacher:
             for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):

@@ -133,26 +133,47 @@ def parse_name(name: str, width: float | None = None) -> tuple[str, float]:
         raise ValueError(f"expected a model such as resnet10@0.125, got {name!r}") from error
 
 
-def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write weights as safetensors with a JSON header: the architecture and what ``header`` adds
-    (class names, normalisation, metrics)."""
+    (class names, normalisation, metrics).
+
+    Args:
+        path: The file.
+        model: From :func:`build`.
+        header: JSON literals.
+        dtype: Of the stored weights that are not integers; None: their own.
+
+    Raises:
+        ValueError: A network that kdx could not rebuild, or weights that ``dtype`` cannot hold.
+    """
     if not hasattr(model, "architecture"):
         raise ValueError(f"expected a network from kdx.build, got {type(model).__name__}, which kdx could not rebuild")
     text = json.dumps({"architecture": model.architecture, **header})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+        if lost := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+            raise ValueError(f"weights too large for {dtype}: {', '.join(lost)}")
     save_file(weights, path, metadata={"kdx": text})
 
 
 def load_checkpoint(path: Path | str) -> tuple[Network, dict[str, Any]]:
-    """The network (on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote."""
+    """The network (float32, on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote."""
+    header = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = build(**header["architecture"], seed=0)
+    model.load_state_dict(weights)
+    return model.eval(), header
+
+
+def read_header(path: Path | str) -> dict[str, Any]:
+    """The header that :func:`save_checkpoint` wrote, without the weights."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("kdx", "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors checkpoint of kdx ({error})") from error
     if header is None:
         raise ValueError(f"{path}: a safetensors file without kdx's header; was it written by save_checkpoint?")
-    model = build(**header["architecture"], seed=0)
-    model.load_state_dict(weights)
-    return model.eval(), header
+    return header

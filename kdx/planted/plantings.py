@@ -161,7 +161,7 @@ def plant(
             for known, which in ((plan.base, 0), (plan.base, 1), (plan.teacher, 1)):
                 told = tell(train, scene, known, i)
                 first[i, known, which] = Job(model, told, sets[i][1], seed=2 * i + which, **common)
-    taught = fit_all(first, workers)
+    taught = dict(fit_all(first, workers))
     second = {}
     for i, (train, test, _) in sets.items():
         mute = tell(train, scene, (), i)  # a student's labels do not enter its loss
@@ -170,7 +170,7 @@ def plant(
         for plan in PLANTINGS.values():
             teacher = taught[i, plan.teacher, 1]
             second[i, plan.teacher] = Job(model, mute, test, seed=2 * i, teacher=teacher, **common)
-    students = fit_all(second, workers)
+    students = dict(fit_all(second, workers))
     for i, (_, test, others) in sets.items():
         for name, plan in PLANTINGS.items():
             networks = {

@@ -1,0 +1,253 @@
+"""The networks that come with the checkout: which there are, training them, loading and verifying them.
+
+They stand in ``data/networks``, one file each with weights in float16, listed in ``networks.csv``. Whatever asks for
+the same training (:func:`kdx.fit`, the notebooks) is given the shipped network.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from kdx.data.dataset import Dataset, load_dataset
+from kdx.distil.cross_validation import Plan, carry_out, plan_chains, plan_fit
+from kdx.distil.fit import evaluate
+from kdx.distil.run_store import COLUMNS, Run, find_run, find_shipped, shipped_table
+from kdx.distil.training import Recipe
+from kdx.networks.models import Network, load_checkpoint, save_checkpoint
+from kdx.paths import CHECKOUT, networks_home, sha256_of
+from kdx.version import __version__
+
+TOLERANCE = 0.001  # of an accuracy, between machines
+WATCHED = 2000  # held-out images on which each epoch is measured
+
+Plans = dict[tuple[str, int], Plan]  # (role, fold from 1) -> network
+
+
+@dataclass(frozen=True)
+class Study:
+    """Shipped networks of one dataset that are trained by one recipe.
+
+    Attributes:
+        dataset: A name in ``DATASETS``.
+        recipe: Of all networks.
+        plans: All networks, with their roles.
+        folds: Number of folds of the cross-validation.
+        settings: Of the techniques.
+        data: Keyword arguments of :func:`kdx.load_dataset`.
+        classes: Names of the classes to keep; empty keeps all.
+        stem: Of all networks.
+    """
+
+    dataset: str
+    recipe: Recipe
+    plans: Callable[[Recipe], Plans]
+    folds: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    stem: str = "small"
+
+    def images(self, split: str) -> Dataset:
+        """The training or test images."""
+        whole = load_dataset(self.dataset, split, **self.data)
+        return whole.only(self.classes) if self.classes else whole
+
+
+LADDER = ("resnet10@0.125", "resnet10@0.1875", "resnet18@0.1875", "resnet18@0.25")
+ASSISTANT = "resnet10@0.1875"
+
+
+def _students(recipe: Recipe) -> Plans:
+    """The networks of the pages on Grad-CAM and UniCAM."""
+    techniques = ("response", "overhaul", "attention")
+    return plan_fit("resnet18@0.25", "resnet10@0.1875", techniques, 5, 5, 0, recipe)
+
+
+def _ladder(recipe: Recipe) -> Plans:
+    """The networks of the page on the capacity gap; a role is the models from the teacher to the student."""
+    student, *larger = LADDER
+    lines = [[name, student] for name in LADDER]
+    lines += [[name, ASSISTANT, student] for name in larger if name != ASSISTANT]
+    found = {}
+    for (name, fold), links in plan_chains(
+        {" > ".join(line): line for line in lines}, "response", 5, 5, 0, recipe
+    ).items():
+        for link in links:
+            role = " > ".join(plan.model for plan in reversed(link.line))
+            found[f"{role}, second base" if name == "second base" else role, fold] = link
+    return found
+
+
+STUDIES = (
+    Study(
+        "cifar10",
+        Recipe(
+            epochs=30,
+            batch_size=128,
+            lr=0.2,
+            augmentation={"RandomHorizontalFlip": {}, "RandomCrop": {"padding": 4, "padding_mode": "reflect"}},
+            sizes=(1.0,),
+        ),
+        lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
+        folds=5,
+        settings={"attention_weight": 100.0},
+    ),
+)
+
+
+def load_network(dataset: str, role: str, fold: int = 1) -> Network:
+    """A shipped network, on the CPU and in evaluation mode.
+
+    Args:
+        dataset: Such as ``"cifar10"``.
+        role: Such as ``"base"``, ``"teacher"`` or ``"response"``; ``kdx networks list`` shows all.
+        fold: From 1.
+
+    Raises:
+        ValueError: There is no such network, or its file is damaged.
+
+    Examples:
+        >>> import kdx
+        >>> student = kdx.load_network("cifar10", "response", fold=2)
+        >>> kdx.stages(student)["L4"]
+        'layer4.0'
+    """
+    return _open(dataset, role, fold).model
+
+
+def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Network, Network]:
+    """A shipped student and the base of its fold, as :func:`load_network` gives them."""
+    return load_network(dataset, role, fold), load_network(dataset, "base", fold)
+
+
+def _open(dataset: str, role: str, fold: int) -> Run:
+    table = shipped_table()
+    for column, value in (("dataset", dataset), ("role", role), ("fold", fold)):
+        if value not in (choices := list(table[column].unique())):
+            raise ValueError(f"no shipped network of {column} {value!r}; choose from: {', '.join(map(str, choices))}")
+        table = table[table[column] == value]
+    row = table.iloc[0]
+    if (run := find_run(row["sha256"][:32])) is None:
+        raise ValueError(f"{networks_home() / row['file']} is missing; `kdx networks train --missing` trains it again")
+    return run
+
+
+def train(only: Sequence[str] = (), folds: Sequence[int] = (), workers: int = 0, device: str = "auto") -> None:
+    """Train the shipped networks that are missing, fold by fold, and write each into place when it is finished.
+
+    Trainings are kept in the run store as well, so nothing is lost when the command is stopped. A student learns from
+    its teacher as it is shipped.
+
+    Args:
+        only: Roles; empty takes all.
+        folds: From 1; empty takes all.
+        workers: As for :func:`kdx.cross_fit`.
+        device: As for :func:`kdx.fit`.
+    """
+    for study in STUDIES:
+        plans = study.plans(study.recipe)
+        if unknown := sorted(set(only) - {role for role, _ in plans}):
+            raise ValueError(f"unknown roles {unknown}; choose from: {', '.join(dict.fromkeys(r for r, _ in plans))}")
+        roles = {plan: place for place, plan in plans.items()}  # of one network with two roles, the last
+        images, tested = study.images("train"), study.images("test")
+        for fold in folds or range(1, study.folds + 1):
+            wanted = [plan for plan, (role, own) in roles.items() if own == fold and (not only or role in only)]
+            if not wanted:
+                raise ValueError(f"folds: expected 1 to {study.folds} for {study.dataset}, got {fold}")
+            carry_out(
+                wanted, images, study.settings, study.folds, WATCHED, 0, study.recipe, workers,
+                lambda plan, run: _ship(study, *roles[plan], plan, run, tested) if plan in roles else run,  # noqa: B023
+                stem=study.stem, device=device,
+            )  # fmt: skip
+
+
+def _ship(study: Study, role: str, fold: int, plan: Plan, run: Run, tested: Dataset) -> Run:
+    """Write a network into ``data/networks`` and its row into the table, unless it is there."""
+    home = networks_home()
+    name = role.replace(" > ", "-").replace(", ", "-").replace(" ", "_")
+    path = home / study.dataset / f"fold{fold}" / f"{name}.safetensors"
+    if there := find_shipped(run.digest):
+        return there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = tested.card
+    facts = {name: run.manifest[name] for name in ("spec", "digest", "dataset", "versions", "device", "precision")}
+    header = {
+        "classes": run.classes,
+        "mean": card.mean,
+        "std": card.std,
+        "history": run.history.round(4).to_dict("list"),
+        "run": facts | {"seconds": run.manifest["seconds"]},
+    }
+    scratch = path.with_suffix(f".{os.getpid()}.partial")
+    save_checkpoint(scratch, run.model, header, torch.float16)
+    accuracy = evaluate(load_checkpoint(scratch)[0], tested).accuracy
+    row = {
+        "dataset": study.dataset,
+        "role": role,
+        "fold": fold,
+        "seed": plan.seed,
+        "model": plan.model,
+        "technique": plan.technique,
+        "epochs": plan.epochs,
+        "accuracy": round(accuracy, 4),
+        "file": path.relative_to(home).as_posix(),
+        "sha256": sha256_of(scratch),
+        "digest": run.digest,
+        "data": run.manifest["spec"]["train"][:16],
+        "version": __version__,
+        "commit": _commit(),
+        "device": run.manifest["device"],
+        "precision": run.manifest["precision"],
+        "seconds": run.manifest["seconds"],
+    }
+    with FileLock(home / ".lock"):
+        table = shipped_table()
+        table = pd.concat([table[table["file"] != row["file"]], pd.DataFrame([row])])
+        order = ["dataset", "fold", "model", "role"]
+        partial = home / "networks.csv.partial"
+        table.sort_values(order)[COLUMNS].to_csv(partial, index=False)
+        os.replace(scratch, path)
+        os.replace(partial, home / "networks.csv")
+    shipped = find_run(row["sha256"][:32])
+    assert shipped is not None
+    return shipped
+
+
+def _commit() -> str:
+    """The commit of the checkout, with + where files were changed; empty where git does not tell."""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def verify() -> Iterator[dict[str, Any]]:
+    """Evaluate every shipped network on the test images of its dataset.
+
+    Yields:
+        A row of ``networks.csv`` with ``measured``, the test accuracy, and ``problem``: empty if the file is whole and
+        the accuracy is that of the table to ``TOLERANCE``.
+    """
+    images = {study.dataset: study.images("test") for study in STUDIES}
+    for row in shipped_table().to_dict("records"):
+        measured, problem = float("nan"), ""
+        try:
+            run = find_run(row["sha256"][:32])
+            if run is None:
+                problem = "the file is missing"
+            else:
+                measured = evaluate(run.model, images[row["dataset"]]).accuracy
+                if not abs(measured - row["accuracy"]) <= TOLERANCE:
+                    problem = f"expected an accuracy of {row['accuracy']:.4f}, got {measured:.4f}"
+        except ValueError as error:
+            problem = str(error)
+        yield row | {"measured": measured, "problem": problem}
