@@ -32,6 +32,11 @@ class Estimate(NamedTuple):
     mean: float
     parts: tuple[tuple[float, int], ...]
 
+    def __format__(self, spec: str) -> str:
+        """Mean and 95 % interval."""
+        low, high = self.interval()
+        return f"{self.mean:{spec}} [{low:{spec}}, {high:{spec}}]"
+
     @property
     def certain(self) -> bool:
         """Whether the values do not vary at all. Their interval has no width and proves nothing."""

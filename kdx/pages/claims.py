@@ -131,6 +131,7 @@ class Verdict:
     def show(self) -> Styler:
         """The effects as a table, captioned with the claim and its verdict."""
         headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power"}
+        headings["images"] = "images or batches"
         tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
         forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)
         forms |= {headings["detectable"]: self._size} | dict.fromkeys(tests.values(), "{:.3f}")
@@ -149,7 +150,7 @@ def beyond_controls(scores: pd.DataFrame, networks: Sequence[str], controls: Seq
     Args:
         scores: Rows of :class:`kdx.Scorer`, one for each network, stage and fold, with the columns network and fold.
         networks: Those of which something is claimed.
-        controls: Those that never had a trained teacher.
+        controls: Those that never had the teacher.
 
     Returns:
         network, stage, control; value, low, high (the difference, paired by fold and batch, with its own 95 %
