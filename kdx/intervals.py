@@ -10,6 +10,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from kdx.inference import two_factor
+
 
 class Interval(NamedTuple):
     """A mean with the ends of its interval, and the number of values behind it."""
@@ -54,9 +56,11 @@ def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) ->
     """A score table with a column ``fold``, averaged over the folds of each group.
 
     Returns:
-        the columns ``by``, in order of appearance, with value, its 95 % t interval over folds (low, high), p (the
-        largest of any fold: small if the score is there in all of them), floor, folds. A group of one fold keeps
-        its interval, which is over batches.
+        the columns ``by``, in order of appearance, with value, low, high, p (the largest of any fold: small if the
+        score is there in all of them), floor, folds. The 95 % interval is over folds and batches
+        (:func:`kdx.inference.two_factor`) if the table has the scores of the batches in ``parts``, as those of
+        :class:`kdx.Scorer` have; otherwise it is a t interval over folds, and leaves out that these share images. A
+        group of one fold keeps its interval, which is over batches.
     """
     rows = []
     for names, group in table.groupby(list(by), sort=False):
@@ -64,8 +68,23 @@ def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) ->
             raise ValueError(f"expected one row a fold and {', '.join(by)}, got {len(group)} of {names}")
         row: dict[str, Any] = dict(zip(by, names, strict=True))
         row |= group.iloc[0][["value", "low", "high"]].to_dict()
-        if len(group) > 1:
-            mean = mean_interval(group["value"])
-            row |= {"value": mean.mean, "low": mean.low, "high": mean.high}
+        if len(group) > 1 and "parts" in group:
+            estimate = two_factor(np.stack(list(group["parts"])))
+            row |= dict(zip(("value", "low", "high"), (estimate.mean, *estimate.interval()), strict=True))
+        elif len(group) > 1:
+            row |= dict(zip(("value", "low", "high"), mean_interval(group["value"]), strict=False))
         rows.append(row | {"p": group["p"].max(skipna=False), "floor": group["floor"].max(), "folds": len(group)})
     return pd.DataFrame(rows)
+
+
+def by_fold(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> dict[tuple[Any, ...], pd.DataFrame]:
+    """The scores of single batches in a table of :class:`kdx.Scorer` with a column ``fold``.
+
+    Returns:
+        Values of ``by`` -> fold x batch. Differences of two are paired by fold and batch; a fold that one of them
+        lacks is NaN there.
+    """
+    return {
+        names: pd.DataFrame(list(group["parts"]), index=pd.Index(group["fold"], name="fold"))
+        for names, group in table.groupby(list(by), sort=False)
+    }

@@ -11,7 +11,7 @@ from kdx.distance import (
     partial_distance_correlation,
     semipartial_distance_correlation,
 )
-from kdx.permutation import dependence
+from kdx.permutation import conditional_dependence, dependence, strata
 
 
 def normal(*shape, seed=0):
@@ -110,3 +110,60 @@ def test_permutations_are_seeded_and_leave_the_global_generator_alone():
 def test_bad_tests_are_named(settings, says):
     with pytest.raises(ValueError, match=says):
         dependence(normal(9, 2), normal(9, 2), **settings)
+
+
+# --- given a third sample -----------------------------------------------------------------
+
+
+def test_strata_keep_twins_together_and_halve_the_others_along_the_line():
+    z = torch.tensor([0.0, 5.0, 7.0, 5.0, 6.0, 0.5, 5.0])
+    found = {tuple(sorted(z[rows].tolist())) for rows in strata(distances(z), 2)}
+    assert found == {(5.0, 5.0, 5.0), (0.0, 0.5), (6.0, 7.0)}
+    rows = strata(distances(normal(101, 3)), 4)
+    assert torch.cat(rows).sort().values.equal(torch.arange(101))
+    assert {len(r) for r in rows} <= {3, 4}
+
+
+def test_residual_distances_are_those_of_ridge_residuals():
+    x, z = normal(20, 6), normal(20, 1, seed=1)
+    found = permutation._residual_distances(distances(x), distances(z))
+    centring = torch.eye(20, dtype=torch.float64) - 1 / 20
+    values, vectors = torch.linalg.eigh(-centring @ distances(z) @ centring / 2)
+    values, x = values.clamp(min=0), x - x.mean(0)
+    errors = {}
+    for strength in values.mean() * torch.logspace(-4, 3, 22, dtype=torch.float64):
+        hat = (vectors * (values / (values + strength))) @ vectors.T
+        rest = x - hat @ x
+        errors[float((rest / (1 - hat.diagonal() - 1 / 20)[:, None]).square().sum())] = rest
+    assert torch.allclose(found, distances(errors[min(errors)]), atol=1e-8)
+
+
+def test_what_z_explains_is_no_dependence_given_z_and_what_it_does_not_is():
+    z = normal(128, 1)
+    noise = [0.5 * normal(128, 1, seed=i) for i in (1, 2)]
+    x, y = (z.square() + e for e in noise)
+    assert dependence(x, y, z, statistic="partial", permutations=199).p == 0.005  # the test that does not hold
+    assert conditional_dependence(x, y, z, permutations=199).p > 0.05
+    shared = conditional_dependence(x, x + noise[1], z, permutations=199)
+    assert shared.p == 0.005
+    assert shared.low < shared.value < shared.high
+
+
+def test_given_classes_the_test_permutes_within_them():
+    labels = torch.arange(40) % 4
+    z = torch.eye(4, dtype=torch.float64)[labels]
+    orders = permutation._within(strata(distances(z), 4), 40, 50, seed=0)
+    assert (labels[orders] == labels).all()
+    assert orders.sort(1).values.equal(torch.arange(40).expand(50, 40))
+    assert orders.unique(dim=0).shape == (50, 40)
+    two = torch.tensor([[0.0], [0.0], [0.0], [1.0], [1.0], [1.0]], dtype=torch.float64)
+    assert conditional_dependence(normal(6, 2), normal(6, 2), two, permutations=999).floor == pytest.approx(1 / 36)
+
+
+def test_bad_conditional_tests_are_named():
+    with pytest.raises(ValueError, match="size: expected at least 2"):
+        conditional_dependence(normal(9, 2), normal(9, 2), normal(9, 2), size=1)
+    with pytest.raises(ValueError, match="at least 5 rows, got 4, 4, 4"):
+        conditional_dependence(normal(4, 2), normal(4, 2), normal(4, 2))
+    with pytest.raises(ValueError, match="one length"):
+        conditional_dependence(normal(9, 2), normal(8, 2), normal(9, 2))

@@ -62,23 +62,31 @@ def test_fidelity_by_hand():
 
 
 def test_rank_ties_what_cannot_be_told_apart():
-    noise = [0.01, -0.01, 0.0]
-    values = table(
-        {
-            "worst": [0.1 + e for e in noise],
-            "best": [0.5 + e for e in noise],  # moves with the fold, as worst does
-            "unsteady": [0.1, 0.9, 0.5],
-        }
-    )
-    found = rank(values).set_index("network")
-    assert list(found.index) == ["best", "unsteady", "worst"]
-    assert found.loc["best", ["best", "worst"]].tolist() == [1, 2]
-    assert found.loc["worst", ["best", "worst"]].tolist() == [2, 3]
-    assert found.loc["unsteady", ["best", "worst"]].tolist() == [1, 3]
-    low, high = stats.t.interval(0.95, 2, 0.5, np.std(noise, ddof=1) / math.sqrt(3))
-    assert found.loc["best", ["low", "high"]].tolist() == pytest.approx([low, high])
+    noise = np.array([[0.01, -0.01, 0.0], [0.0, 0.01, -0.01], [-0.01, 0.0, 0.01]])
+    folds = np.array([0.0, 0.3, -0.3])  # all networks move with the fold, so their differences do not
+    means = {"worst": 0.1, "best": 0.5, "second": 0.48}
+    values = {name: mean + folds + e for (name, mean), e in zip(means.items(), noise, strict=True)}
+    found = rank(table(values)).set_index("network")
+    assert list(found.index) == ["best", "second", "worst"]
+    assert found[["best", "worst"]].to_numpy().tolist() == [[1, 2], [1, 2], [3, 3]]
+    half = stats.t.ppf(0.975, 2) * math.sqrt(1 / 3 + 1 / 2) * np.std(values["best"], ddof=1)
+    assert found.loc["best", ["low", "high"]].tolist() == pytest.approx([0.5 - half, 0.5 + half])
     with pytest.raises(ValueError, match="by: expected one of accuracy, got 'speed'"):
-        rank(values, "speed")
+        rank(table(values), "speed")
+
+
+def test_rank_pairs_by_image_where_folds_share_the_images():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=40)  # as large as all differences, but the same for all networks
+    own = rng.normal(scale=0.05, size=(3, 40))  # what an image means to one network, in every fold
+    values = table({name: [mean] * 3 for name, mean in {"a": 0.0, "b": 0.1, "c": 0.9}.items()})
+    hits = [images + own["abc".index(name)] + rng.normal(scale=0.01, size=40) for name in values["network"]]
+    values["parts"] = [v - h.mean() + h for v, h in zip(values["value"], hits, strict=True)]
+    assert rank(values).set_index("network")[["best", "worst"]].loc[["c", "b", "a"]].to_numpy().tolist() == [
+        [1, 1], [2, 2], [3, 3],
+    ]  # fmt: skip
+    values["parts"] = [p + rng.normal(size=40) for p in values["parts"]]  # of fold and image
+    assert rank(values).set_index("network").loc[["a", "b"], ["best", "worst"]].drop_duplicates().shape == (1, 2)
 
 
 def test_rank_knows_what_should_be_small():
@@ -150,7 +158,15 @@ def test_measures_of_chains(shapes16, shared_home):
     scoring = {"batches": 2, "batch_size": 20, "permutations": 0}
     answers = evaluate_chains(runs, images, "cpu")
     assert len(answers) == 2 * 3  # base, teacher and student of each fold
+    whole = measure_students(runs, answers, images, embeddings, **scoring)
     found = measure_students(runs, answers, lambda fold: images, embeddings, **scoring)
+    assert found["parts"].isna().all()  # folds may have images of their own
+    assert whole["value"].equals(found["value"])
+    shared = whole[whole["measure"] != "cost"]
+    assert [part.mean() for part in shared["parts"]] == shared["value"].tolist()
+    gained = gains(whole).set_index(["measure", "fold"])["parts"]
+    hits = [kdx.evaluate(runs[n, 1][-1].model, images, "cpu").predictions == images.labels for n in ("direct", "base")]
+    assert gained["accuracy", 1].tolist() == (hits[0].double() - hits[1].double()).tolist()
     found = found.set_index(["network", "fold", "measure"])["value"]
     teacher, student = runs["direct", 2]
     answers = [kdx.evaluate(run.model, images, "cpu") for run in (student, teacher)]

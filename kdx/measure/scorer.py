@@ -63,7 +63,7 @@ class Scorer:
         >>> two = {"student": student, "base": base}
         >>> scorer = kdx.Scorer(two, images, torch.arange(24) % 3, batches=2, batch_size=12, permutations=19)
         >>> scorer.rs("student", torch.eye(3)).shape, scorer.fss("student", "base").shape
-        ((4, 11), (4, 11))
+        ((4, 12), (4, 12))
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class Scorer:
 
         Returns:
             stage, value, low, high, p, floor (the smallest p to expect), n (images per batch), batches, estimator,
-            features, permutations. NaN, with a :class:`DegenerateWarning`, where the features of a batch do not vary.
+            features, permutations, and parts: the scores (batches,) whose mean is the value, of the same batches for
+            all networks. NaN, with a :class:`DegenerateWarning`, where the features of a batch do not vary.
 
         Raises:
             ValueError: Unknown names, or embeddings that do not fit the labels.
@@ -344,7 +345,8 @@ class _Found:
             p = np.nan
             if drawn is not None and not np.isnan(mean.mean) and not drawn[i].isnan().any():
                 p = permutation.permutation_p(mean.mean, drawn[i])
-            rows.append({"stage": stage, "value": mean.mean, "low": mean.low, "high": mean.high, "p": p})
+            row = {"stage": stage, "value": mean.mean, "low": mean.low, "high": mean.high, "p": p}
+            rows.append(row | {"parts": values[:, i].numpy()})
         floor = permutation.p_floor(self.share, permutations) if self.drawn else np.nan
         facts: dict[str, Any] = {"floor": floor, "n": n, "batches": len(values)}
         facts |= {"estimator": estimator, "features": features, "permutations": permutations}

@@ -45,7 +45,7 @@ def rs(
         >>> images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> labels = torch.arange(24) % 3
         >>> kdx.rs(model, images, labels, torch.eye(3), batches=2, batch_size=12, permutations=19).shape
-        (4, 11)
+        (4, 12)
     """
     networks = {"model": model} if other is None else {"model": model, "other": other}
     scorer = Scorer(networks, images, labels, layers=_given(model=layers, other=layers_other), **settings)

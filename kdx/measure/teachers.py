@@ -20,6 +20,7 @@ from kdx.distil.cross_validation import cross_chains
 from kdx.distil.fit import Evaluation
 from kdx.distil.run_store import Run
 from kdx.distil.training import Recipe
+from kdx.inference import tukey, two_factor
 from kdx.intervals import mean_interval
 from kdx.measure.scores import rs
 from kdx.networks import models
@@ -60,13 +61,17 @@ class Fidelity(NamedTuple):
 
 def fidelity(student: Tensor, teacher: Tensor) -> Fidelity:
     """Fidelity from the logits (n, classes) of both networks for the same images."""
+    return Fidelity(*(of.mean().item() for of in _fidelity_of_images(student, teacher)))
+
+
+def _fidelity_of_images(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Agreement and divergence of each image, float64 (n,)."""
     if student.ndim != 2 or student.shape != teacher.shape or not len(student):
         raise ValueError(
             f"expected logits (n, classes) of the same images, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    agreement = (student.argmax(1) == teacher.argmax(1)).double().mean().item()
     s, t = student.double().log_softmax(1), teacher.double().log_softmax(1)
-    return Fidelity(agreement, (t.exp() * (t - s)).sum(1).mean().item())
+    return (student.argmax(1) == teacher.argmax(1)).double(), (t.exp() * (t - s)).sum(1)
 
 
 def evaluate_chains(
@@ -104,24 +109,32 @@ def measure_students(
         **scoring: Settings of :func:`kdx.rs`.
 
     Returns:
-        network, fold, measure, value. The measures are RS L1, ..., accuracy (fraction), for chains with a teacher
-        its own accuracy, agreement and KL, and cost: GFLOP per training image in all epochs of all links, with three
-        forward passes per step and one of the teacher, at full size.
+        network, fold, measure, value, parts (the values, of images or of batches, whose mean this is; None if folds
+        have images of their own). The measures are RS L1, ..., accuracy (fraction), for chains with a teacher its own
+        accuracy, agreement and KL, and cost: GFLOP per training image in all epochs of all links, with three forward
+        passes per step and one of the teacher, at full size.
     """
     rows = []
     for (name, fold), runs in chains.items():
         data = _of_fold(images, fold)
         x = data.card.normalize(data.images)
         scores = rs(runs[-1].model, x, data.labels, embeddings, **scoring)
-        values = {f"RS {stage}": value for stage, value in zip(scores["stage"], scores["value"], strict=True)}
+        parts = {f"RS {stage}": of for stage, of in zip(scores["stage"], scores["parts"], strict=True)}
         student, *teacher = (answers[run.key, fold] for run in reversed(runs[-2:]))
-        values["accuracy"] = student.accuracy
+        parts["accuracy"] = _hits(student, data)
         for guide in teacher:
-            values["teacher's accuracy"] = guide.accuracy
-            values["agreement"], values["KL"] = fidelity(student.logits, guide.logits)
-        values["cost"] = _training_flops(runs) / 1e9
-        rows += [{"network": name, "fold": fold, "measure": m, "value": v} for m, v in values.items()]
+            parts["teacher's accuracy"] = _hits(guide, data)
+            parts["agreement"], parts["KL"] = (of.numpy() for of in _fidelity_of_images(student.logits, guide.logits))
+        shared = isinstance(images, Dataset)
+        found = [(measure, of.mean(), of if shared else None) for measure, of in parts.items()]
+        found.append(("cost", _training_flops(runs) / 1e9, None))
+        rows += [{"network": name, "fold": fold, "measure": m, "value": v, "parts": of} for m, v, of in found]
     return pd.DataFrame(rows)
+
+
+def _hits(answers: Evaluation, data: Dataset) -> np.ndarray:
+    """Which images are classified correctly: float64 (n,)."""
+    return (answers.predictions == data.labels).double().numpy()
 
 
 def _of_fold(images: Images, fold: int) -> Dataset:
@@ -141,35 +154,41 @@ def _training_flops(runs: Sequence[Run]) -> int:
 
 def gains(measures: pd.DataFrame) -> pd.DataFrame:
     """:func:`measure_students` with accuracy and RS as differences from the base of the fold."""
-    values = measures.set_index(["measure", "fold", "network"])["value"]
-    base = values.xs("base", level="network")
-    above = values.drop("base", level="network")
+    base = measures[measures["network"] == "base"].set_index(["measure", "fold"])
     compared = [name for name in base.index.unique("measure") if name == "accuracy" or name.startswith("RS ")]
-    for name in compared:
-        above.loc[[name]] -= base[name].reindex(above.loc[[name]].index.get_level_values("fold")).to_numpy()
-    return above.reset_index()
+    rows = measures[measures["network"] != "base"].to_dict("records")
+    for row in rows:
+        if row["measure"] in compared:
+            beside = base.loc[(row["measure"], row["fold"])]
+            row["value"] -= beside["value"]
+            if row.get("parts") is not None:
+                row["parts"] = row["parts"] - beside["parts"]
+    return pd.DataFrame(rows)
 
 
-def _by_fold(values: pd.DataFrame) -> pd.DataFrame:
+def _by_fold(values: pd.DataFrame, column: str = "value") -> pd.DataFrame:
     """The values of one measure as fold x network."""
     if (counts := values.groupby("network")["fold"].nunique()).nunique() > 1:
         raise ValueError(f"expected every network in every fold, got {counts.to_dict()} folds")
-    return values.pivot(index="fold", columns="network", values="value")
+    return values.pivot(index="fold", columns="network", values=column)
 
 
 def rank(values: pd.DataFrame, by: str = "accuracy") -> pd.DataFrame:
     """Rank networks by measures of several folds; networks that cannot be told apart are tied.
 
     Args:
-        values: network, fold, measure, value, such as from :func:`gains`; every network in every fold.
+        values: network, fold, measure, value, such as from :func:`gains`; every network in every fold. With values of
+            shared images or batches in ``parts``, the ranks hold for other images too.
         by: The measure by which the networks are sorted.
 
     Returns:
-        network, measure, value (mean over folds), low, high (95 % t interval over folds), folds, best and worst: the
-        ranks that a network may have by this measure. It is ranked behind (ahead of) the networks from which it
-        differs for the worse (better) with a 95 % interval over folds that leaves out zero; the intervals are of
-        differences within folds, and not corrected for their number. 1 to n means tied with all. NaN where a value of
-        the network is NaN.
+        network, measure, value (mean over folds), low, high (95 % interval over folds and, with ``parts``, images, by
+        :func:`kdx.inference.two_factor`), folds, best and worst: the ranks that a network may have by this measure. It
+        is ranked behind (ahead of) the networks from which it differs for the worse (better). The differences are
+        within folds and images, and their intervals hold jointly (:func:`kdx.inference.tukey`): with 95 % confidence
+        *all* true ranks by a measure lie between best and worst, if the networks vary alike over folds. 1 to n means
+        tied with all. A measure that does not vary, such as cost, is ranked as it is. NaN where a value of the network
+        is NaN.
 
     Raises:
         ValueError: An unknown measure, fewer than two folds, or a network that some fold lacks.
@@ -179,15 +198,19 @@ def rank(values: pd.DataFrame, by: str = "accuracy") -> pd.DataFrame:
     rows = []
     for measure, group in values.groupby("measure", sort=False):
         table = _by_fold(group)
+        x = table.T.to_numpy(dtype=float)  # (networks, folds)
+        if "parts" in group and group["parts"].notna().all():
+            parts = _by_fold(group, "parts")
+            x = np.stack([np.stack(list(parts[name])) for name in table])  # (networks, folds, images)
+        estimates = {name: two_factor(of) for name, of in zip(table, x, strict=True)}
+        known = [name for name, estimate in estimates.items() if not np.isnan(estimate.mean)]
+        margin = tukey(x[[name in known for name in table]]) if len(known) > 1 else np.nan
         sign = -1 if measure in SMALLER_IS_BETTER else 1
-        known = [name for name in table if not table[name].isna().any()]
-        for name in table:
-            ahead = [mean_interval(sign * (table[other] - table[name])) for other in known if other != name]
-            mean = mean_interval(table[name])
-            best = 1 + sum(difference.low > 0 for difference in ahead)
-            worst = len(known) - sum(difference.high < 0 for difference in ahead)
+        for name, own in estimates.items():
+            ahead = [sign * (estimates[other].mean - own.mean) for other in known]
+            best, worst = 1 + sum(d > margin for d in ahead), len(known) - sum(d < -margin for d in ahead)
             ranks = (best, worst) if name in known else (np.nan, np.nan)
-            rows.append([name, measure, mean.mean, mean.low, mean.high, mean.n, *ranks])
+            rows.append([name, measure, own.mean, *own.interval(), len(table), *ranks])
     found = pd.DataFrame(rows, columns=["network", "measure", "value", "low", "high", "folds", "best", "worst"])
     order = found[found["measure"] == by].sort_values("value", ascending=by in SMALLER_IS_BETTER)["network"]
     place = {name: i for i, name in enumerate(order)}

@@ -1,60 +1,103 @@
 """The paper's claims, judged by the numbers of a run.
 
-A claim states that effects are positive. ``book/claims.md`` lists the claims and collects the verdicts of all pages.
+A claim states that effects are positive. ``book/claims.md`` lists the claims, states the rule, and collects the
+verdicts of all pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from pandas.io.formats.style import Styler
 
-from kdx.intervals import mean_interval
+from kdx.inference import holm, two_factor
+from kdx.intervals import by_fold
 
-COLOURS = {"supported": "#2e7d4f", "not supported": "#b3372f", "undecided": "#77736a"}
+ALPHA = 0.025  # of each of the three statements; at most two of them can be untrue at once
+ACCURACY_MARGIN, SCORE_MARGIN = 0.01, 0.02  # effects up to this are too small to matter; fixed before any result
+SUPPORTED, REFUTED, UNDECIDED = "supported", "not supported", "undecided"
+NONE_LARGER = "no effect larger than δ"
+COLOURS = {SUPPORTED: "#2e7d4f", REFUTED: "#b3372f", NONE_LARGER: "#2d6a9f", UNDECIDED: "#77736a"}
 
 
-def effects(differences: pd.DataFrame) -> pd.DataFrame:
-    """The effects that a claim states to be positive: means over folds, with intervals.
+def effects(values: Mapping[Any, ArrayLike], margin: float) -> pd.DataFrame:
+    """The effects that a claim states to be positive, with the tests that decide it.
 
     Args:
-        differences: One row per fold, one column per effect.
+        values: Name -> (folds, images) or (folds, batches), as for :func:`kdx.inference.two_factor`.
+        margin: The size from which on an effect matters, δ.
 
     Returns:
-        Index effect; value, low and high (95 % t interval over folds), ceiling (upper end of the interval that holds
-        for all effects at once, by Bonferroni's correction), folds. NaN where a fold has no value.
+        Index effect; value, low, high (95 %, over folds and images), positive (one-sided p against 0 or less), negative
+        (against 0 or more, adjusted by Holm for the number of effects), within (against -δ or less and δ or more, the
+        larger p), detectable (the least effect found to be positive with 80 % power), folds, images (or batches).
+        NaN where a value is missing; where values do not vary at all, only the tests are.
     """
     rows = {}
-    for name, values in differences.items():
-        mean = mean_interval(values)
-        at_once = mean_interval(values, level=1 - 0.05 / differences.shape[1])
-        rows[name] = [mean.mean, mean.low, mean.high, at_once.high, len(values)]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "ceiling", "folds"])
+    for name, of in values.items():
+        x = np.asarray(of, dtype=float)
+        estimate = two_factor(x)
+        rows[name] = [
+            estimate.mean,
+            *estimate.interval(),
+            estimate.p_above(),
+            estimate.p_below(),
+            np.maximum(estimate.p_above(-margin), estimate.p_below(margin)),
+            estimate.detectable(ALPHA),
+            len(x),
+            x.shape[-1] if x.ndim == 2 else 0,
+        ]
+    columns = ["value", "low", "high", "positive", "negative", "within", "detectable", "folds", "images"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    table.index = pd.Index([", ".join(map(str, n)) if isinstance(n, tuple) else n for n in rows], name="effect")
+    return table.assign(negative=holm(table["negative"]))
 
 
 def judge(table: pd.DataFrame) -> str:
     """The verdict on a claim from its :func:`effects`.
 
-    *Supported*: the 95 % interval of every effect lies above zero (low > 0). *Not supported*: the interval of some
-    effect lies below zero (ceiling < 0; corrected, since one of many may be negative by chance). Else *undecided*, at
-    the precision of the run.
+    *Supported*: every effect is positive, each by its own test, since all of them must agree. *Not supported*: some
+    effect is negative, by Holm's test. *No effect larger than δ*: every effect lies within ±δ, each by its own test.
+    Else, and always for a single fold, *undecided*.
     """
     if not len(table):
-        raise ValueError("expected at least one effect to judge, got none")
-    if (table["low"] > 0).all():
-        return "supported"
-    return "not supported" if (table["ceiling"] < 0).any() else "undecided"
+        raise ValueError("effects: expected at least one to judge, got none")
+    if table["folds"].min() < 2:
+        return UNDECIDED
+    if (table["positive"] <= ALPHA).all():
+        return SUPPORTED
+    if (table["negative"] <= ALPHA).any():
+        return REFUTED
+    return NONE_LARGER if (table["within"] <= ALPHA).all() else UNDECIDED
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim's number, a description of its effects, and their table."""
+    """A claim and the values that decide it.
+
+    Attributes:
+        number: Of the claim.
+        effect: What its effects are.
+        values: As for :func:`effects`.
+        margin: δ, in the unit of the values.
+        form: How numbers are written.
+    """
 
     number: int
     effect: str
-    table: pd.DataFrame
+    values: Mapping[Any, ArrayLike]
+    margin: float
     form: str = "{:+.3f}"
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        return effects(self.values, self.margin)
 
     @property
     def word(self) -> str:
@@ -62,23 +105,75 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """How many effects have an interval above zero, and the effect that decides, with its interval."""
-        if self.table["value"].isna().any():
+        """The effect that decides, with its interval, and the least effect that the design can see."""
+        table, word = self.table, self.word
+        if table["value"].isna().any():
             return "an effect could not be measured"
-        bound, upper = ("ceiling", "ceiling") if self.word == "not supported" else ("low", "high")
-        last = self.table.loc[self.table[bound].idxmin()]
-        value, low, high = (self.form.format(last[column]) for column in ("value", "low", upper))
-        certain = int((self.table["low"] > 0).sum())
-        which = "" if len(self.table) == 1 else f"{last.name}: "
-        corrected = ", upper end corrected" if upper == "ceiling" and len(self.table) > 1 else ""
-        count = f"{certain} of {len(self.table)} with a 95 % interval above zero"
-        return f"{count}; least {which}{value} [{low}, {high}]{corrected}"
+        if (still := table["positive"].isna()).any():
+            return f"no test, since {table.index[still][0]} is the same in all folds and images"
+        if table["folds"].min() < 2:
+            return "no test, with a single fold"
+        uncertain = {REFUTED: -table["negative"], NONE_LARGER: table["within"]}.get(word, table["positive"])
+        of_all, column = {
+            SUPPORTED: ("all {} positive", "positive"),
+            REFUTED: ("{} negative", "negative"),
+            NONE_LARGER: (f"all {{}} within ±{self._size(self.margin)}", "within"),
+            UNDECIDED: ("{} positive", "positive"),
+        }[word]
+        found, several = (table[column] <= ALPHA).sum(), len(table) > 1
+        count = of_all.format(found if word == SUPPORTED or not several else f"{found} of {len(table)}")
+        last = table.loc[uncertain.idxmax()]
+        name = f"{'clearest' if word == REFUTED else 'least certain'} {last.name}: " if several else ""
+        value, low, high = (self.form.format(last[column]) for column in ("value", "low", "high"))
+        visible = self._size(table["detectable"].max())
+        return f"{count}; {name}{value} [{low}, {high}]; seen with 80 % power: {visible}"
 
     def show(self) -> Styler:
         """The effects as a table, captioned with the claim and its verdict."""
-        named = self.table.rename(columns={"low": "95 % from", "high": "to", "ceiling": "to, corrected"})
-        style = named.style.format({c: self.form.format for c in named if c != "folds"})
-        return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word}")
+        headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power"}
+        headings["images"] = "images or batches"
+        tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
+        forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)
+        forms |= {headings["detectable"]: self._size} | dict.fromkeys(tests.values(), "{:.3f}")
+        style = self.table.rename(columns=headings | tests).style.format(forms)
+        delta = f"δ = {self._size(self.margin)}"
+        return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word} ({delta})")
+
+    def _size(self, value: float) -> str:
+        """A size, which needs no sign."""
+        return self.form.replace("+", "").format(value)
+
+
+def beyond_controls(scores: pd.DataFrame, networks: Sequence[str], controls: Sequence[str]) -> pd.DataFrame:
+    """Whether the scores of networks exceed those of every control, which they must before a teacher explains them.
+
+    Args:
+        scores: Rows of :class:`kdx.Scorer`, one for each network, stage and fold, with the columns network and fold.
+        networks: Those of which something is claimed.
+        controls: Those that never had the teacher.
+
+    Returns:
+        network, stage, control; value, low, high (the difference, paired by fold and batch, with its own 95 %
+        interval), p (that it is 0 or less; adjusted by Holm for all rows, so those with p <= 0.05 hold jointly), folds.
+        Where network and control share one fold, the statement is about the networks of this fold alone.
+
+    Raises:
+        ValueError: Networks or controls without scores, or without a common fold.
+    """
+    of = by_fold(scores)
+    if unknown := {*networks, *controls} - {network for network, _ in of}:
+        raise ValueError(f"scores: expected rows of {', '.join(sorted(unknown))}, got none")
+    rows = []
+    for network, stage in [key for key in of if key[0] in networks]:
+        for control in controls:
+            one, other = of[network, stage], of[control, stage]
+            if not len(common := one.index.intersection(other.index)):
+                raise ValueError(f"scores: expected a common fold of {network} and {control}, got none")
+            estimate = two_factor(one.loc[common] - other.loc[common])
+            low, high = estimate.interval()
+            rows.append([network, stage, control, estimate.mean, low, high, estimate.p_above(), len(common)])
+    table = pd.DataFrame(rows, columns=["network", "stage", "control", "value", "low", "high", "p", "folds"])
+    return table.assign(p=holm(table["p"]))
 
 
 def badge(word: str) -> str:

@@ -1,0 +1,195 @@
+"""Effects over folds and images: estimates of two factors, and tests of several that hold jointly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, special, stats
+
+SMALLEST = 1e-15  # a p-value below it is given as this
+
+
+class Estimate(NamedTuple):
+    r"""A mean whose error has independent parts, such as that of folds and that of images.
+
+    An interval adds the parts as variances, each with its own quantile of Student's t,
+
+    .. math:: h^2 = \sum_j t_{1-\alpha,\,\nu_j}^2\, e_j^2,
+
+    which never covers less often than stated (Banerjee 1960). Satterthwaite's single t is shorter, but with the two
+    degrees of freedom of three folds it fails as far out as several tests at once need it: see
+    ``tests/benchmarks/error_rates.py``.
+
+    Attributes:
+        mean: The estimate.
+        parts: Standard error and degrees of freedom of each part; NaN where a value is missing.
+    """
+
+    mean: float
+    parts: tuple[tuple[float, int], ...]
+
+    def __format__(self, spec: str) -> str:
+        """Mean and 95 % interval."""
+        low, high = self.interval()
+        return f"{self.mean:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+    @property
+    def certain(self) -> bool:
+        """Whether the values do not vary at all. Their interval has no width and proves nothing."""
+        return all(error <= 1e-12 * abs(self.mean) for error, _ in self.parts)
+
+    def half(self, alpha: float) -> float:
+        """Distance of the mean from its one-sided limit at level ``alpha``, below 0.5."""
+        return float(np.hypot.reduce([special.stdtrit(df, alpha) * error for error, df in self.parts]))
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Both ends of the two-sided interval."""
+        half = self.half((1 - level) / 2)
+        return self.mean - half, self.mean + half
+
+    def p_above(self, bound: float = 0.0) -> float:
+        """One-sided p of the hypothesis that the true mean is ``bound`` or less; NaN for :attr:`certain` values."""
+        distance = abs(self.mean - bound)
+        if self.certain or np.isnan(distance):
+            return np.nan
+        p = SMALLEST
+        if self.half(SMALLEST) > distance:
+            p = np.exp(optimize.brentq(lambda x: self.half(np.exp(x)) - distance, np.log(SMALLEST), np.log(0.5)))
+        return float(p if self.mean > bound else 1 - p)
+
+    def p_below(self, bound: float = 0.0) -> float:
+        """One-sided p of the hypothesis that the true mean is ``bound`` or more; NaN for :attr:`certain` values."""
+        return 1 - self.p_above(bound)
+
+    def detectable(self, alpha: float = 0.025, power: float = 0.8) -> float:
+        """The smallest true mean, roughly, that a one-sided test at ``alpha`` finds with this power."""
+        return self.half(alpha) + self.half(1 - power)
+
+
+def two_factor(values: ArrayLike, ratio: float | None = None) -> Estimate:
+    r"""The mean over folds and images, as a statement about other folds *and* other images.
+
+    Folds that are scored on the same images share the error of these images, which no number of folds makes smaller.
+    And folds share training images, so their means vary less than networks trained on other images would; the factor
+    of Nadeau & Bengio (2003) makes up for this. With k folds, m images, :math:`s^2` the variance of the fold means and
+    :math:`\hat\sigma_I^2` the variance component of images (two-way analysis of variance, 0 if negative),
+
+    .. math:: e_F^2 = \Big(\frac 1k + \frac{n_\text{held out}}{n_\text{training}}\Big) s^2, \qquad
+              e_I^2 = \hat\sigma_I^2 / m.
+
+    :math:`s^2` also holds what an image does in one fold only. It is not taken off: with few folds, the difference
+    would often be 0 by chance, and its intervals would be too narrow.
+
+    Args:
+        values: (folds, images), or batches of images in place of images: column i is the same images in every fold.
+            (folds,) where each fold has images of its own. (1, images) leaves folds out; the estimate is then about
+            this one network.
+        ratio: Held-out over training images of a fold; None for :math:`1/(k-1)`, as in k-fold cross-validation; 0 for
+            repetitions that share nothing.
+
+    Returns:
+        The estimate. All NaN if a value is.
+
+    Raises:
+        ValueError: Fewer than two values to compare.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.ndim not in (1, 2) or max(x.shape) < 2 or (x.ndim == 2 and x.shape[1] < 2):
+        raise ValueError(f"values: expected (folds, images) or (folds,), two or more to compare, got {x.shape}")
+    k, mean = len(x), float(x.mean())
+    if np.isnan(mean):
+        return Estimate(np.nan, ((np.nan, 1),))
+    parts = []
+    if k > 1:
+        shared = 1 / (k - 1) if ratio is None else ratio
+        of_fold = x if x.ndim == 1 else x.mean(1)
+        parts.append((float(np.sqrt((1 / k + shared) * of_fold.var(ddof=1))), k - 1))
+    if x.ndim == 2:
+        parts.append(_image_error(x[None]))
+    return Estimate(mean, tuple(parts))
+
+
+def tukey(values: ArrayLike, level: float = 0.95, ratio: float | None = None) -> float:
+    """The half-width of intervals for the differences of n networks that hold jointly, all n(n - 1)/2 of them.
+
+    Tukey's studentised range takes the place of t, and both parts of the error are pooled over networks: it is assumed
+    that all networks vary alike over folds. One that varies more makes the intervals of the others too wide, and its
+    own too narrow.
+
+    Args:
+        values: (n, folds, images) or (n, folds), with n, folds >= 2 and otherwise as for :func:`two_factor`.
+        level: Of all intervals at once.
+        ratio: As for :func:`two_factor`.
+
+    Returns:
+        The half-width, about the differences of the means.
+
+    Raises:
+        ValueError: Another shape.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.ndim not in (2, 3) or min(x.shape[:2]) < 2:
+        raise ValueError(f"values: expected (networks, folds) or (networks, folds, images), got {x.shape}")
+    n, k = x.shape[:2]
+    shared = 1 / (k - 1) if ratio is None else ratio
+    of_fold = _centred(x if x.ndim == 2 else x.mean(2), 0, 1)
+    df = (n - 1) * (k - 1)
+    parts = [(float(np.sqrt((1 / k + shared) * (of_fold**2).sum() / df)), df)]
+    if x.ndim == 3:
+        parts.append(_image_error(x - x.mean(0)))
+    return float(np.hypot.reduce([_studentised_range(level, n, df) * error for error, df in parts]))
+
+
+def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Holm's adjusted p-values: those up to alpha hold jointly, with familywise error alpha; NaN stays NaN, and counts
+    among the tests."""
+    x = np.asarray(p, dtype=float)
+    order = x.argsort()  # NaN last
+    steps = np.minimum(x[order] * np.arange(len(x), 0, -1), 1)
+    adjusted = np.empty_like(x)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted
+
+
+def ratio_values(above: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
+    """Values per fold and batch whose mean within a fold is a ratio of two means, to first order (the delta method).
+
+    Args:
+        above: (folds, batches), the numerator.
+        below: (folds, batches), the denominator.
+
+    Returns:
+        (folds, batches); NaN in a fold where the denominator's mean is not positive.
+    """
+    x, y = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    scale = y.mean(1, keepdims=True)
+    scale = np.where(scale > 0, scale, np.nan)
+    ratio = x.mean(1, keepdims=True) / scale
+    return ratio + (x - ratio * y) / scale
+
+
+def _image_error(x: NDArray[np.float64]) -> tuple[float, int]:
+    """Standard error of images in a mean over (n, folds, images), with its degrees of freedom; the n, if several, sum
+    to 0, and their components are pooled."""
+    n, k, m = x.shape
+    free = max(n - 1, 1)
+    df = free * (m - 1)
+    of_image = _centred(x.mean(1), 1)
+    total = k * (of_image**2).sum() / df
+    rest = (_centred(x, 1, 2) ** 2).sum() / (df * (k - 1)) if k > 1 else 0.0
+    return float(np.sqrt(max(total - rest, 0.0) / (k * m))), df
+
+
+def _centred(x: NDArray[np.float64], *axes: int) -> NDArray[np.float64]:
+    for axis in axes:
+        x = x - x.mean(axis, keepdims=True)
+    return x
+
+
+@lru_cache
+def _studentised_range(level: float, n: int, df: int) -> float:
+    return float(stats.studentized_range.ppf(level, n, df))
