@@ -179,7 +179,7 @@ def explorer_app(smoke_book):
         port = probe.getsockname()[1]
     recipe = (ROOT / "Makefile").read_text().partition("explore: install\n\t")[2].partition("\n")[0]
     command = recipe.replace("$(BIN)", str(Path(sys.executable).parent)) + f" --no-browser --port {port}"
-    environment = os.environ | {"KDX_HOME": str(smoke_book[1])}
+    environment = os.environ | {"KDX_HOME": str(smoke_book[1]), "KDX_NETWORKS": str(smoke_book[1] / "networks")}
     log = smoke_book[1] / "voila.log"
     with log.open("w") as output:
         app = subprocess.Popen(
