@@ -214,7 +214,8 @@ class View:
                 unique = scorer.unique_rs(role, "base", self.embeddings)
                 unique = unique[unique["statistic"] == "semipartial"]
                 tables |= _by_kind("unique", role, unique)
-                shares = unexplained_share(self.reference(self.references[-1], role), seed=self.seed)
+                largest = self.reference(self.references[-1], role)
+                shares = unexplained_share(largest, folds=min(10, len(largest)), seed=self.seed)
                 tables |= _by_kind("unexplained", role, shares)
         return {name: table.set_index("stage") for name, table in tables.items()}
 
