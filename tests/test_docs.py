@@ -10,7 +10,8 @@ import pytest
 
 import kdx
 
-API = (Path(__file__).parent.parent / "book" / "api.md").read_text()
+ROOT = Path(__file__).parent.parent
+API = (ROOT / "book" / "api.md").read_text()
 MAIN = ("fit", "fss", "grad_cam", "label_embeddings", "load_dataset", "load_own", "perturb", "rs", "stages", "unicam")
 MODULES = [module.name for module in pkgutil.walk_packages(kdx.__path__, "kdx.") if not module.ispkg]
 
@@ -34,3 +35,15 @@ def test_examples_in_docstrings(name):
 
 def test_the_main_calls_have_examples():
     assert [name for name in MAIN if ">>> " not in getattr(kdx, name).__doc__] == []
+
+
+@pytest.mark.real_data
+def test_code_of_the_readme_runs_as_it_stands(cifar10, monkeypatch):
+    """With the shipped networks; nothing is trained."""
+    monkeypatch.setattr("kdx.distil.fit.Job.run", lambda job: pytest.fail(f"{job.model} is not shipped"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    for block in blocks[:2]:
+        exec(block, names)
+    assert names["maps"].distilled["L4"].shape == (4, 4, 4)
+    assert names["student"].manifest["spec"]["teacher"] == names["teacher"].key
