@@ -17,7 +17,7 @@ from kdx.explain.unexplained import WINDOW, contributions, sides, unexplained_fe
 from kdx.networks.capture import logits_of
 from kdx.networks.stages import evaluating, unwrapped
 from kdx.networks.threads import hooked
-from kdx.networks.tokens import first_tensor, to_grid
+from kdx.networks.vision_transformers import first_tensor, to_grid
 
 
 def patch_agreement(

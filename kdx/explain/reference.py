@@ -17,7 +17,7 @@ from kdx.explain.regression import RIDGES, FitWarning, Moments, Regression
 from kdx.networks.capture import activations, logits_of
 from kdx.networks.stages import evaluating, stages
 from kdx.networks.threads import locked
-from kdx.networks.tokens import to_grid
+from kdx.networks.vision_transformers import to_grid
 
 NETWORKS = ("student", "base")
 DIRECTIONS = {"distilled": (0, 1), "residual": (1, 0)}  # which of NETWORKS is explained, given which

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from kdx.networks.stages import evaluating, stages, unwrapped
 from kdx.networks.threads import hooked, locked
-from kdx.networks.tokens import first_tensor, to_grid
+from kdx.networks.vision_transformers import first_tensor, to_grid
 
 CHUNK = {"cpu": 2**20, "gpu": 2**24}  # input values in one forward pass: 6 or 111 images of 224 x 224
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdx.networks.threads import hooked, locked
-from kdx.networks.tokens import Layer, token_stages
+from kdx.networks.vision_transformers import Layer, token_stages
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import kdx
 from kdx import activations, grad_cam, stages, unicam
-from kdx.networks.tokens import to_grid
+from kdx.networks.vision_transformers import to_grid
 
 
 def vit(seed=0, image_size=32):
