@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
 
     .. math:: h^2 = \sum_j t_{1-\alpha,\,\nu_j}^2\, e_j^2,
 
-    which, for normal variables, never covers less often than stated (Banerjee 1960). Satterthwaite's single t is shorter, but with the two
-    degrees of freedom of three folds it fails as far out as several tests at once need it: see
-    ``tests/benchmarks/error_rates.py``.
+    which, for normal variables, never covers less often than stated (Banerjee 1960). Satterthwaite's single t is
+    shorter, but with the two degrees of freedom of three folds its error is up to three times what is stated, as far
+    out as several tests at once need it.
 
     Attributes:
         mean: The estimate.
