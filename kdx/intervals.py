@@ -85,6 +85,6 @@ def by_fold(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> di
         lacks is NaN there.
     """
     return {
-        names: pd.DataFrame(list(group["parts"]), index=pd.Index(group["fold"], name="fold"))
+        names: pd.DataFrame(np.stack(list(group["parts"])), index=pd.Index(group["fold"], name="fold"))
         for names, group in table.groupby(list(by), sort=False)
     }

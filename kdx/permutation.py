@@ -196,18 +196,17 @@ def _residual_distances(d: Tensor, given: Tensor) -> Tensor:
     n = len(d)
     kernel, products = (double_center(each) / -2 for each in (given, d.square()))  # positive semi-definite, both
     values, vectors = torch.linalg.eigh(kernel)
-    values = values.clamp(min=0)
-    best: tuple[float, Tensor] | None = None
+    values, products = values.clamp(min=0), vectors.T @ products @ vectors
+    found = []
     for strength in values.mean() * torch.logspace(-4, 3, 22, dtype=d.dtype, device=d.device):
-        hat = (vectors * (values / (values + strength).clamp(min=1e-300))) @ vectors.T + 1 / n
-        keep = torch.eye(n, dtype=d.dtype, device=d.device) - hat
-        rest = keep @ products @ keep
-        error = float((rest.diagonal() / keep.diagonal().square()).sum())
-        if best is None or error < best[0]:
-            best = error, rest
-    assert best is not None
-    own = best[1].diagonal()
-    return (own[:, None] + own - 2 * best[1]).clamp(min=0).sqrt().fill_diagonal_(0.0)
+        predicted = values / (values + strength).clamp(min=torch.finfo(d.dtype).tiny)
+        keep = vectors * (1 - predicted)
+        leverage = vectors.square() @ predicted + 1 / n
+        found.append((float((((keep @ products) * keep).sum(1) / (1 - leverage).square()).sum()), keep))
+    keep = min(found, key=lambda pair: pair[0])[1]
+    rest = keep @ products @ keep.T
+    own = rest.diagonal()
+    return (own[:, None] + own - 2 * rest).clamp(min=0).sqrt().fill_diagonal_(0.0)
 
 
 def random_permutations(n: int, count: int, seed: int) -> Tensor:

@@ -43,11 +43,12 @@ def effects(values: Mapping[Any, ArrayLike], margin: float) -> pd.DataFrame:
     for name, of in values.items():
         x = np.asarray(of, dtype=float)
         estimate = two_factor(x)
+        positive = estimate.p_above()
         rows[name] = [
             estimate.mean,
             *estimate.interval(),
-            estimate.p_above(),
-            estimate.p_below(),
+            positive,
+            1 - positive,
             np.maximum(estimate.p_above(-margin), estimate.p_below(margin)),
             estimate.detectable(ALPHA),
             len(x),
