@@ -44,7 +44,6 @@ class Study:
         folds: Number of folds of the cross-validation.
         settings: Of the techniques.
         data: Keyword arguments of :func:`kdx.load_dataset`.
-        classes: Names of the classes to keep; empty keeps all.
         stem: Of all networks.
     """
 
@@ -54,13 +53,11 @@ class Study:
     folds: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
     stem: str = "small"
 
     def images(self, split: str) -> Dataset:
         """The training or test images."""
-        whole = load_dataset(self.dataset, split, **self.data)
-        return whole.only(self.classes) if self.classes else whole
+        return load_dataset(self.dataset, split, **self.data)
 
 
 LADDER = ("resnet10@0.125", "resnet10@0.1875", "resnet18@0.1875", "resnet18@0.25")
@@ -87,22 +84,6 @@ def _ladder(recipe: Recipe) -> Plans:
     return found
 
 
-def _photographs(recipe: Recipe) -> Plans:
-    """The networks of the appendix; a few hundred images cannot train a larger teacher."""
-    model = "resnet10@0.125"
-    return plan_fit(model, model, ("response", "overhaul", "attention"), 3, 1, 0, recipe)
-
-
-PHOTOGRAPHS = Recipe(epochs=60, batch_size=32, lr=0.1, sizes=(1.0,))
-LEAVES = (
-    "Apple: Apple scab",
-    "Apple: Black rot",
-    "Apple: Cedar apple rust",
-    "Apple: healthy",
-    "Raspberry: healthy",
-    "Strawberry: Leaf scorch",
-    "Strawberry: healthy",
-)
 STUDIES = (
     Study(
         "cifar10",
@@ -110,16 +91,6 @@ STUDIES = (
         lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
         folds=5,
         settings={"attention_weight": 100.0},
-    ),
-    Study("petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"),
-    Study(
-        "plantvillage",
-        PHOTOGRAPHS,
-        _photographs,
-        folds=3,
-        settings={"attention_weight": 100.0},
-        classes=LEAVES,
-        stem="imagenet",
     ),
 )
 
