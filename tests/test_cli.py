@@ -55,8 +55,11 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),
         (["run", "01_gradcam", "-p", "epochs=[2"], "-p epochs=[2: expected int"),
         (["run", "01_gradcam", "-o", "tests"], "expected a file to write, got the folder tests"),
-        (["run", "01_gradcam", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
-        (["book", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, quick, paper"),
+        (
+            ["run", "01_gradcam", "--profile", "fast"],
+            "unknown profile 'fast'; choose from: smoke, shipped, quick, paper",
+        ),
+        (["book", "--profile", "fast"], "unknown profile 'fast'; choose from: smoke, shipped, quick, paper"),
         (["book", "--root", "/"], "run this inside a checkout of kdx"),
     ],
 )

@@ -28,7 +28,8 @@ def test_every_public_function_and_class_has_a_docstring():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
 

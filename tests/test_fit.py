@@ -135,7 +135,7 @@ def test_fit_names_the_choices(tiny_shapes):
         with pytest.raises(ValueError, match=message):
             train(tiny_shapes, **settings)
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
-        fit("vgg", tiny_shapes["train"], tiny_shapes["test"])
+        fit("vgg", tiny_shapes["train"], tiny_shapes["test"], recipe=QUICK)
     for wrong in ({"epochs": -1}, {"epochs": 1.5}, {"lr": math.inf}, {"momentum": 0}, {"sizes": ()}):
         with pytest.raises(ValueError, match="recipe: expected"):
             Recipe(**wrong)

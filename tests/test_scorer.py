@@ -58,7 +58,7 @@ def test_a_scorer_runs_each_network_once_and_changes_nothing_else(features, monk
 def test_a_scorer_names_its_networks():
     images, labels, embeddings = data()
     scorer = kdx.Scorer({("base", 1): Small()}, images, labels, **SMALL)
-    assert scorer.rs(("base", 1), embeddings).shape == (3, 11)
+    assert scorer.rs(("base", 1), embeddings).shape == (3, 12)
     with pytest.raises(ValueError, match=r"unknown network 'base'; choose from: \('base', 1\)"):
         scorer.rs("base", embeddings)
     with pytest.raises(ValueError, match="embeddings: expected with features 'unicam' only, got none"):

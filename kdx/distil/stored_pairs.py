@@ -75,8 +75,8 @@ class Pair:
 def stored_pairs(dataset: str | None = None, technique: str | None = None) -> list[Pair]:
     """The students that have a base in the run store or among the shipped networks, one fold of each kind.
 
-    Those with a second base come first, then the newest; shipped ones after those of the run store. Students of a
-    random teacher are left out.
+    Those whose teacher has their seed come first, then those with a second base, then the newest; shipped ones after
+    those of the run store. Students of a random teacher are left out.
 
     Args:
         dataset: Only of this dataset.
@@ -119,7 +119,12 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
         if named[pair.dataset, pair.networks, pair.technique] > 1:  # other settings, or other data
             found[kind] = replace(pair, technique=f"{pair.technique} ({pair.keys['student'][:6]})")
     order = list(stored)
-    return sorted(found.values(), key=lambda pair: (len(pair.keys) < 3, order.index(pair.keys["student"])))
+
+    def place(pair: Pair) -> tuple[bool, bool, int]:
+        of_another_seed = stored[pair.spec["teacher"]]["spec"]["seed"] != pair.spec["seed"]  # a second student
+        return of_another_seed, len(pair.keys) < 3, order.index(pair.keys["student"])
+
+    return sorted(found.values(), key=place)
 
 
 def _twin(manifest: Mapping[str, Any]) -> str:
