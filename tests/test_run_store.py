@@ -120,7 +120,8 @@ for package in sys.argv[1:]:
         sys.path.insert(0, package)
         import kdx
         from kdx.distil.fit import Job
-        data = kdx.Dataset(torch.zeros(160, 3, 32, 32, dtype=torch.uint8), torch.arange(160) % 10, kdx.DATASETS["shapes"])
+        images, labels = torch.zeros(160, 3, 32, 32, dtype=torch.uint8), torch.arange(160) % 10
+        data = kdx.Dataset(images, labels, kdx.DATASETS["shapes"])
         class Teacher(kdx.Run):
             classes = data.classes
         teacher = Teacher("0" * 32, None, {}, None)
