@@ -25,7 +25,7 @@ app.add_typer(networks, name="networks")
 
 LISTED = 20  # files named on the terminal
 Profile = Annotated[
-    str, typer.Option(help="shipped (nothing is trained), smoke (seconds), quick (a laptop) or paper (a GPU)")
+    str, typer.Option(help="shipped (the networks of the checkout), smoke (seconds), quick (a laptop) or paper (a GPU)")
 ]
 
 
