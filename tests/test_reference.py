@@ -47,6 +47,11 @@ def test_regressions_hold_no_features_and_are_those_of_all_at_once(images, monke
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-3, atol=1e-5)
 
 
+def dataset():
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return kdx.Dataset(pixels, torch.arange(12) % 10, kdx.DATASETS["shapes"])
+
+
 def counted(method, counts):
     def count(self, *images):
         counts.append(len(images[0]))
@@ -58,7 +63,7 @@ def counted(method, counts):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_features_are_kept_once_also_after_evaluate(layout):
     student, base = (Small(10, seed=i).to(memory_format=layout) for i in range(2))
-    data = kdx.load_dataset("shapes", "test", limit=12, size=16)
+    data = dataset()
     kdx.evaluate(student, data, "cpu")
     assert student.a.weight.is_contiguous(memory_format=layout)
     reference = kdx.Reference(student, base, data.card.normalize(data.images))
@@ -114,7 +119,7 @@ def test_changed_weights_are_refused(images, change):
 def test_networks_that_were_only_used_are_not_refused(images):
     student, base = Small(10, seed=0).train(), Small(seed=1)
     reference = kdx.Reference(student, base, images)
-    data = kdx.load_dataset("shapes", "test", limit=12, size=16)
+    data = dataset()
     kdx.evaluate(student, data, "cpu")
     kdx.grad_cam(student.eval(), images)
     copy.deepcopy(student).load_state_dict(student.state_dict())

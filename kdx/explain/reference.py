@@ -239,11 +239,12 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([centre_logits(logits_of(network(x)).float()) for x in images.split(64)])
 
 
+@torch.no_grad()
 def weights_mark(network: nn.Module) -> tuple[Any, ...]:
     """Where the parameters and buffers of a network are, how often they were changed in place, and a few values."""
-    tensors = [t.detach() for t in (*network.parameters(), *network.buffers())]
+    tensors = [*network.parameters(), *network.buffers()]
     where = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-    values = [t.reshape(-1)[:: t.numel() // 64 + 1].to("cpu", torch.float64) for t in tensors]
+    values = [t.reshape(-1)[:: t.numel() // 64 + 1].cpu() for t in tensors]
     return where, torch.cat(values).numpy().tobytes() if values else b""
 
 
