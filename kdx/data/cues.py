@@ -118,10 +118,11 @@ class Scene:
     Attributes:
         cues: Names in ``FAMILIES``, 1 to 8; an image shows one cue of each.
         values: Number of values of each family, 2 to 5.
-        cue_size: Pixels per side of the square of a cue, which is its mask; at least 5.
+        cue_size: Pixels per side of the square of a cue, which is its mask; at least 5. One for all, or one for each.
         contrast: Contrast of a cue, in (0, 1].
         overlap: Largest share of the side of a cue that another may cover, in [0, 1); later cues are on top.
         size: Pixels per side of an image.
+        correlation: Share of the images in which all cues have the value of the first, in [0, 1).
 
     Raises:
         ValueError: A setting is out of range, or the cues cover too much of an image.
@@ -129,10 +130,11 @@ class Scene:
 
     cues: tuple[str, ...] = ("gratings", "shapes", "dots")
     values: int = 3
-    cue_size: int = 10
+    cue_size: int | tuple[int, ...] = 10
     contrast: float = 0.9
     overlap: float = 0.0
     size: int = 32
+    correlation: float = 0.0
 
     def __post_init__(self) -> None:
         if unknown := [cue for cue in self.cues if cue not in FAMILIES]:
@@ -146,12 +148,19 @@ class Scene:
                 f"contrast, overlap: expected 0 < contrast <= 1 and 0 <= overlap < 1, got {self.contrast} and "
                 f"{self.overlap}"
             )
-        share = len(self.cues) * self.cue_size**2 / self.size**2
-        if self.cue_size < 5 or share > MOST:
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"correlation: expected 0 <= correlation < 1, got {self.correlation}")
+        share = sum(side**2 for side in self.sides) / self.size**2
+        if min(self.sides) < 5 or len(self.sides) != len(self.cues) or share > MOST:
             raise ValueError(
-                f"cue_size: expected 5 or more, and {len(self.cues)} cues that cover at most {MOST:.0%} of an image of "
-                f"{self.size} pixels per side, got {self.cue_size} ({share:.0%})"
+                f"cue_size: expected 5 or more, one or {len(self.cues)} of them, and {len(self.cues)} cues that cover "
+                f"at most {MOST:.0%} of an image of {self.size} pixels per side, got {self.cue_size} ({share:.0%})"
             )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Pixels per side of each cue."""
+        return (self.cue_size,) * len(self.cues) if isinstance(self.cue_size, int) else self.cue_size
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -179,7 +188,7 @@ class Scene:
 
 
 def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw images with equal shares of all classes.
+    """Draw images with equal shares of all classes, except for the correlation of the scene.
 
     Args:
         scene: How the images are drawn.
@@ -192,6 +201,9 @@ def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     rng = np.random.default_rng(seed)
     labels = torch.from_numpy(rng.permutation(np.arange(n) % len(scene.classes)))
+    values = scene.values_of(labels)
+    alike = torch.from_numpy(rng.random(n) < scene.correlation)
+    labels = scene.labels_of(torch.where(alike[:, None], values[:, :1], values))
     blocks = [_draw(scene, part.numpy(), rng) for part in scene.values_of(labels).split(BLOCK)]
     images, masks = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return torch.from_numpy(images), labels, torch.from_numpy(masks)
@@ -212,13 +224,13 @@ def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Te
 
 
 def _draw(scene: Scene, values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    n, side, cue = len(values), scene.size, scene.cue_size
+    n, side = len(values), scene.size
     canvas = _background(n, side, rng)
     masks = np.zeros((n, side, side), dtype=np.uint8)
-    at = (np.arange(cue) + 0.5) / cue * 2 - 1
-    v, u = np.meshgrid(at, at, indexing="ij")
     image = np.arange(n)[:, None, None]
-    for i, (name, (top, left)) in enumerate(zip(scene.cues, _places(scene, n, rng), strict=True)):
+    for i, (name, cue, (top, left)) in enumerate(zip(scene.cues, scene.sides, _places(scene, n, rng), strict=True)):
+        at = (np.arange(cue) + 0.5) / cue * 2 - 1
+        v, u = np.meshgrid(at, at, indexing="ij")
         ink = FAMILIES[name].draw(u, v, values[:, i], scene.values, rng)[:, None]
         hue = values[:, i] / scene.values if name == "colours" else rng.random(n)
         tint = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] + np.arange(3) / 3))
@@ -234,14 +246,17 @@ def _draw(scene: Scene, values: np.ndarray, rng: np.random.Generator) -> tuple[n
 
 def _places(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
     """Top and left (n,) of every cue, drawn again until no cue covers too much of another."""
-    apart = scene.cue_size - int(scene.overlap * scene.cue_size)
+    sides = np.array(scene.sides)[:, None]
+    allowed = (scene.overlap * np.minimum(sides, sides.T)).astype(int)[:, :, None]
     found = np.zeros((2, len(scene.cues), n), dtype=int)
     wrong = np.arange(n)
     while len(wrong):
-        found[:, :, wrong] = rng.integers(0, scene.size - scene.cue_size + 1, (2, len(scene.cues), len(wrong)))
-        gaps = np.abs(found[:, :, None, wrong] - found[:, None, :, wrong]).max(0)  # (cues, cues, images)
-        gaps[np.arange(len(scene.cues)), np.arange(len(scene.cues))] = scene.size
-        wrong = wrong[(gaps < apart).any((0, 1))]
+        low = found[:, :, wrong] = rng.integers(0, scene.size - sides + 1, (2, len(scene.cues), len(wrong)))
+        high = low + sides
+        shared = np.minimum(high[:, :, None], high[:, None]) - np.maximum(low[:, :, None], low[:, None])
+        covered = (shared > allowed).all(0)  # (cues, cues, images)
+        covered[np.arange(len(sides)), np.arange(len(sides))] = False
+        wrong = wrong[covered.any((0, 1))]
     return list(zip(*found, strict=True))
 
 

@@ -44,6 +44,7 @@ class Study:
         folds: Number of folds of the cross-validation.
         settings: Of the techniques.
         data: Keyword arguments of :func:`kdx.load_dataset`.
+        classes: Those whose images are kept; empty keeps all.
         stem: Of all networks.
     """
 
@@ -53,11 +54,13 @@ class Study:
     folds: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()
     stem: str = "small"
 
     def images(self, split: str) -> Dataset:
         """The training or test images."""
-        return load_dataset(self.dataset, split, **self.data)
+        images = load_dataset(self.dataset, split, **self.data)
+        return images.only(self.classes) if self.classes else images
 
 
 LADDER = ("resnet10@0.125", "resnet10@0.1875", "resnet18@0.1875", "resnet18@0.25")
@@ -84,6 +87,22 @@ def _ladder(recipe: Recipe) -> Plans:
     return found
 
 
+def _photographs(recipe: Recipe) -> Plans:
+    """The networks of the pages on photographs, of three folds; controls of the first."""
+    techniques = ("response", "overhaul", "attention")
+    return plan_fit("resnet10@0.1875", "resnet10@0.125", techniques, 3, 1, 0, recipe)
+
+
+PHOTOGRAPHS = Recipe(epochs=100, batch_size=32, lr=0.1)
+LEAVES = (
+    "Apple: Apple scab",
+    "Apple: Black rot",
+    "Apple: Cedar apple rust",
+    "Apple: healthy",
+    "Raspberry: healthy",
+    "Strawberry: Leaf scorch",
+    "Strawberry: healthy",
+)
 STUDIES = (
     Study(
         "cifar10",
@@ -91,6 +110,16 @@ STUDIES = (
         lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
         folds=5,
         settings={"attention_weight": 100.0},
+    ),
+    Study("petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"),
+    Study(
+        "plantvillage",
+        PHOTOGRAPHS,
+        _photographs,
+        folds=3,
+        settings={"attention_weight": 100.0},
+        classes=LEAVES,
+        stem="imagenet",
     ),
 )
 
