@@ -139,6 +139,7 @@ def networks_verify() -> None:
 @networks.command("train")
 def networks_train(
     missing: Annotated[bool, typer.Option("--missing", help="those without a file, which is also the default")] = True,
+    dataset: Annotated[list[str] | None, typer.Option(help="such as cifar10, may be repeated")] = None,
     only: Annotated[list[str] | None, typer.Option(help="role, may be repeated")] = None,
     fold: Annotated[list[int] | None, typer.Option(help="from 1, may be repeated")] = None,
     workers: Annotated[int, typer.Option(help="trained in parallel; 0: one per core, or one on a GPU")] = 0,
@@ -149,7 +150,7 @@ def networks_train(
         from kdx.distil import shipped
 
         os.nice(19)
-        shipped.train(only or (), fold or (), workers, device)
+        shipped.train(dataset or (), only or (), fold or (), workers, device)
 
 
 @app.command()

@@ -161,24 +161,34 @@ def _open(dataset: str, role: str, fold: int) -> Run:
     return run
 
 
-def train(only: Sequence[str] = (), folds: Sequence[int] = (), workers: int = 0, device: str = "auto") -> None:
+def train(
+    datasets: Sequence[str] = (),
+    only: Sequence[str] = (),
+    folds: Sequence[int] = (),
+    workers: int = 0,
+    device: str = "auto",
+) -> None:
     """Train the shipped networks that are missing, fold by fold, and write each into place when it is finished.
 
     Trainings are kept in the run store as well, so nothing is lost when the command is stopped. A student learns from
     its teacher as it is shipped.
 
     Args:
+        datasets: Names; empty takes all.
         only: Roles; empty takes all.
         folds: From 1; empty takes all.
         workers: As for :func:`kdx.cross_fit`.
         device: As for :func:`kdx.fit`.
     """
-    known = dict.fromkeys(place for study in STUDIES for place in study.plans(study.recipe))
+    if other := sorted(set(datasets) - (here := {study.dataset for study in STUDIES})):
+        raise ValueError(f"no networks of {', '.join(other)} are shipped; choose from: {', '.join(sorted(here))}")
+    studies = [study for study in STUDIES if study.dataset in (datasets or here)]
+    known = dict.fromkeys(place for study in studies for place in study.plans(study.recipe))
     if unknown := sorted(set(only) - {role for role, _ in known}):
         raise ValueError(f"unknown roles {unknown}; choose from: {', '.join(dict.fromkeys(r for r, _ in known))}")
     if strange := sorted(set(folds) - {fold for _, fold in known}):
         raise ValueError(f"unknown folds {strange}; choose from: {sorted({fold for _, fold in known})}")
-    for study in STUDIES:
+    for study in studies:
         if available(study.dataset) is None:
             log.warning("%s is not on this machine; its networks are passed over", study.dataset)
             continue

@@ -7,7 +7,7 @@ resolution. Any function of that kind can be compared with those of :func:`expla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from kdx.data.batches import class_indices
 from kdx.explain.grad_cam import grad_cam
-from kdx.explain.reference import DIRECTIONS, Reference
+from kdx.explain.reference import DIRECTIONS, Reference, centre_logits
 from kdx.explain.regression import resample
-from kdx.explain.unexplained import WINDOW, contributions, smooth, unexplained, unexplained_features
+from kdx.explain.unexplained import WINDOW, contributions, fuse, smooth, unexplained, unexplained_features
 from kdx.explain.unicam import unicam
 from kdx.networks.capture import gradients, logits_of
 from kdx.networks.stages import evaluating, stages
 
 StageMaps = dict[str, Tensor]
 AT_ONCE = 50  # images
+STEPS = 16  # of integrated gradients
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         Name -> explainer.
     """
     known = _WithReference(images, labels, embeddings)
+    occluded = _Occlusion()
     generator = torch.Generator().manual_seed(seed)
     return {
         "unexplained": known.unexplained(),
+        "unexplained, fused": known.fused,
         "unexplained, squared": known.unexplained(power=2),
         "unexplained, no window": known.unexplained(window=0),
         "unexplained, answer alone": known.answer_alone,
@@ -69,6 +72,11 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "HiResCAM difference": _grad_cams("hires", difference=True),
         "HiResCAM difference, window": _signed_difference,
         "input x gradients": _input_gradients,
+        "integrated gradients of the logit difference": _integrated_gradients,
+        "answer difference, squared": _squared_difference,
+        "answer difference, squared, fused": _fused(_squared_difference),
+        "occlusion of the logit difference": occluded.explain(_logit_difference),
+        "occlusion of the KL divergence": occluded.explain(_kl_divergence),
         "edges": _fixed(_edges),
         "random": _fixed(lambda x: torch.rand(x[:, 0].shape, generator=generator).to(x.device)),
     }
@@ -93,6 +101,9 @@ class _WithReference:
             return Maps(**{d: {s: m**power for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
 
         return explain
+
+    def fused(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        return _fused(self.unexplained())(student, base, x, y)
 
     def answer_alone(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
         """`unexplained` with all features instead of the unexplained ones."""
@@ -179,6 +190,109 @@ def _input_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) 
     product = (x * (slopes[0] - slopes[1])).sum(1)
     names = stages(student, x[:1])
     return Maps(dict.fromkeys(names, product.relu()), dict.fromkeys(names, (-product).relu()))
+
+
+def _fused(explain: Explainer) -> Explainer:
+    """The maps of another explainer, those of all stages made one."""
+
+    def fused(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        maps = explain(student, base, x, y)
+        return Maps(*(dict.fromkeys(of, fuse(of)) for of in (maps.distilled, maps.residual)))
+
+    return fused
+
+
+def _integrated_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    """Integrated gradients (Sundararajan et al. 2017) of the difference of the two networks' logits of the class, from
+    a grey image, summed over channels and averaged over the window of `unexplained`."""
+    total = torch.zeros_like(x)
+    for step in range(STEPS):
+        inputs = (x * (step + 0.5) / STEPS).detach().requires_grad_()
+        with torch.enable_grad(), evaluating(student), evaluating(base):
+            difference = logits_of(student(inputs)) - logits_of(base(inputs))
+            total += torch.autograd.grad(_logit_of(y)(difference), inputs)[0] / STEPS
+    names, maps = stages(student, x[:1]), (x * total).sum(1)
+    both = [_smoothed({"input": m})["input"] for m in (maps, -maps)]
+    return Maps(*(dict.fromkeys(names, m) for m in both))
+
+
+def _squared_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    """Gradient times activation of half the squared difference of the centred logits, averaged over the window of
+    `unexplained`: what is left of it without regressions."""
+    parts = []
+    for a, b in _batches(x, y):
+        with torch.no_grad(), evaluating(student), evaluating(base):
+            answers = [centre_logits(logits_of(network(a))) for network in (student, base)]
+        difference = answers[0] - answers[1]
+        found = []
+        for network, sign in ((student, 1), (base, -1)):
+            slopes = gradients(network, a, lambda z, sign=sign: (centre_logits(z) * difference * sign).sum())
+            found.append({s: (activation * g).sum(1) for s, (activation, g) in slopes.items()})
+        parts.append(Maps(*map(_smoothed, found)))
+    return _joined(parts)
+
+
+def _logit_difference(explained: Tensor, given: Tensor, labels: Tensor) -> Tensor:
+    return (explained - given).gather(-1, labels.expand(explained.shape[:-1])[..., None])[..., 0]
+
+
+def _kl_divergence(explained: Tensor, given: Tensor, labels: Tensor) -> Tensor:
+    p, q = explained.log_softmax(-1), given.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class _Occlusion:
+    """Occlusion (Zeiler & Fergus 2014): how much a value of both networks' answers falls when a window of the image is
+    covered by grey. Pixels get the mean over the windows that cover them. The answers for the latest images are kept.
+    """
+
+    def __init__(self) -> None:
+        self.latest: tuple[Any, ...] = ()
+        self.answers: list[tuple[Tensor, Tensor]] = []
+
+    def explain(self, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Explainer:
+        """The explainer for ``value(logits of the explained network, of the other, labels)``, where logits are
+        (windows, n, classes)."""
+
+        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+            labels, names = class_indices(y), stages(student, x[:1])
+            windows, logits = _windows(x), self._answers(student, base, x)
+            found = []
+            for explained, given in DIRECTIONS.values():
+                values = value(logits[explained], logits[given], labels)  # the first is not covered
+                falls = values[0] - values[1:]
+                found.append((torch.einsum("wn,whv->nhv", falls, windows) / windows.sum(0)).relu())
+            return Maps(*(dict.fromkeys(names, maps) for maps in found))
+
+        return explain
+
+    @torch.no_grad()
+    def _answers(self, student: nn.Module, base: nn.Module, x: Tensor) -> list[Tensor]:
+        """Logits (1 + windows, n, classes) of student and base."""
+        if not self.latest or any(a is not b for a, b in zip(self.latest, (student, base, x), strict=True)):
+            self.answers = []
+            for network in (student, base):
+                with evaluating(network):
+                    rows = [logits_of(network(a)) for hidden in _hidden(x) for a in hidden.split(4 * AT_ONCE)]
+                self.answers.append(torch.cat(rows).view(-1, len(x), rows[0].shape[1]))
+            self.latest = (student, base, x)
+        return self.answers
+
+
+def _windows(x: Tensor) -> Tensor:
+    """1 in windows of a quarter of the image's side, an eighth apart: (windows, h, w)."""
+    height, width = (
+        torch.stack([((p := torch.arange(n)) >= i) & (p < i + n // 4) for i in range(0, n - n // 4 + 1, n // 8)])
+        for n in x.shape[2:]
+    )
+    return (height[:, None, :, None] & width[None, :, None, :]).flatten(0, 1).to(x)
+
+
+def _hidden(x: Tensor) -> Iterator[Tensor]:
+    """The images, then as each of the windows covers them."""
+    yield x
+    for window in _windows(x):
+        yield x * (1 - window)
 
 
 def _fixed(draw: Callable[[Tensor], Tensor]) -> Explainer:

@@ -17,27 +17,34 @@ from kdx.explain.reference import DIRECTIONS, NETWORKS
 from kdx.intervals import mean_interval
 from kdx.measure.localisation import auroc, localisation
 from kdx.networks.capture import activations
+from kdx.networks.devices import pick_device
+from kdx.networks.models import build
 from kdx.networks.stages import stages
 from kdx.planted.plantings import Grown
 from kdx.progress import progress
 
+UNTRAINED = 10**6  # seed of networks that no planting has
 CLAIMED, DETECTED = "claimed", "detected"
 DECISIVE = ("ratio", "AUPRC", DETECTED)  # larger is better
 
 
 def compare(
-    grown: Sequence[Grown], entries: Callable[[Tensor, Tensor, Tensor], Mapping[str, Explainer]] = explainers
+    grown: Sequence[Grown],
+    entries: Callable[[Tensor, Tensor, Tensor], Mapping[str, Explainer]] = explainers,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Score explainers on plantings.
 
     Args:
         grown: From :func:`kdx.planted.plantings.plant`.
         entries: Called with a reference set, as :func:`kdx.explain.explainers.explainers`; gives name -> explainer.
+        device: Where explainers compute, as for :func:`kdx.fit`.
 
     Returns:
         planting, seed, explainer, direction, stage, score, value. Where something was planted, the scores of
         :func:`kdx.measure.localisation.localisation`, means over the images, and ``ratio``: mean mass on the planted
-        cue over that on the other cue with the most. Always ``magnitude``, the mean of the maps, and ``magnitude,
+        cue over that on the other cue with the most, relative to the same of two untrained networks, so 1 is chance
+        although cues differ in size, colour and contrast. Always ``magnitude``, the mean of the maps, and ``magnitude,
         second base``: with the second base in the student's place, the effect of the seed alone. Where nothing was
         planted, ``detected``: the area under the ROC curve by which the means of distilled maps separate the images
         of the planting *distilled* from the same images here; 0.5 is chance. It does not depend on scale, so
@@ -46,15 +53,21 @@ def compare(
     rows: list[tuple[Any, ...]] = []
     sizes: dict[tuple[Any, ...], Tensor] = {}
     floors: dict[tuple[str, ...], dict[str, Any]] = {}
+    blank: dict[tuple[Any, ...], dict[str, Any]] = {}
+    place = pick_device(device)
     for one in progress(grown, desc="plantings", unit="planting"):
-        networks = {role: run.model for role, run in one.networks.items()}
-        x, y = one.images.card.normalize(one.images.images), one.images.labels
-        known = one.reference.card.normalize(one.reference.images), one.reference.labels
-        named = entries(*known, one.scene.embeddings)
+        networks = {role: run.model.to(place) for role, run in one.networks.items()}
+        x, y = one.images.card.normalize(one.images.images).to(place), one.images.labels.to(place)
+        known = one.reference.card.normalize(one.reference.images).to(place), one.reference.labels.to(place)
+        named = entries(*known, one.scene.embeddings.to(place))
         same = tuple(one.networks[role].key for role in ("base", "second base"))
         if same not in floors:
             pair = networks["second base"], networks["base"]
             floors[same] = {name: _magnitudes(explain(*pair, x, y)) for name, explain in named.items()}
+        architectures = [networks[role].architecture for role in NETWORKS]
+        if (kind := (one.seed, one.scene, *map(str, architectures))) not in blank:
+            untrained = [build(**how, seed=UNTRAINED + i).eval().to(place) for i, how in enumerate(architectures)]
+            blank[kind] = {name: explain(*untrained, x, y) for name, explain in named.items()}
         for name, explain in named.items():
             maps = explain(networks["student"], networks["base"], x, y)
             own, floor = _magnitudes(maps), floors[same][name]
@@ -63,10 +76,13 @@ def compare(
                 for stage, drawn in getattr(maps, direction).items():
                     where = (one.planting, one.seed, name, direction, stage)
                     sizes[where] = own[direction, stage]
-                    for kind, size in (("magnitude", own), ("magnitude, second base", floor)):
-                        rows.append((*where, kind, float(size[direction, stage].mean())))
+                    for score, size in (("magnitude", own), ("magnitude, second base", floor)):
+                        rows.append((*where, score, float(size[direction, stage].mean())))
                     if target:
-                        rows += [(*where, *score) for score in _scores(drawn, one, target)]
+                        chance = _scores(getattr(blank[kind][name], direction)[stage].cpu(), one, target)["ratio"]
+                        scores = _scores(drawn.cpu(), one, target)
+                        scores["ratio"] = scores["ratio"] / chance if chance > 0 else math.nan
+                        rows += [(*where, *score) for score in scores.items()]
     for where, size in sizes.items():
         planting, seed, name, direction, stage = where
         other = sizes.get(("distilled", seed, name, direction, stage))
@@ -108,10 +124,12 @@ def oracles(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[s
 
 def _magnitudes(maps: Any) -> dict[tuple[str, str], Tensor]:
     """(direction, stage) -> mean of each map, (n,)."""
-    return {(d, s): drawn.flatten(1).double().mean(1) for d in DIRECTIONS for s, drawn in getattr(maps, d).items()}
+    return {
+        (d, s): drawn.flatten(1).double().mean(1).cpu() for d in DIRECTIONS for s, drawn in getattr(maps, d).items()
+    }
 
 
-def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, float]]:
+def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> dict[str, float]:
     """Score and its mean over the images."""
     cues = range(len(one.scene.cues))
     bits = [sum(1 << cue for cue in cues if (cue in target) == wanted) for wanted in (True, False)]
@@ -120,7 +138,7 @@ def _scores(maps: Tensor, one: Grown, target: Sequence[int]) -> list[tuple[str, 
     means = {score: float(values.mean()) for score, values in scores.items()}
     most = max(value for score, value in means.items() if score.startswith("mass on cue"))
     means["ratio"] = means["mass on target"] / most if most > 0 else math.inf
-    return list(means.items())
+    return means
 
 
 def over_stages(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ uses a GPU.
 
 import argparse
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import joblib
@@ -15,10 +16,13 @@ import torch
 
 import kdx
 from kdx.data.cues import Scene
+from kdx.explain.regression import FitWarning
+from kdx.pages import results
 from kdx.planted import contest
 from kdx.planted.plantings import HARDER, PLANTINGS, checks, plant
 
 BOTH = {"both": PLANTINGS["both"]}
+SCORES = ["ratio", "AUPRC", "AUROC", "pointing game", contest.DETECTED, "magnitude", "magnitude, second base"]
 COMMAND = "python tests/benchmarks/contest.py"
 
 
@@ -33,7 +37,7 @@ class Case:
 
 
 CASES = {
-    "standard": Case(first=99, seeds=9),
+    "standard": Case(first=102),
     "other cues": Case(Scene(("colours", "letters", "checks")), first=198, seeds=9, epochs=10),
     "other architecture": Case(plantings=BOTH, first=300, base_model="resnet18@0.125"),
     "partly known": Case(plantings={"partly known": HARDER["partly known"]}, first=306),
@@ -58,24 +62,43 @@ def train(name, seed, device):
 
 def score(name, seed, device):
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FitWarning)  # of untrained networks
     grown = grow(CASES[name], seed, device)
-    failed = checks(grown)
-    failed = set(failed[~failed["took"]]["planting"])
-    sound = [one for one in grown if one.planting not in failed]
-    return contest.compare(sound, device=device).assign(case=name) if sound else None
+    checked = checks(grown)
+    failed = set(checked[~checked["took"]]["planting"])
+    print(name, seed, *[f"not scored: {planting}" for planting in failed], flush=True)
+    table = contest.compare([one for one in grown if one.planting not in failed], device=device)
+    return table.assign(case=name)
+
+
+def wide(table, keys):
+    """One column for each score."""
+    chosen = table[table["score"].isin(SCORES)]
+    return chosen.pivot_table(index=keys, columns="score", values="value", sort=False)[SCORES].reset_index()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="train and check alone")
     chosen = parser.parse_args()
     start = time.perf_counter()
     places = [(name, case.first + i) for name, case in CASES.items() for i in range(case.seeds)]
     pool = joblib.Parallel(chosen.workers, return_as="generator_unordered")
-    if chosen.train:
-        tables = pool(joblib.delayed(train)(*place, chosen.device) for place in places)
-        took = pd.concat(tables).groupby(["case", "network", "told"])["took"].agg(["sum", "size"])
-        print(took.to_string(), f"{time.perf_counter() - start:.0f} s")
-        raise SystemExit
+    took = pd.concat(pool(joblib.delayed(train)(*place, chosen.device) for place in places))
+    print(took.groupby(["case", "network", "told"])["took"].agg(["sum", "size"]).to_string(), flush=True)
+    print(f"training: {time.perf_counter() - start:.0f} s", flush=True)
+    tables = list(pool(joblib.delayed(score)(*place, chosen.device) for place in places))
+    scored = pd.concat(sorted(tables, key=lambda t: (list(CASES).index(t["case"].iloc[0]), t["seed"].iloc[0])))
+    over = pd.concat(
+        [
+            contest.over_stages(of.drop(columns="case")).assign(case=name)
+            for name, of in scored.groupby("case", sort=False)
+        ]
+    )
+    seconds = time.perf_counter() - start
+    keys = ["case", "planting", "seed", "direction", "explainer"]
+    results.store("planted_contest", wide(over, keys).round(4), COMMAND, seconds)
+    fine = scored[(scored["case"] == "standard") & scored["score"].isin(["ratio", "AUPRC"])]
+    means = fine.groupby(["planting", "direction", "explainer", "stage", "score"], sort=False)["value"].mean()
+    results.store("planted_stages", means.reset_index().round(4), COMMAND, seconds)
