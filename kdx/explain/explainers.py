@@ -220,13 +220,12 @@ def _squared_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tenso
     """Gradient times activation of half the squared difference of the centred logits, averaged over the window of
     `unexplained`: what is left of it without regressions."""
     parts = []
-    for a, b in _batches(x, y):
+    for a, _ in _batches(x, y):
         with torch.no_grad(), evaluating(student), evaluating(base):
-            answers = [centre_logits(logits_of(network(a))) for network in (student, base)]
-        difference = answers[0] - answers[1]
+            one, two = (centre_logits(logits_of(network(a))) for network in (student, base))
         found = []
-        for network, sign in ((student, 1), (base, -1)):
-            slopes = gradients(network, a, lambda z, sign=sign: (centre_logits(z) * difference * sign).sum())
+        for network, beyond in ((student, one - two), (base, two - one)):
+            slopes = gradients(network, a, lambda z, beyond=beyond: (centre_logits(z) * beyond).sum())
             found.append({s: (activation * g).sum(1) for s, (activation, g) in slopes.items()})
         parts.append(Maps(*map(_smoothed, found)))
     return _joined(parts)

@@ -77,6 +77,12 @@ def wide(table, keys):
     return chosen.pivot_table(index=keys, columns="score", values="value", sort=False)[SCORES].reset_index()
 
 
+def short(table):
+    """Four digits of every number."""
+    numbers = table.select_dtypes(float)
+    return table.assign(**{name: [float(f"{v:.4g}") for v in of] for name, of in numbers.items()})
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="auto")
@@ -98,7 +104,7 @@ if __name__ == "__main__":
     )
     seconds = time.perf_counter() - start
     keys = ["case", "planting", "seed", "direction", "explainer"]
-    results.store("planted_contest", wide(over, keys).round(4), COMMAND, seconds)
+    results.store("planted_contest", short(wide(over, keys)), COMMAND, seconds)
     fine = scored[(scored["case"] == "standard") & scored["score"].isin(["ratio", "AUPRC"])]
     means = fine.groupby(["planting", "direction", "explainer", "stage", "score"], sort=False)["value"].mean()
-    results.store("planted_stages", means.reset_index().round(4), COMMAND, seconds)
+    results.store("planted_stages", short(means.reset_index()), COMMAND, seconds)
