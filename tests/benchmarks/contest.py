@@ -94,7 +94,7 @@ if __name__ == "__main__":
     took = pd.concat(pool(joblib.delayed(train)(*place, chosen.device) for place in places))
     print(took.groupby(["case", "network", "told"])["took"].agg(["sum", "size"]).to_string(), flush=True)
     print(f"training: {time.perf_counter() - start:.0f} s", flush=True)
-    tables = list(pool(joblib.delayed(score)(*place, chosen.device) for place in places))
+    tables = [table for table in pool(joblib.delayed(score)(*place, chosen.device) for place in places) if len(table)]
     scored = pd.concat(sorted(tables, key=lambda t: (list(CASES).index(t["case"].iloc[0]), t["seed"].iloc[0])))
     over = pd.concat(
         [
