@@ -4,6 +4,7 @@ from dataclasses import replace
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["NUMBA_NUM_THREADS"] = "1"  # dcor's; a second thread of numba's makes every later call of torch slow
 
 import pytest
 import torch
