@@ -148,9 +148,15 @@ def networks_train(
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with _errors(), _seconds("train"):
         from kdx.distil import shipped
+        from kdx.planted import plantings
 
         os.nice(19)
-        shipped.train(dataset or (), only or (), fold or (), workers, device)
+        if not (only or fold) and (not dataset or "planted" in dataset):
+            plantings.train_shipped(workers, device)
+        if dataset != ["planted"]:
+            shipped.train(
+                [name for name in dataset or () if name != "planted"], only or (), fold or (), workers, device
+            )
 
 
 @app.command()

@@ -130,7 +130,8 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone():
             sizes=sizes,
         )  # fmt: skip
         assert recipe == study.recipe
-        assert (p["stem"], p["folds"], p["seed"], p["limit"], p["size"]) == (study.stem, study.folds, 0, 0, 0)
+        assert (p["stem"], p["seed"], p["limit"], p["size"]) == (study.stem, 0, 0, 0)
+        assert (p["folds"], tuple(p["classes"])) == (study.folds, tuple(study.classes))
         if "teachers" in p:
             line = [[name, p["student"]] for name in p["teachers"]]
             line += [[name, p["assistant"], p["student"]] for name in p["teachers"][2:]]
@@ -145,4 +146,4 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone():
             assert p["settings"] == study.settings
         assert wanted <= set(study.plans(study.recipe).values())
         asked += 1
-    assert asked == 3
+    assert asked == 7

@@ -201,20 +201,31 @@ def train(
                 continue
             carry_out(
                 wanted, images, study.settings, study.folds, WATCHED, 0, study.recipe, workers,
-                lambda plan, run: _ship(study, *roles[plan], plan, run, tested) if plan in roles else run,  # noqa: B023
+                lambda plan, run: ship(run, study.dataset, *roles[plan], tested) if plan in roles else run,  # noqa: B023
                 stem=study.stem, device=device,
             )  # fmt: skip
 
 
-def _ship(study: Study, role: str, fold: int, plan: Plan, run: Run, tested: Dataset) -> Run:
-    """Write a network into ``data/networks`` and its row into the table, unless it is there."""
+def ship(run: Run, dataset: str, role: str, fold: int, tested: Dataset) -> Run:
+    """Write a network into ``data/networks`` and its row into the table, unless it is there.
+
+    Args:
+        run: The network.
+        dataset: Name of the folder.
+        role: What it is used for, see :func:`load_network`.
+        fold: From 1.
+        tested: Images on which its file is evaluated.
+
+    Returns:
+        The shipped network.
+    """
     home = networks_home()
     name = role.replace(" > ", "-").replace(", ", "-").replace(" ", "_")
-    path = home / study.dataset / f"fold{fold}" / f"{name}.safetensors"
+    path = home / dataset / f"fold{fold}" / f"{name}.safetensors"
     if there := find_shipped(run.digest):
         return there
     path.parent.mkdir(parents=True, exist_ok=True)
-    card = tested.card
+    card, spec = tested.card, run.manifest["spec"]
     facts = {name: run.manifest[name] for name in ("spec", "digest", "dataset", "versions", "device", "precision")}
     header = {
         "classes": run.classes,
@@ -227,18 +238,18 @@ def _ship(study: Study, role: str, fold: int, plan: Plan, run: Run, tested: Data
     save_checkpoint(scratch, run.model, header, torch.float16)
     accuracy = evaluate(load_checkpoint(scratch)[0], tested).accuracy
     row = {
-        "dataset": study.dataset,
+        "dataset": dataset,
         "role": role,
         "fold": fold,
-        "seed": plan.seed,
-        "model": plan.model,
-        "technique": plan.technique,
-        "epochs": plan.epochs,
+        "seed": spec["seed"],
+        "model": f"{spec['model']['name']}@{spec['model']['width']!r}",
+        "technique": spec["technique"]["name"],
+        "epochs": spec["recipe"]["epochs"],
         "accuracy": round(accuracy, 4),
         "file": path.relative_to(home).as_posix(),
         "sha256": sha256_of(scratch),
         "digest": run.digest,
-        "data": run.manifest["spec"]["train"][:16],
+        "data": spec["train"][:16],
         "version": __version__,
         "commit": commit(),
         "device": run.manifest["device"],
@@ -274,9 +285,11 @@ def verify() -> Iterator[dict[str, Any]]:
         A row of ``networks.csv`` with ``measured``, the test accuracy (NaN where the images are not on this machine),
         and ``problem``: empty if the file is whole and the accuracy is that of the table to ``TOLERANCE``.
     """
-    here = [study for study in STUDIES if available(study.dataset) is not None]
-    images = {study.dataset: study.images("test") for study in here}
+    studies = {study.dataset: study for study in STUDIES}
+    images: dict[str, Dataset] = {}
     for row in shipped_table().to_dict("records"):
+        if (name := row["dataset"]) not in images and available(name) is not None:
+            images[name] = studies[name].images("test") if name in studies else load_dataset(name, "test")
         measured, problem = float("nan"), ""
         try:
             run = find_run(row["sha256"][:32])
