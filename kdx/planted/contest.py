@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 
 from kdx.explain.explainers import Explainer, Maps, explainers
 from kdx.explain.reference import DIRECTIONS, NETWORKS
+from kdx.inference import holm
 from kdx.intervals import mean_interval
 from kdx.measure.localisation import auroc, localisation
 from kdx.networks.capture import activations
@@ -196,24 +198,42 @@ def _claims(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found)
 
 
-def duel(table: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
-    """Comparisons of two explainers by whether their intervals of :func:`over_seeds` overlap.
+def duels(table: pd.DataFrame, candidate: str, rivals: Sequence[str]) -> pd.DataFrame:
+    """An explainer compared with others, paired by seed.
+
+    Args:
+        table: case, planting, seed, direction, explainer, and a column for each of ``DECISIVE``: means over the stages,
+            as ``data/results/planted_contest.csv`` holds them. Plantings of a seed are averaged.
+        candidate: An explainer.
+        rivals: The others.
 
     Returns:
-        planting, direction, stage, score (those of ``DECISIVE``), the values of both, and verdict: better or worse
-        where the intervals do not overlap, else open (also for a single seed).
+        case, direction, score, rival; value, low, high (by how much the candidate's score is larger, mean and 95 % t
+        interval over seeds; for ratios, by what factor), p (two-sided, Holm's over the rivals), verdict (better or
+        worse where p is at most 0.05, else open), seeds.
 
     Raises:
         ValueError: An unknown explainer.
     """
     names = table["explainer"].unique()
-    if unknown := [name for name in (one, other) if name not in names]:
+    if unknown := [name for name in (candidate, *rivals) if name not in names]:
         raise ValueError(f"unknown explainer {unknown[0]!r}; choose from: {', '.join(names)}")
-    keys = ["planting", "direction", "stage", "score"]
-    chosen = table[table["score"].isin(DECISIVE)]
-    first, second = (chosen[chosen["explainer"] == name].set_index(keys) for name in (one, other))
-    second = second.reindex(first.index)
-    found = pd.DataFrame({one: first["value"], other: second["value"], "verdict": "open"})
-    found.loc[first["low"] > second["high"], "verdict"] = "better"
-    found.loc[first["high"] < second["low"], "verdict"] = "worse"
-    return found.reset_index()
+    keys = ["case", "direction", "score"]
+    long = table.melt(["case", "planting", "seed", "direction", "explainer"], list(DECISIVE), "score").dropna()
+    long.loc[long["score"] == "ratio", "value"] = np.log(long["value"])
+    scores = long.pivot_table(index=[*keys, "seed"], columns="explainer", values="value", sort=False)
+    rows = []
+    for where, of in scores.groupby(level=keys, sort=False):
+        found = []
+        for rival in rivals:
+            ahead = (of[candidate] - of[rival]).dropna().to_numpy()
+            mean, low, high = mean_interval(ahead)[:3]
+            p = float(stats.ttest_1samp(ahead, 0).pvalue)
+            values = np.exp([mean, low, high]) if where[-1] == "ratio" else [mean, low, high]
+            found.append([*where, rival, *values, p, "open", len(ahead)])
+        for row, p in zip(found, holm([row[-3] for row in found]), strict=True):
+            row[-3] = p
+            if p <= 0.05:
+                row[-2] = "better" if row[4] > (where[-1] == "ratio") else "worse"
+        rows += found
+    return pd.DataFrame(rows, columns=[*keys, "rival", "value", "low", "high", "p", "verdict", "seeds"])
