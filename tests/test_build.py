@@ -63,7 +63,7 @@ def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, 
     assert build.page_key(replace(page, notebook=tmp_path / "tags.ipynb")) != key
     package = shutil.copytree(ROOT / "kdx", tmp_path / "kdx")
     tables = shutil.copytree(ROOT / "data" / "paper", tmp_path / "data" / "paper")
-    shutil.copy(ROOT / "data" / "planted_fresh.csv", tmp_path / "data")
+    shutil.copytree(ROOT / "data" / "results", tmp_path / "data" / "results")
     monkeypatch.setattr(build, "PACKAGE", package)
     assert build.page_key(page) == key
     table = (tables / "table1.csv").read_text()

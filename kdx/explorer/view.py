@@ -23,7 +23,7 @@ from kdx.distil.stored_pairs import Pair
 from kdx.explain.grad_cam import grad_cam
 from kdx.explain.reference import Reference
 from kdx.explain.road import perturb
-from kdx.explain.unexplained import unexplained, unexplained_share
+from kdx.explain.unexplained import Unexplained, unexplained, unexplained_share
 from kdx.explain.unicam import unicam
 from kdx.measure.scorer import Scorer
 from kdx.networks.stages import stages
@@ -32,7 +32,7 @@ from kdx.pages import plots
 REFERENCES = (32, 64, 128, 256)  # images in the reference set
 GRAD_CAM = ("Grad-CAM, base", "Grad-CAM, student")
 UNIQUE = ("distilled", "residual", "control")  # control: distilled of the second base in the student's place
-METHODS = ("unexplained", "UniCAM")  # of the maps of UNIQUE
+METHODS = ("unexplained, fused", "unexplained", "UniCAM")  # of the maps of UNIQUE; fused: one map for all stages
 DPI = 100
 OWN = -1  # place of an uploaded image
 PICKS = {
@@ -164,6 +164,9 @@ class View:
                     found[role] = unicam(of, labels, x, self.embeddings[[target]])
                 else:
                     found[role] = unexplained(of, x)
+                    if method == "unexplained, fused":
+                        one = {d: dict.fromkeys(of.stages, maps) for d, maps in found[role].fused.items()}
+                        found[role] = Unexplained(**one)
         kinds = {"distilled": ("student", "distilled"), "residual": ("student", "residual")}
         if "second base" in found:
             kinds["control"] = ("second base", "distilled")

@@ -155,7 +155,7 @@ def page_key(page: Page) -> str:
     package = sorted(PACKAGE.rglob("*.py"))
     code = {str(path.relative_to(PACKAGE)): ast.dump(ast.parse(path.read_text())) for path in package}
     data = PACKAGE.parent / "data"
-    tables = [path.read_text() for path in sorted([*data.glob("*.csv"), *data.glob("paper/*.csv")])]
+    tables = [path.read_text() for path in sorted([*data.glob("results/*.csv"), *data.glob("paper/*.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
     text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

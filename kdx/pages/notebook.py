@@ -139,11 +139,6 @@ def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
     return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
 
 
-def stored_table(name: str) -> pd.DataFrame:
-    """Scores from an earlier run of a notebook: ``data/NAME.csv`` of the checkout."""
-    return pd.read_csv(_checkout_file(f"{name}.csv"))
-
-
 def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | str:
     """Lines with the paper's value per stage for a table cell; empty where the paper has none."""
     if column not in paper or technique not in paper.index.get_level_values("technique"):

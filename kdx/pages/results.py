@@ -25,7 +25,7 @@ def store(name: str, table: pd.DataFrame, command: str, seconds: float) -> None:
         seconds: How long it took.
     """
     path = _path(name)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds), "commit": commit()}
     table.to_csv(path, index=False)
     path.with_suffix(".json").write_text(json.dumps(facts | {"kdx": __version__} | versions(), indent=2) + "\n")
