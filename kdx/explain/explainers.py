@@ -225,10 +225,14 @@ def _squared_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tenso
             one, two = (centre_logits(logits_of(network(a))) for network in (student, base))
         found = []
         for network, beyond in ((student, one - two), (base, two - one)):
-            slopes = gradients(network, a, lambda z, beyond=beyond: (centre_logits(z) * beyond).sum())
+            slopes = gradients(network, a, _along(beyond))
             found.append({s: (activation * g).sum(1) for s, (activation, g) in slopes.items()})
         parts.append(Maps(*map(_smoothed, found)))
     return _joined(parts)
+
+
+def _along(direction: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logits: (centre_logits(logits) * direction).sum()
 
 
 def _logit_difference(explained: Tensor, given: Tensor, labels: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ class _Occlusion:
 
     def __init__(self) -> None:
         self.latest: tuple[Any, ...] = ()
-        self.answers: list[tuple[Tensor, Tensor]] = []
+        self.answers: list[Tensor] = []
 
     def explain(self, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Explainer:
         """The explainer for ``value(logits of the explained network, of the other, labels)``, where logits are

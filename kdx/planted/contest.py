@@ -66,8 +66,9 @@ def compare(
         if same not in floors:
             pair = networks["second base"], networks["base"]
             floors[same] = {name: _magnitudes(explain(*pair, x, y)) for name, explain in named.items()}
-        architectures = [networks[role].architecture for role in NETWORKS]
-        if (kind := (one.seed, one.scene, *map(str, architectures))) not in blank:
+        architectures: list[dict[str, Any]] = [networks[role].architecture for role in NETWORKS]
+        kind = (one.seed, one.scene, *map(str, architectures))
+        if kind not in blank:
             untrained = [build(**how, seed=UNTRAINED + i).eval().to(place) for i, how in enumerate(architectures)]
             blank[kind] = {name: explain(*untrained, x, y) for name, explain in named.items()}
         for name, explain in named.items():

@@ -224,8 +224,8 @@ def plant(
     }
     for (_, i), plan in plans.items():
         if i not in sets:
-            train, *others = (images_of(scene, n, 3 * i + j) for j, n in enumerate((images, tested, reference)))
-            sets[i] = (train, *others)
+            train, test, others = (images_of(scene, n, 3 * i + j) for j, n in enumerate((images, tested, reference)))
+            sets[i] = (train, test, others)
         train, test, _ = sets[i]
         for network in _labelled(plan, i, model, base_model):
             told = tell(train, scene, dict(network.places), i, network.partly)
