@@ -8,7 +8,7 @@ import torch
 
 import kdx
 from kdx.explain.explainers import Maps
-from kdx.planted.contest import CLAIMED, DETECTED, compare, duel, oracles, over_seeds, over_stages
+from kdx.planted.contest import CLAIMED, DETECTED, compare, duels, oracles, over_seeds, over_stages
 from tests.planted import constant, make_networks, make_plantings
 
 
@@ -34,7 +34,7 @@ def test_an_oracle_scores_best_and_a_constant_map_is_at_chance(grown):
         for stage in ("L1", "L4"):
             best, chance = (scored[name, direction, stage] for name in ("oracle", "constant"))
             assert best[["mass on target", "pointing game", "AUROC", "AUPRC"]].tolist() == [1, 1, 1, 1]
-            assert best["ratio"] == math.inf
+            assert math.isnan(best["ratio"])  # this oracle is as sure of untrained networks
             assert best["false positive rate"] == 0
             assert chance[["mass on target", "AUPRC"]].tolist() == pytest.approx([share, share])
             assert chance[["AUROC", "ratio"]].tolist() == pytest.approx([0.5, 1])
@@ -101,17 +101,45 @@ def test_stages_are_averaged_ratios_and_magnitudes_by_their_geometric_mean():
     assert found["stage"].eq("all").all()
 
 
-def test_a_duel_is_decided_where_intervals_do_not_overlap():
-    rows = []
-    for seed, noise in enumerate((0.0, 0.01, -0.01)):
-        rows += [row(seed, "a", "AUPRC", 0.8 + noise), row(seed, "b", "AUPRC", 0.3 + noise)]
-        rows += [row(seed, "a", "ratio", 2 + 50 * noise), row(seed, "b", "ratio", 2.2 + 50 * noise)]
-        rows += [row(seed, "a", DETECTED, 0.5 + noise, "nothing"), row(seed, "b", DETECTED, 0.9 + noise, "nothing")]
-    found = duel(over_seeds(pd.DataFrame(rows, columns=COLUMNS)), "a", "b").set_index("score")
-    assert found["verdict"].to_dict() == {"AUPRC": "better", "ratio": "open", DETECTED: "worse"}
-    assert found.loc["AUPRC", ["a", "b"]].tolist() == pytest.approx([0.8, 0.3])
-    with pytest.raises(ValueError, match="unknown explainer 'c'; choose from: a, b"):
-        duel(over_seeds(pd.DataFrame(rows, columns=COLUMNS)), "a", "c")
+def stored(explainer, ratios, auprc, detected=()):
+    rows = [("x", "both", seed, "distilled", explainer, ratio, value, math.nan)
+            for seed, (ratio, value) in enumerate(zip(ratios, auprc, strict=True))]  # fmt: skip
+    rows += [("x", "nothing", seed, "distilled", explainer, math.nan, math.nan, v) for seed, v in enumerate(detected)]
+    return rows
+
+
+def test_duels_are_paired_by_seed():
+    a = stored("a", (2, 4, 8, 16), (0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7, 0.8))
+    b = stored("b", (1, 2, 4, 8.5), (0.501, 0.6, 0.701, 0.8), (0.7, 0.81, 0.9, 1.0))
+    columns = ["case", "planting", "seed", "direction", "explainer", "ratio", "AUPRC", DETECTED]
+    table = pd.DataFrame(a + b + stored("c", (1, 9, 1, 9), (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 0.5, 0.6)), columns=columns)
+    found = duels(table, "a", ["b", "c"]).set_index(["rival", "score"])
+    assert found["verdict"].to_dict() == {
+        ("b", "ratio"): "better", ("b", "AUPRC"): "open", ("b", DETECTED): "worse",
+        ("c", "ratio"): "open", ("c", "AUPRC"): "better", ("c", DETECTED): "open",
+    }  # fmt: skip
+    factors = [math.log(2)] * 3 + [math.log(16 / 8.5)]
+    assert found.loc[("b", "ratio"), "value"] == pytest.approx(math.exp(sum(factors) / 4))
+    assert found.loc[("b", "AUPRC"), "value"] == pytest.approx(-0.0005)
+    assert found["seeds"].eq(4).all()
+    alone = duels(table, "a", ["b"]).set_index("score")["p"]
+    assert found.loc[("b", "AUPRC"), "p"] >= alone["AUPRC"]  # Holm's
+    with pytest.raises(ValueError, match="unknown explainer 'd'; choose from: a, b, c"):
+        duels(table, "a", ["d"])
+
+
+def test_a_ratio_is_relative_to_untrained_networks_so_a_conspicuous_cue_gains_nothing(grown):
+    def entries(images, labels, embeddings):
+        def conspicuous(student, base, x, y):
+            names = kdx.stages(student, x[:1])
+            maps = 0.1 + (grown[0].images.masks >> 1 & 1).float()  # the cue that is distilled, whatever the networks
+            return Maps(dict.fromkeys(names, maps), dict.fromkeys(names, maps))
+
+        return {"conspicuous": conspicuous}
+
+    table = compare(grown, entries).set_index(["planting", "direction", "score"])
+    assert table.loc[("both", "distilled", "ratio"), "value"].to_numpy() == pytest.approx(1)
+    assert table.loc[("both", "distilled", "mass on target"), "value"].min() > 0.5
 
 
 def test_a_claim_is_made_of_seeds_in_which_both_plantings_took():

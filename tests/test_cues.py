@@ -37,6 +37,23 @@ def test_cues_may_overlap_by_the_share_that_is_allowed_and_no_more():
     assert both.max() <= 4 * 8
 
 
+def test_cues_may_differ_in_size():
+    scene = Scene(size=32, cue_size=(6, 9, 12), overlap=0.5)
+    masks = draw(scene, 200, 0)[2]
+    areas = [(masks >> bit & 1).flatten(1).sum(1).unique().tolist() for bit in range(3)]
+    assert areas == [[36], [81], [144]]
+    shared = ((masks & 3) == 3).flatten(1).sum(1)
+    assert shared.any()
+    assert shared.max() <= 3 * 6  # half of the smaller side
+
+
+def test_values_of_cues_may_be_correlated():
+    values = Scene().values_of(draw(Scene(correlation=0.5), 2700, 0)[1])
+    alike = (values == values[:, :1]).all(1).double().mean()
+    assert abs(alike - (0.5 + 0.5 / 9)) < 0.03
+    assert values[:, 0].bincount().tolist() == [900] * 3
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_value_decides_the_picture_of_a_cue(name):
     at = (np.arange(10) + 0.5) / 5 - 1
@@ -70,6 +87,8 @@ def test_values_labels_and_embeddings_belong_together():
         ({"values": 6}, "values: expected 2 to 5"),
         ({"contrast": 0}, "0 < contrast <= 1"),
         ({"overlap": 1}, "0 <= overlap < 1"),
+        ({"cue_size": (8, 8)}, "one or 3 of them"),
+        ({"correlation": 1.0}, "expected 0 <= correlation < 1, got 1.0"),
         ({"cue_size": 20}, r"3 cues that cover at most 35% of an image of 32 pixels per side, got 20 \(117%\)"),
     ],
 )

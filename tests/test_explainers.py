@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+from torch import nn
 
 import kdx
 from kdx.explain.explainers import explainers
@@ -29,3 +32,39 @@ def test_every_explainer_gives_maps_of_both_directions(grown):
     expected = kdx.unexplained(kdx.Reference(*pair, known[0]), x)
     torch.testing.assert_close(found["unexplained"].distilled["L2"], expected.distilled["L2"])
     torch.testing.assert_close(found["unexplained, squared"].residual["L4"], found["unexplained"].residual["L4"] ** 2)
+
+
+class Brightness(nn.Module):
+    """Logits (sum of a window of the image, 0), after one stage."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.layer1 = nn.Conv2d(3, 1, 1, bias=False)
+        self.layer1.weight.data[:] = weight
+
+    def forward(self, x):
+        total = self.layer1(x)[:, :, :8, :8].sum((2, 3))
+        return torch.cat([total, 0 * total], 1)
+
+
+def test_occlusion_measures_the_fall_when_a_window_is_covered():
+    x = torch.zeros(1, 3, 32, 32)
+    x[:, :, :8, :8] = 1.0
+    named = explainers(x.repeat(6, 1, 1, 1), torch.zeros(6, dtype=torch.long), torch.eye(2))
+    student, base = Brightness(1.0).eval(), Brightness(0.0).eval()
+    maps = named["occlusion of the logit difference"](student, base, x, torch.zeros(1, dtype=torch.long))
+    (distilled,), (residual,) = maps.distilled.values(), maps.residual.values()
+    assert distilled[0, 0, 0] == pytest.approx(192)  # the one window that covers the corner covers all 64 pixels
+    assert distilled[0, 16:, 16:].eq(0).all()
+    assert residual.eq(0).all()
+    divergence = named["occlusion of the KL divergence"](student, base, x, torch.zeros(1, dtype=torch.long))
+    (found,) = divergence.distilled.values()
+    assert found[0, 0, 0] == pytest.approx(math.log(2), rel=1e-3)  # of certainty from a coin
+    gradients = named["integrated gradients of the logit difference"](
+        student, base, x, torch.zeros(1, dtype=torch.long)
+    )
+    (integrated,) = gradients.distilled.values()
+    assert integrated[0, 2:5, 2:5] == pytest.approx(torch.full((3, 3), 3.0))  # 3 channels of 1
+    squared = named["answer difference, squared"](student, base, x, torch.zeros(1, dtype=torch.long))
+    (energy,) = squared.distilled.values()
+    assert energy[0, 2, 2] == pytest.approx(3 * 96)  # activation times the centred difference

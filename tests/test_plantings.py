@@ -7,7 +7,7 @@ from torch import nn
 import kdx
 from kdx.data.cues import Scene
 from kdx.planted import plantings
-from kdx.planted.plantings import PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
+from kdx.planted.plantings import HARDER, PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
 SMALL = Scene(size=24, cue_size=8)
 
@@ -25,6 +25,31 @@ def test_what_maps_must_show_follows_from_what_is_told():
         "both": ((1,), (2,)),
         "nothing": ((), ()),
     }
+
+
+def test_roles_rotate_with_the_seed():
+    both = PLANTINGS["both"]
+    assert [both.turned(i, 3).distilled for i in range(4)] == [(1,), (2,), (0,), (1,)]
+    assert [both.turned(i, 3).residual for i in range(3)] == [(2,), (0,), (1,)]
+    one = Grown("both", 4, SMALL, {}, None, None)
+    assert (one.plan.base, one.plan.teacher) == ((1, 0), (1, 2))
+
+
+def test_harder_plantings():
+    partly, same = (HARDER[name].turned(0, 3) for name in ("partly known", "same answer"))
+    assert (partly.distilled, partly.residual, same.distilled, same.residual) == ((1,), (2,), (1,), (2,))
+    assert same.told(base=True) == {0: 0, 2: 2}
+    assert same.told(base=False) == {0: 0, 2: 1}  # the dropped cue's place reveals the new one
+    data = images_of(SMALL, 2700, 0)
+    before = SMALL.values_of(data.labels)
+    moved = SMALL.values_of(tell(data, SMALL, same.told(base=False), 5).labels)
+    assert torch.equal(moved[:, 2], before[:, 1])
+    some = SMALL.values_of(tell(data, SMALL, partly.told(base=True), 5, partly.partly).labels)
+    first = before[:, 1] == 0
+    assert some[first, 1].eq(0).all()
+    assert abs((some[~first, 1] == before[~first, 1]).double().mean() - 0.5) < 0.04
+    with pytest.raises(ValueError, match="values: a cue can be partly known if it has three or more, got 2"):
+        plant(Scene(values=2, size=24, cue_size=8), 1, plantings=HARDER)
 
 
 def test_labels_tell_known_cues_and_nothing_of_the_others():

@@ -8,7 +8,7 @@ from torch import nn
 import kdx
 from kdx import Reference
 from kdx.explain.regression import FitWarning
-from kdx.explain.unexplained import contributions, smooth, unexplained_features
+from kdx.explain.unexplained import contributions, fuse, smooth, unexplained_features
 
 
 class Colours(nn.Module):
@@ -179,3 +179,17 @@ def test_a_window_averages_contributions():
     maps[0, 2, 2], maps[0, 2, 3] = 9.0, -9.0
     assert smooth(maps, 0.5)[0, 2].tolist() == [0, 1, 0, 0, -1, 0]
     assert torch.equal(smooth(maps, 0), maps)
+
+
+def test_fused_maps_keep_what_all_stages_agree_on():
+    fine, coarse = torch.zeros(2, 4, 4), torch.zeros(2, 2, 2)
+    fine[0, 0, 0], fine[0, 3, 3], coarse[0, 0, 0] = 4.0, 4.0, 2.0
+    fused = fuse({"L1": fine, "L2": coarse})
+    assert fused.shape == (2, 4, 4)
+    assert fused[0].argmax() == 0
+    assert fused[0, 0, 0] > 10 * fused[0, 3, 3] > 0  # there, the coarse map is at its floor
+    assert fused[0].mean() == pytest.approx((fine[0].mean() + coarse[0].mean()) / 2)
+    assert fused[1].eq(0).all()  # empty at every stage
+    alone = fuse({"L1": fine, "L4": torch.zeros(2, 2, 2)})  # a stage that is empty forbids nothing
+    assert alone[0] / alone[0].mean() == pytest.approx(fine[0] / fine[0].mean(), abs=0.01)
+    assert torch.equal(fuse({"L1": fine[:1], "L2": coarse[:1]}), fused[:1])  # batch mates do not matter

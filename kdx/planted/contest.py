@@ -69,8 +69,8 @@ def compare(
         architectures: list[dict[str, Any]] = [networks[role].architecture for role in NETWORKS]
         kind = (one.seed, one.scene, *map(str, architectures))
         if kind not in blank:
-            untrained = [build(**how, seed=UNTRAINED + i).eval().to(place) for i, how in enumerate(architectures)]
-            blank[kind] = {name: explain(*untrained, x, y) for name, explain in named.items()}
+            student, base = (build(**how, seed=UNTRAINED + i).eval().to(place) for i, how in enumerate(architectures))
+            blank[kind] = {name: explain(student, base, x, y) for name, explain in named.items()}
         for name, explain in named.items():
             maps = explain(networks["student"], networks["base"], x, y)
             own, floor = _magnitudes(maps), floors[same][name]
