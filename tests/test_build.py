@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import nbformat
+import pandas as pd
 import pytest
 
 from kdx.pages import build
@@ -132,6 +133,25 @@ def test_page_is_kept_aside_when_its_data_are_gone_and_made_anew_when_they_chang
     assert build.execute_page(page) == "not built, petimages is not here"
     assert "Not built here" in executed.read_text()
     assert "Not built here" not in executed.with_suffix(".last.ipynb").read_text()
+
+
+def test_a_page_without_its_data_tells_others_what_a_stored_run_found(tmp_path, monkeypatch):
+    book = tmp_path / "root" / "book"
+    (book / "executed").mkdir(parents=True)
+    (book / "claims.md").write_text("{glue:any}`pets.ipynb::claim_1_verdict` {glue:any}`pets.ipynb::claim_1_effects`")
+    code = "from IPython.display import HTML\nfrom myst_nb import glue\nglue('claim_1_verdict', HTML('<b>yes</b>'))"
+    notebook = write_notebook(tmp_path / "n" / "n.ipynb", 'dataset: str = "petimages"  # a name', code)
+    page = build.Page("pets", notebook, {}, book / "executed" / "pets.ipynb")
+    build.execute(notebook, page.executed, {})
+    table = build.quotes([page])
+    assert table.to_numpy().tolist() == [["pets", "claim_1_verdict", "<b>yes</b>"]]
+    more = pd.DataFrame([["pets", "claim_1_effects", "all"], ["dogs", "claim_1_effects", "none"]], columns=table.columns)
+    monkeypatch.setattr(build.results, "load", lambda name: (pd.concat([table, more]), {"date": "2026-01-02"}))
+    page = replace(page, parameters={"dataset": "petimages"})
+    assert build.has_photographs(page)
+    assert build.execute_page(page) == "not built, petimages is not here"
+    found = build.quotes([page]).set_index("name")["html"].to_dict()
+    assert found == {"claim_1_verdict": "<b>yes</b>", "claim_1_effects": "all (stored run of 2026-01-02)"}
 
 
 @pytest.mark.book

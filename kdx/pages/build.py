@@ -14,12 +14,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
@@ -28,12 +29,14 @@ from papermill.iorw import load_notebook_node
 
 import kdx
 from kdx.data.dataset import available
-from kdx.data.registry import Card, find_card
+from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
+from kdx.pages import results
 from kdx.paths import data_home, places
 from kdx.progress import TERMINAL, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
+QUOTES = "quotes"  # stored table of what pages on photographs tell others
 PROFILES = ("smoke", "shipped", "quick", "paper")
 PACKAGE = Path(kdx.__file__).parent
 
@@ -187,6 +190,37 @@ def execute_page(page: Page) -> str:
     return "executed"
 
 
+def has_photographs(page: Page) -> bool:
+    """Whether the page uses a dataset that does not come by itself."""
+    return any(name in DATASETS and DATASETS[name].layout for name in page.datasets[:1])
+
+
+def quotes(pages: Sequence[Page]) -> pd.DataFrame:
+    """What executed pages store for other pages: page, name, html."""
+    rows = []
+    for page in pages:
+        for cell in nbformat.read(page.executed, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if (name := output.get("metadata", {}).get("scrapbook", {}).get("name")) and (
+                    html := output.data.get(f"{GLUE_PREFIX}text/html")
+                ):
+                    rows.append((page.name, name, html))
+    return pd.DataFrame(rows, columns=["page", "name", "html"])
+
+
+def _stored_quotes(page: str) -> dict[str, str]:
+    """Name -> HTML of an earlier run of a page, with its date; empty where none is stored."""
+    try:
+        table, facts = results.load(QUOTES)
+    except ValueError:
+        return {}
+    of = table[table["page"] == page]
+    return {
+        name: html if name.endswith("_verdict") else f"{html} (stored run of {facts['date']})"
+        for name, html in zip(of["name"], of["html"], strict=True)
+    }
+
+
 def _write_placeholder(page: Page, card: Card) -> None:
     """Write a page that says why it is empty, also in every place where others quote its numbers."""
     text = (
@@ -199,11 +233,12 @@ def _write_placeholder(page: Page, card: Card) -> None:
         for prose in (root / "book").glob("*.md")
         for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
     }
+    known = _stored_quotes(page.name)
     quotes = nbformat.v4.new_code_cell("# what other pages quote", metadata={"tags": ["remove-cell"]})
     quotes.outputs = [
         nbformat.v4.new_output(
             "display_data",
-            {f"{GLUE_PREFIX}text/html": "not built here", f"{GLUE_PREFIX}text/plain": "not built here"},
+            {f"{GLUE_PREFIX}text/{kind}": known.get(name, "not built here") for kind in ("html", "plain")},
             metadata={"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}},
         )
         for name in sorted(quoted)
