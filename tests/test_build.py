@@ -139,7 +139,7 @@ def test_a_page_without_its_data_tells_others_what_a_stored_run_found(tmp_path, 
     book = tmp_path / "root" / "book"
     (book / "executed").mkdir(parents=True)
     (book / "claims.md").write_text("{glue:any}`pets.ipynb::claim_1_verdict` {glue:any}`pets.ipynb::claim_1_effects`")
-    code = "from IPython.display import HTML\\nfrom myst_nb import glue\\n"
+    code = "from IPython.display import HTML\nfrom myst_nb import glue\n"
     code += "glue('claim_1_verdict', HTML('<b>yes</b>'), display=False)"
     notebook = write_notebook(tmp_path / "n" / "n.ipynb", 'dataset: str = "petimages"  # a name', code)
     page = build.Page("pets", notebook, {}, book / "executed" / "pets.ipynb")
