@@ -1,10 +1,10 @@
 """Regressions, shares and maps of unexplained features: accuracy, coverage, memory, time, and patching.
 
-python tests/benchmarks/unexplained.py ridge     shares of 0.25 by regressions on few rows
-python tests/benchmarks/unexplained.py coverage  of the interval of unexplained_share
-python tests/benchmarks/unexplained.py memory    peak of a fit, ResNet-18 at 96 px, by number of images
-python tests/benchmarks/unexplained.py time      of kdx.unexplained, in forward passes of the pair
-python tests/benchmarks/unexplained.py patches   agreement of maps and patches, shipped networks, CIFAR-10
+python -m tests.benchmarks.unexplained ridge     shares of 0.25 by regressions on few rows
+python -m tests.benchmarks.unexplained coverage  of the interval of unexplained_share
+python -m tests.benchmarks.unexplained memory    peak of a fit, ResNet-18 at 96 px, by number of images
+python -m tests.benchmarks.unexplained time      of kdx.unexplained, in forward passes of the pair
+python -m tests.benchmarks.unexplained patches   agreement of maps and patches, shipped networks, CIFAR-10
 """
 
 import resource
