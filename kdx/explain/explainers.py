@@ -284,11 +284,14 @@ class _Occlusion:
 
 def _windows(x: Tensor) -> Tensor:
     """1 in windows of a quarter of the image's side, an eighth apart: (windows, h, w)."""
-    height, width = (
-        torch.stack([((p := torch.arange(n)) >= i) & (p < i + n // 4) for i in range(0, n - n // 4 + 1, n // 8)])
-        for n in x.shape[2:]
-    )
+    height, width = (torch.stack(list(_spans(n))) for n in x.shape[2:])
     return (height[:, None, :, None] & width[None, :, None, :]).flatten(0, 1).to(x)
+
+
+def _spans(n: int) -> Iterator[Tensor]:
+    side, step = max(1, n // 4), max(1, n // 8)
+    for start in sorted({*range(0, n - side + 1, step), n - side}):  # the last one reaches the end
+        yield (torch.arange(n) >= start) & (torch.arange(n) < start + side)
 
 
 def _hidden(x: Tensor) -> Iterator[Tensor]:
