@@ -126,9 +126,10 @@ def networks_verify() -> None:
     """Evaluate every shipped network on the test images and compare with the table."""
     with _errors(), _seconds("verify"):
         from kdx.distil import shipped
+        from kdx.planted import plantings
 
         rows = []
-        for row in shipped.verify():
+        for row in shipped.verify((*shipped.STUDIES, plantings.Study())):
             rows.append(row)
             typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
@@ -151,12 +152,8 @@ def networks_train(
         from kdx.planted import plantings
 
         os.nice(19)
-        if not (only or fold) and (not dataset or "planted" in dataset):
-            plantings.train_shipped(workers, device)
-        if dataset != ["planted"]:
-            shipped.train(
-                [name for name in dataset or () if name != "planted"], only or (), fold or (), workers, device
-            )
+        studies = (*shipped.STUDIES, plantings.Study())
+        shipped.train(studies, dataset or (), only or (), fold or (), workers, device)
 
 
 @app.command()

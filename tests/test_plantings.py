@@ -6,6 +6,7 @@ from torch import nn
 
 import kdx
 from kdx.data.cues import Scene
+from kdx.distil.run_store import shipped_table
 from kdx.planted import plantings
 from kdx.planted.plantings import HARDER, PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
@@ -135,3 +136,27 @@ def test_plantings_share_their_networks_and_are_found_again(home):
 def test_plantings_need_three_cues():
     with pytest.raises(ValueError, match="cues: plantings need three, got gratings, shapes"):
         plant(Scene(("gratings", "shapes")))
+
+
+def test_the_shipped_plantings_are_those_that_the_study_would_train(monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    table = shipped_table()
+    rows = table[table["dataset"] == "planted"].set_index(["role", "fold"])
+    study = plantings.Study()
+    assert sorted(rows.index) == sorted(study.places)
+    assert len(study.places) == 7 + 1
+
+    def ship(run, role, fold):
+        assert run.key == rows.loc[(role, fold), "sha256"][:32]  # found by its specification, not trained
+        return run
+
+    study.train(study.places, ship, 1, "cpu")
+
+
+def test_a_missing_planting_alone_is_shipped(home, networks_home, monkeypatch):
+    run = SimpleNamespace(key="k")
+    monkeypatch.setattr(plantings, "fit_ignorant", lambda *arguments: run)
+    monkeypatch.setattr(plantings, "plant", None)  # not asked
+    shipped = []
+    plantings.Study().train([("ignorant", 1)], lambda *place: shipped.append(place), 1, "cpu")
+    assert shipped == [(run, "ignorant", 1)]

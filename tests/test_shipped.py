@@ -21,21 +21,19 @@ TINY = kdx.Recipe(epochs=1, batch_size=20, lr=0.1, sizes=(1.0,))
 
 
 @pytest.fixture
-def study(networks_home, monkeypatch):
+def study(networks_home):
     """Two folds of shapes: teacher, base, a student and all controls."""
-    one = shipped.Study(
+    return shipped.CrossValidated(
         "shapes",
         TINY,
         lambda recipe: plan_fit("resnet10@0.1875", "resnet10@0.125", ("response",), 2, 1, 0, recipe),
         folds=2,
         data={"limit": 80, "size": 16},
     )
-    monkeypatch.setattr(shipped, "STUDIES", (one,))
-    return one
 
 
 def test_train_ships_networks_that_are_found_by_role_and_by_recipe(study, networks_home, home):
-    shipped.train(only=["teacher", "base", "response"], folds=[1], device="cpu", workers=1)
+    shipped.train([study], only=["teacher", "base", "response"], folds=[1], device="cpu", workers=1)
     table = shipped_table()
     assert sorted(table["role"]) == ["base", "response", "teacher"]
     assert {path.name for path in (networks_home / "shapes" / "fold1").iterdir()} == {
@@ -63,30 +61,30 @@ def test_train_ships_networks_that_are_found_by_role_and_by_recipe(study, networ
 
 def test_train_brings_back_what_is_missing_and_no_more(study, networks_home, home, monkeypatch):
     wanted = dict(only=["teacher", "base"], folds=[1], device="cpu", workers=1)
-    shipped.train(**wanted)
+    shipped.train([study], **wanted)
     before = shipped_table()
     path = networks_home / "shapes" / "fold1" / "base.safetensors"
     path.unlink()
     with pytest.raises(ValueError, match="is missing; `kdx networks train --missing`"):
         kdx.load_network("shapes", "base")
-    shipped.train(**wanted)
+    shipped.train([study], **wanted)
     pd.testing.assert_frame_equal(shipped_table().drop(columns="sha256"), before.drop(columns="sha256"))
     assert kdx.load_network("shapes", "base")
 
 
 def test_verify_names_damage_and_other_accuracies(study, networks_home):
-    shipped.train(only=["base"], device="cpu", workers=1)
-    assert [row["problem"] for row in shipped.verify()] == ["", ""]
+    shipped.train([study], only=["base"], device="cpu", workers=1)
+    assert [row["problem"] for row in shipped.verify([study])] == ["", ""]
     table = shipped_table()
     table.assign(accuracy=[table["accuracy"][0], 0.9]).to_csv(networks_home / "networks.csv", index=False)
-    assert ["expected an accuracy of 0.9000" in row["problem"] for row in shipped.verify()] == [False, True]
+    assert ["expected an accuracy of 0.9000" in row["problem"] for row in shipped.verify([study])] == [False, True]
     path = networks_home / table["file"][0]
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    assert "is damaged" in next(iter(shipped.verify()))["problem"]
+    assert "is damaged" in next(iter(shipped.verify([study])))["problem"]
 
 
 def test_load_network_names_the_choices(study):
-    shipped.train(only=["base"], folds=[1], device="cpu", workers=1)
+    shipped.train([study], only=["base"], folds=[1], device="cpu", workers=1)
     for arguments, message in (
         (("cifar", "base"), "dataset 'cifar'; choose from: shapes"),
         (("shapes", "bass"), "role 'bass'; choose from: base"),
@@ -94,8 +92,13 @@ def test_load_network_names_the_choices(study):
     ):
         with pytest.raises(ValueError, match=message):
             kdx.load_network(*arguments)
-    with pytest.raises(ValueError, match="unknown roles"):
-        shipped.train(only=["bass"])
+    for wrong, message in (
+        ({"only": ["bass"]}, r"unknown roles \['bass'\]; choose from: teacher, base, response"),
+        ({"folds": [3]}, r"unknown folds \[3\]; choose from: 1, 2"),
+        ({"datasets": ["cifar"]}, r"unknown datasets \['cifar'\]; choose from: shapes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shipped.train([study], **wrong)
 
 
 def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):

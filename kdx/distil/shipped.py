@@ -11,7 +11,8 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -30,12 +31,32 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.001  # of an accuracy, between machines
 WATCHED = 2000  # held-out images on which each epoch is measured
 
-Plans = dict[tuple[str, int], Plan]  # (role, fold from 1) -> network
+Place = tuple[str, int]  # role, fold from 1
+Plans = dict[Place, Plan]
+Ship = Callable[[Run, str, int], Run]  # writes a network with its role and fold, and gives the shipped one
+
+
+class Study(Protocol):
+    """Networks of one dataset that come with the checkout."""
+
+    @property
+    def dataset(self) -> str:
+        """A name in ``DATASETS``, and of the folder."""
+
+    @property
+    def places(self) -> list[Place]:
+        """Role and fold of every network."""
+
+    def images(self, split: str) -> Dataset:
+        """The training or test images."""
+
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+        """Train those of ``wanted`` that are missing, and ship each when it is finished."""
 
 
 @dataclass(frozen=True)
-class Study:
-    """Shipped networks of one dataset that are trained by one recipe.
+class CrossValidated:
+    """A :class:`Study` whose networks are trained by one recipe on the folds of a dataset.
 
     Attributes:
         dataset: A name in ``DATASETS``.
@@ -57,10 +78,28 @@ class Study:
     classes: Sequence[str] = ()
     stem: str = "small"
 
+    @property
+    def places(self) -> list[Place]:
+        return list(self._roles().values())
+
     def images(self, split: str) -> Dataset:
-        """The training or test images."""
         images = load_dataset(self.dataset, split, **self.data)
         return images.only(self.classes) if self.classes else images
+
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+        """Fold by fold, teachers before their students. A teacher of a wanted network is shipped with it."""
+        roles, images = self._roles(), self.images("train")
+        for fold in sorted({fold for _, fold in wanted}):
+            carry_out(
+                [plan for plan, place in roles.items() if place in wanted and place[1] == fold],
+                images, self.settings, self.folds, WATCHED, 0, self.recipe, workers,
+                lambda plan, run: ship(run, *roles[plan]) if plan in roles else run,
+                stem=self.stem, device=device,
+            )  # fmt: skip
+
+    def _roles(self) -> dict[Plan, Place]:
+        """Of one network with two roles, the last."""
+        return {plan: place for place, plan in self.plans(self.recipe).items()}
 
 
 LADDER = ("resnet10@0.125", "resnet10@0.1875", "resnet18@0.1875", "resnet18@0.25")
@@ -103,16 +142,18 @@ LEAVES = (
     "Strawberry: Leaf scorch",
     "Strawberry: healthy",
 )
-STUDIES = (
-    Study(
+STUDIES: tuple[Study, ...] = (
+    CrossValidated(
         "cifar10",
         Recipe(),
         lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
         folds=5,
         settings={"attention_weight": 100.0},
     ),
-    Study("petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"),
-    Study(
+    CrossValidated(
+        "petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"
+    ),
+    CrossValidated(
         "plantvillage",
         PHOTOGRAPHS,
         _photographs,
@@ -162,59 +203,57 @@ def _open(dataset: str, role: str, fold: int) -> Run:
 
 
 def train(
+    studies: Sequence[Study],
     datasets: Sequence[str] = (),
     only: Sequence[str] = (),
     folds: Sequence[int] = (),
     workers: int = 0,
     device: str = "auto",
 ) -> None:
-    """Train the shipped networks that are missing, fold by fold, and write each into place when it is finished.
+    """Train the shipped networks that are missing, and write each into place when it is finished.
 
     Trainings are kept in the run store as well, so nothing is lost when the command is stopped. A student learns from
     its teacher as it is shipped.
 
     Args:
+        studies: ``STUDIES``, and those of other modules.
         datasets: Names; empty takes all.
         only: Roles; empty takes all.
         folds: From 1; empty takes all.
         workers: As for :func:`kdx.cross_fit`.
         device: As for :func:`kdx.fit`.
+
+    Raises:
+        ValueError: A dataset, role or fold of which no network is shipped.
     """
-    if other := sorted(set(datasets) - (here := {study.dataset for study in STUDIES})):
-        raise ValueError(f"no networks of {', '.join(other)} are shipped; choose from: {', '.join(sorted(here))}")
-    studies = [study for study in STUDIES if study.dataset in (datasets or here)]
-    known = dict.fromkeys(place for study in studies for place in study.plans(study.recipe))
-    if unknown := sorted(set(only) - {role for role, _ in known}):
-        raise ValueError(f"unknown roles {unknown}; choose from: {', '.join(dict.fromkeys(r for r, _ in known))}")
-    if strange := sorted(set(folds) - {fold for _, fold in known}):
-        raise ValueError(f"unknown folds {strange}; choose from: {sorted({fold for _, fold in known})}")
-    for study in studies:
-        if available(study.dataset) is None:
+    _check("datasets", datasets, [study.dataset for study in studies])
+    chosen = [study for study in studies if not datasets or study.dataset in datasets]
+    places = [place for study in chosen for place in study.places]
+    _check("roles", only, [role for role, _ in places])
+    _check("folds", folds, [fold for _, fold in places])
+    for study in chosen:
+        wanted = [(role, f) for role, f in study.places if (not only or role in only) and (not folds or f in folds)]
+        if wanted and available(study.dataset) is None:
             log.warning("%s is not on this machine; its networks are passed over", study.dataset)
-            continue
-        plans = study.plans(study.recipe)
-        roles = {plan: place for place, plan in plans.items()}  # of one network with two roles, the last
-        images, tested = study.images("train"), study.images("test")
-        for fold in folds or range(1, study.folds + 1):
-            wanted = [plan for plan, (role, own) in roles.items() if own == fold and (not only or role in only)]
-            if not wanted:
-                continue
-            carry_out(
-                wanted, images, study.settings, study.folds, WATCHED, 0, study.recipe, workers,
-                lambda plan, run: ship(run, study.dataset, *roles[plan], tested) if plan in roles else run,  # noqa: B023
-                stem=study.stem, device=device,
-            )  # fmt: skip
+        elif wanted:
+            study.train(wanted, partial(ship, study.dataset, study.images("test")), workers, device)
 
 
-def ship(run: Run, dataset: str, role: str, fold: int, tested: Dataset) -> Run:
+def _check(what: str, given: Sequence[Any], known: Sequence[Any]) -> None:
+    choices = list(dict.fromkeys(known))
+    if unknown := [one for one in given if one not in choices]:
+        raise ValueError(f"unknown {what} {unknown}; choose from: {', '.join(map(str, choices))}")
+
+
+def ship(dataset: str, tested: Dataset, run: Run, role: str, fold: int) -> Run:
     """Write a network into ``data/networks`` and its row into the table, unless it is there.
 
     Args:
-        run: The network.
         dataset: Name of the folder.
+        tested: Images on which the file is evaluated.
+        run: The network.
         role: What it is used for, see :func:`load_network`.
         fold: From 1.
-        tested: Images on which its file is evaluated.
 
     Returns:
         The shipped network.
@@ -278,18 +317,19 @@ def commit() -> str:
         return ""
 
 
-def verify() -> Iterator[dict[str, Any]]:
+def verify(studies: Sequence[Study]) -> Iterator[dict[str, Any]]:
     """Evaluate every shipped network on the test images of its dataset.
+
+    Args:
+        studies: As for :func:`train`.
 
     Yields:
         A row of ``networks.csv`` with ``measured``, the test accuracy (NaN where the images are not on this machine),
         and ``problem``: empty if the file is whole and the accuracy is that of the table to ``TOLERANCE``.
     """
-    studies = {study.dataset: study for study in STUDIES}
-    images: dict[str, Dataset] = {}
+    here = [study for study in studies if available(study.dataset) is not None]
+    images = {study.dataset: study.images("test") for study in here}
     for row in shipped_table().to_dict("records"):
-        if (name := row["dataset"]) not in images and available(name) is not None:
-            images[name] = studies[name].images("test") if name in studies else load_dataset(name, "test")
         measured, problem = float("nan"), ""
         try:
             run = find_run(row["sha256"][:32])

@@ -21,12 +21,14 @@ from kdx.data.registry import DATASETS
 from kdx.distil.cross_validation import fit_all
 from kdx.distil.fit import Job, evaluate, fit
 from kdx.distil.run_store import Run
-from kdx.distil.shipped import ship
+from kdx.distil.shipped import Place, Ship
 from kdx.distil.training import Recipe
 from kdx.intervals import share_interval
 
 FRESH = 10**6  # seeds of images that nothing else uses
 SHIPPED = 99  # seed of the plantings that come with the checkout
+MODEL = "resnet10@0.125"
+ROLES = ("student", "base", "teacher", "second base")
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def plant(
     tested: int = 300,
     reference: int = 256,
     seed: int = 0,
-    model: str = "resnet10@0.125",
+    model: str = MODEL,
     base_model: str | None = None,
     recipe: Recipe | None = None,
     temperature: float = 4.0,
@@ -243,13 +245,8 @@ def plant(
     students = dict(fit_all(second, workers))
     for (name, i), plan in plans.items():
         base, second_base, teacher = _labelled(plan, i, model, base_model)
-        networks = {
-            "student": students[teacher],
-            "base": taught[base],
-            "teacher": taught[teacher],
-            "second base": taught[second_base],
-        }
-        grown.append(Grown(name, i, scene, networks, *sets[i][1:]))
+        runs = students[teacher], taught[base], taught[teacher], taught[second_base]
+        grown.append(Grown(name, i, scene, dict(zip(ROLES, runs, strict=True)), *sets[i][1:]))
     return grown
 
 
@@ -259,14 +256,36 @@ def fit_ignorant(scene: Scene, images: int, seed: int, model: str, recipe: Recip
     return fit(model, tell(train, scene, (), seed), train.limit(100), recipe=recipe, seed=2 * seed, device=device)
 
 
-def train_shipped(workers: int = 0, device: str = "auto") -> None:
-    """Train the networks of the page on plantings, and write those that are missing into ``data/networks``."""
-    scene, recipe = Scene(), Recipe(epochs=8, batch_size=64)
-    tested = load_dataset("planted", "test")
-    for one in plant(scene, 1, seed=SHIPPED, recipe=recipe, workers=workers, device=device):
-        for role, run in one.networks.items():
-            ship(run, "planted", f"{one.planting}, {role}", 1, tested)
-    ship(fit_ignorant(scene, 4000, SHIPPED, "resnet10@0.125", recipe, device), "planted", "ignorant", 1, tested)
+class Study:
+    """The networks of the page on plantings that come with the checkout: a :class:`kdx.distil.shipped.Study`.
+
+    Plantings share networks. A shared one has the role that comes first.
+    """
+
+    dataset = "planted"
+
+    @property
+    def places(self) -> list[Place]:
+        found: dict[Any, Place] = {}
+        for name, plan in PLANTINGS.items():
+            base, second, teacher = _labelled(plan, SHIPPED, MODEL, MODEL)
+            for role, network in zip(ROLES, (("student", teacher), base, teacher, second), strict=True):
+                found.setdefault(network, (f"{name}, {role}", 1))
+        return [*found.values(), ("ignorant", 1)]
+
+    def images(self, split: str) -> Dataset:
+        return load_dataset(self.dataset, split)
+
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+        recipe = Recipe(epochs=8, batch_size=64)
+        runs: dict[Place, Run] = {}
+        if wanted != [("ignorant", 1)]:
+            for one in plant(Scene(), 1, seed=SHIPPED, recipe=recipe, workers=workers, device=device):
+                runs |= {(f"{one.planting}, {role}", 1): run for role, run in one.networks.items()}
+        if ("ignorant", 1) in wanted:
+            runs["ignorant", 1] = fit_ignorant(Scene(), 4000, SHIPPED, MODEL, recipe, device)
+        for role, fold in wanted:
+            ship(runs[role, fold], role, fold)
 
 
 class _Labelled(NamedTuple):
