@@ -68,3 +68,28 @@ def test_occlusion_measures_the_fall_when_a_window_is_covered():
     squared = named["answer difference, squared"](student, base, x, torch.zeros(1, dtype=torch.long))
     (energy,) = squared.distilled.values()
     assert energy[0, 2, 2] == pytest.approx(3 * 96)  # activation times the centred difference
+
+
+@pytest.mark.parametrize("side", [5, 7, 30, 100])
+def test_occlusion_covers_every_pixel_of_images_of_any_size(side):
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    named = explainers(torch.rand(6, 3, side, side), torch.zeros(6, dtype=torch.long), torch.eye(2))
+    maps = named["occlusion of the logit difference"](Brightness(1.0), Brightness(0.0), x, torch.tensor([0, 1]))
+    (distilled,) = maps.distilled.values()
+    assert distilled.shape == (2, side, side)
+    assert distilled.isfinite().all()
+
+
+def test_occlusion_keeps_no_answers_of_other_weights_or_images():
+    x = torch.ones(1, 3, 16, 16)
+    y = torch.zeros(1, dtype=torch.long)
+    explain = explainers(x.repeat(6, 1, 1, 1), y.repeat(6), torch.eye(2))["occlusion of the logit difference"]
+    student, base = Brightness(1.0), Brightness(0.0)
+    before = next(iter(explain(student, base, x, y).distilled.values()))
+    assert before.max() > 0
+    with torch.no_grad():
+        student.layer1.weight.mul_(2)
+    twice = next(iter(explain(student, base, x, y).distilled.values()))
+    assert torch.allclose(twice, 2 * before)
+    x.mul_(3)
+    assert torch.allclose(next(iter(explain(student, base, x, y).distilled.values())), 6 * before)

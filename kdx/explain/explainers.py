@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdx.data.batches import class_indices
 from kdx.explain.grad_cam import grad_cam
-from kdx.explain.reference import DIRECTIONS, Reference, centre_logits
+from kdx.explain.reference import DIRECTIONS, Reference, centre_logits, logits_to, weights_mark
 from kdx.explain.regression import resample
 from kdx.explain.unexplained import WINDOW, contributions, fuse, smooth, unexplained, unexplained_features
 from kdx.explain.unicam import unicam
@@ -182,14 +182,17 @@ def _smoothed(maps: StageMaps) -> StageMaps:
 
 def _input_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
     """The input times the difference of the two networks' gradients, split by sign."""
-    slopes = []
-    for network in (student, base):
-        inputs = x.detach().clone().requires_grad_()
-        with torch.enable_grad(), evaluating(network):
-            slopes.append(torch.autograd.grad(_logit_of(y)(logits_of(network(inputs))), inputs)[0])
-    product = (x * (slopes[0] - slopes[1])).sum(1)
+    of_student, of_base = (_input_slopes(network, x, y) for network in (student, base))
+    product = (x * (of_student - of_base)).sum(1)
     names = stages(student, x[:1])
     return Maps(dict.fromkeys(names, product.relu()), dict.fromkeys(names, (-product).relu()))
+
+
+def _input_slopes(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the logit of each image's class with respect to the image, (n, c, h, w)."""
+    inputs = x.detach().clone().requires_grad_()
+    with torch.enable_grad(), evaluating(network):
+        return torch.autograd.grad(_logit_of(y)(logits_of(network(inputs))), inputs)[0]
 
 
 def _fused(explain: Explainer) -> Explainer:
@@ -205,13 +208,9 @@ def _fused(explain: Explainer) -> Explainer:
 def _integrated_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
     """Integrated gradients (Sundararajan et al. 2017) of the difference of the two networks' logits of the class, from
     a grey image, summed over channels and averaged over the window of `unexplained`."""
-    total = torch.zeros_like(x)
-    for step in range(STEPS):
-        inputs = (x * (step + 0.5) / STEPS).detach().requires_grad_()
-        with torch.enable_grad(), evaluating(student), evaluating(base):
-            difference = logits_of(student(inputs)) - logits_of(base(inputs))
-            total += torch.autograd.grad(_logit_of(y)(difference), inputs)[0] / STEPS
-    names, maps = stages(student, x[:1]), (x * total).sum(1)
+    steps = [x * (step + 0.5) / STEPS for step in range(STEPS)]
+    of_student, of_base = (sum(_input_slopes(network, at, y) for at in steps) / STEPS for network in (student, base))
+    names, maps = stages(student, x[:1]), (x * (of_student - of_base)).sum(1)
     both = [_smoothed({"input": m})["input"] for m in (maps, -maps)]
     return Maps(*(dict.fromkeys(names, m) for m in both))
 
@@ -221,8 +220,7 @@ def _squared_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tenso
     `unexplained`: what is left of it without regressions."""
     parts = []
     for a, _ in _batches(x, y):
-        with torch.no_grad(), evaluating(student), evaluating(base):
-            one, two = (centre_logits(logits_of(network(a))) for network in (student, base))
+        one, two = (centre_logits(logits_to(network, a)) for network in (student, base))
         found = []
         for network, beyond in ((student, one - two), (base, two - one)):
             slopes = gradients(network, a, _along(beyond))
@@ -269,16 +267,16 @@ class _Occlusion:
 
         return explain
 
-    @torch.no_grad()
     def _answers(self, student: nn.Module, base: nn.Module, x: Tensor) -> list[Tensor]:
         """Logits (1 + windows, n, classes) of student and base."""
-        if not self.latest or any(a is not b for a, b in zip(self.latest, (student, base, x), strict=True)):
-            self.answers = []
-            for network in (student, base):
-                with evaluating(network):
-                    rows = [logits_of(network(a)) for hidden in _hidden(x) for a in hidden.split(4 * AT_ONCE)]
-                self.answers.append(torch.cat(rows).view(-1, len(x), rows[0].shape[1]))
-            self.latest = (student, base, x)
+        key = (student, base, x, weights_mark(student), weights_mark(base), 0 if x.is_inference() else x._version)
+        same = self.latest and all(a is b for a, b in zip(self.latest[:3], key[:3], strict=True))
+        if not same or self.latest[3:] != key[3:]:
+            hidden = [x * (1 - window) for window in _windows(x)]
+            self.answers = [
+                torch.stack([logits_to(network, images) for images in (x, *hidden)]) for network in (student, base)
+            ]
+            self.latest = key
         return self.answers
 
 
@@ -292,13 +290,6 @@ def _spans(n: int) -> Iterator[Tensor]:
     side, step = max(1, n // 4), max(1, n // 8)
     for start in sorted({*range(0, n - side + 1, step), n - side}):  # the last one reaches the end
         yield (torch.arange(n) >= start) & (torch.arange(n) < start + side)
-
-
-def _hidden(x: Tensor) -> Iterator[Tensor]:
-    """The images, then as each of the windows covers them."""
-    yield x
-    for window in _windows(x):
-        yield x * (1 - window)
 
 
 def _fixed(draw: Callable[[Tensor], Tensor]) -> Explainer:

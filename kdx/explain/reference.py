@@ -100,7 +100,7 @@ class Reference:
 
     def answers_of(self, *images: Tensor) -> tuple[Tensor, ...]:
         """Centred logits (n, classes) of student and base."""
-        return tuple(_answers(network, x) for network, x in zip(self.networks, images, strict=True))
+        return tuple(centre_logits(logits_to(network, x)) for network, x in zip(self.networks, images, strict=True))
 
     def check_weights(self) -> None:
         """Raise ValueError if the weights of a network changed since the reference was made.
@@ -234,9 +234,10 @@ def centre_logits(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _answers(network: nn.Module, images: Tensor) -> Tensor:
+def logits_to(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits float32 (n, classes), a few images at a time."""
     with evaluating(network):
-        return torch.cat([centre_logits(logits_of(network(x)).float()) for x in images.split(64)])
+        return torch.cat([logits_of(network(x)).float() for x in images.split(64)])
 
 
 @torch.no_grad()
