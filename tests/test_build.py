@@ -143,7 +143,9 @@ def test_a_page_without_its_data_tells_others_what_a_stored_run_found(tmp_path, 
     code += "glue('claim_1_verdict', HTML('<b>yes</b>'), display=False)"
     notebook = write_notebook(tmp_path / "n" / "n.ipynb", 'dataset: str = "petimages"  # a name', code)
     page = build.Page("pets", notebook, {}, book / "executed" / "pets.ipynb")
-    build.execute(notebook, page.executed, {})
+    with pytest.raises(ValueError, match="pets: expected an executed page, got none"):
+        build.quotes([page])
+    assert build.execute_page(page) == "executed"
     table = build.quotes([page])
     assert table.to_numpy().tolist() == [["pets", "claim_1_verdict", "<b>yes</b>"]]
     more = pd.DataFrame(
@@ -153,7 +155,10 @@ def test_a_page_without_its_data_tells_others_what_a_stored_run_found(tmp_path, 
     page = replace(page, parameters={"dataset": "petimages"})
     assert build.has_photographs(page)
     assert build.execute_page(page) == "not built, petimages is not here"
-    found = build.quotes([page]).set_index("name")["html"].to_dict()
+    with pytest.raises(ValueError, match="expected an executed page"):
+        build.quotes([page])  # what is stored is not stored anew
+    outputs = nbformat.read(page.executed, as_version=4).cells[-1].outputs
+    found = {o.metadata["scrapbook"]["name"]: o.data[f"{build.GLUE_PREFIX}text/html"] for o in outputs}
     assert found == {"claim_1_verdict": "<b>yes</b>", "claim_1_effects": "all (stored run of 2026-01-02)"}
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import kdx
-from kdx.explain.explainers import Maps
-from kdx.planted.contest import CLAIMED, DETECTED, compare, duels, oracles, over_seeds, over_stages
+from kdx.explain.explainers import Maps, fused_explainers
+from kdx.pages import results
+from kdx.planted.contest import CLAIMED, DETECTED, compare, duels, is_best, oracles, over_seeds, over_stages
 from tests.planted import constant, make_networks, make_plantings
 
 
@@ -126,6 +127,25 @@ def test_duels_are_paired_by_seed():
     assert found.loc[("b", "AUPRC"), "p"] >= alone["AUPRC"]  # Holm's
     with pytest.raises(ValueError, match="unknown explainer 'd'; choose from: a, b, c"):
         duels(table, "a", ["d"])
+
+
+def test_one_seed_decides_no_duel():
+    columns = ["case", "planting", "seed", "direction", "explainer", "ratio", "AUPRC", DETECTED]
+    found = duels(pd.DataFrame(stored("a", (2,), (0.5,)) + stored("b", (1,), (0.4,)), columns=columns), "a", ["b"])
+    assert found["verdict"].eq("open").all()
+    assert found["value"].tolist() == pytest.approx([2, 0.1])
+    assert found[["low", "high", "p"]].isna().all(axis=None)
+
+
+def test_the_stored_contest_supports_what_the_book_recommends():
+    """README, method and own-models name the fused maps; the page would say if the scores did not."""
+    table, _ = results.load("planted_contest")
+    rivals = [name for name in table["explainer"].unique() if not name.startswith("unexplained")]
+    assert is_best(*(duels(t, "unexplained, fused", rivals) for t in (table, table.assign(case="all cases"))))
+    assert not is_best(*(duels(t, "unexplained", rivals) for t in (table, table.assign(case="all cases"))))
+    assert set(fused_explainers(*[torch.rand(6, 3, 16, 16), torch.zeros(6, dtype=torch.long), torch.eye(2)])) == set(
+        results.load("planted_fused")[0]["explainer"]
+    )
 
 
 def test_a_ratio_is_relative_to_untrained_networks_so_a_conspicuous_cue_gains_nothing(grown):

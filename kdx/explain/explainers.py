@@ -57,7 +57,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     return {
         "unexplained": known.unexplained(),
-        "unexplained, fused": known.fused,
+        "unexplained, fused": _fused(known.unexplained()),
         "unexplained, squared": known.unexplained(power=2),
         "unexplained, no window": known.unexplained(window=0),
         "unexplained, answer alone": known.answer_alone,
@@ -82,6 +82,14 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
     }
 
 
+def fused_explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0) -> dict[str, Explainer]:
+    """Those of :func:`explainers` that have a map for every stage, with all stages fused."""
+    whole = explainers(images, labels, embeddings, seed)
+    names = ["unexplained", "unexplained, answer alone", "UniCAM", "UniCAM hires", "feature energy"]
+    names += ["feature energy, by class", "Grad-CAM difference", "HiResCAM difference", "HiResCAM difference, window"]
+    return {f"{name}, fused": _fused(whole[name]) for name in [*names, "answer difference, squared"]}
+
+
 class _WithReference:
     """Explainers that share a reference set, whose features are kept for the latest pair of networks."""
 
@@ -101,9 +109,6 @@ class _WithReference:
             return Maps(**{d: {s: m**power for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
 
         return explain
-
-    def fused(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
-        return _fused(self.unexplained())(student, base, x, y)
 
     def answer_alone(self, student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
         """`unexplained` with all features instead of the unexplained ones."""

@@ -50,8 +50,8 @@ class Unexplained:
 
     @property
     def fused(self) -> dict[str, Tensor]:
-        """Direction -> one map (n, h, w) >= 0 from those of all stages, see :func:`fuse`. It finds planted knowledge
-        better than the map of any stage."""
+        """Direction -> one map (n, h, w) >= 0 from those of all stages, see :func:`fuse`. Of planted
+        knowledge it shows more than the maps of single stages."""
         return {"distilled": fuse(self.distilled), "residual": fuse(self.residual)}
 
 

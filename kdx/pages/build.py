@@ -196,9 +196,15 @@ def has_photographs(page: Page) -> bool:
 
 
 def quotes(pages: Sequence[Page]) -> pd.DataFrame:
-    """What executed pages store for other pages: page, name, html."""
+    """What executed pages store for other pages: page, name, html.
+
+    Raises:
+        ValueError: A page that was not built, or not executed.
+    """
     rows = []
     for page in pages:
+        if not page.executed.with_suffix(".key").is_file():
+            raise ValueError(f"{page.name}: expected an executed page, got none; get its data and run `make book`")
         for cell in nbformat.read(page.executed, as_version=4).cells:
             for output in cell.get("outputs", []):
                 if (name := output.get("metadata", {}).get("scrapbook", {}).get("name")) and (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ def store(name: str, table: pd.DataFrame, command: str, seconds: float) -> None:
     """
     path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".json")
     facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds), "commit": commit()}
-    table.to_csv(path, index=False)
-    path.with_suffix(".json").write_text(json.dumps(facts | {"kdx": __version__} | versions(), indent=2) + "\n")
+    text = json.dumps(facts | {"kdx": __version__} | versions(), indent=2) + "\n"
+    for target, content in ((path, table.to_csv(index=False)), (beside, text)):
+        scratch = target.with_suffix(".partial")
+        scratch.write_text(content)
+        os.replace(scratch, target)
 
 
 def load(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from kdx.inference import holm
 from kdx.intervals import mean_interval
 from kdx.measure.localisation import auroc, localisation
 from kdx.networks.capture import activations
-from kdx.networks.devices import pick_device
+from kdx.networks.devices import pick_device, placed
 from kdx.networks.models import build
 from kdx.networks.stages import stages
+from kdx.networks.threads import locked
 from kdx.planted.plantings import Grown
 from kdx.progress import progress
 
-UNTRAINED = 10**6  # seed of networks that no planting has
+UNTRAINED = 10**6  # from here on, seeds of networks that no planting has
 CLAIMED, DETECTED = "claimed", "detected"
 DECISIVE = ("ratio", "AUPRC", DETECTED)  # larger is better
 
@@ -58,21 +60,27 @@ def compare(
     blank: dict[tuple[Any, ...], dict[str, Any]] = {}
     place = pick_device(device)
     for one in progress(grown, desc="plantings", unit="planting"):
-        networks = {role: run.model.to(place) for role, run in one.networks.items()}
-        x, y = one.images.card.normalize(one.images.images).to(place), one.images.labels.to(place)
-        known = one.reference.card.normalize(one.reference.images).to(place), one.reference.labels.to(place)
-        named = entries(*known, one.scene.embeddings.to(place))
-        same = tuple(one.networks[role].key for role in ("base", "second base"))
-        if same not in floors:
-            pair = networks["second base"], networks["base"]
-            floors[same] = {name: _magnitudes(explain(*pair, x, y)) for name, explain in named.items()}
-        architectures: list[dict[str, Any]] = [networks[role].architecture for role in NETWORKS]
-        kind = (one.seed, one.scene, *map(str, architectures))
-        if kind not in blank:
-            student, base = (build(**how, seed=UNTRAINED + i).eval().to(place) for i, how in enumerate(architectures))
-            blank[kind] = {name: explain(student, base, x, y) for name, explain in named.items()}
-        for name, explain in named.items():
-            maps = explain(networks["student"], networks["base"], x, y)
+        networks = {role: run.model for role, run in one.networks.items()}
+        with locked(*networks.values()), ExitStack() as stack:
+            for network in networks.values():
+                stack.enter_context(placed(network, place))
+            x, y = one.images.card.normalize(one.images.images).to(place), one.images.labels.to(place)
+            known = one.reference.card.normalize(one.reference.images).to(place), one.reference.labels.to(place)
+            named = entries(*known, one.scene.embeddings.to(place))
+            same = tuple(one.networks[role].key for role in ("base", "second base"))
+            if same not in floors:
+                pair = networks["second base"], networks["base"]
+                floors[same] = {name: _magnitudes(explain(*pair, x, y)) for name, explain in named.items()}
+            architectures: list[dict[str, Any]] = [networks[role].architecture for role in NETWORKS]
+            kind = (one.seed, one.scene, *map(str, architectures))
+            if kind not in blank:
+                seeds = (UNTRAINED + 2 * one.seed + i for i in range(2))
+                student, base = (
+                    build(**how, seed=i).eval().to(place) for how, i in zip(architectures, seeds, strict=True)
+                )
+                blank[kind] = {name: explain(student, base, x, y) for name, explain in named.items()}
+            found = {name: explain(networks["student"], networks["base"], x, y) for name, explain in named.items()}
+        for name, maps in found.items():
             own, floor = _magnitudes(maps), floors[same][name]
             for direction in DIRECTIONS:
                 target = getattr(one.plan, direction)
@@ -199,6 +207,17 @@ def _claims(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found)
 
 
+def is_best(found: pd.DataFrame, overall: pd.DataFrame) -> bool:
+    """Whether a candidate may be recommended for maps by its ratio and AUPRC.
+
+    Args:
+        found: :func:`duels` in single cases; the candidate must be worse in none.
+        overall: :func:`duels` over all cases together; it must be better in all.
+    """
+    worse, better = (of.loc[of["score"] != DETECTED, "verdict"] for of in (found, overall))
+    return bool((better == "better").all() and not (worse == "worse").any())
+
+
 def duels(table: pd.DataFrame, candidate: str, rivals: Sequence[str]) -> pd.DataFrame:
     """An explainer compared with others, paired by seed.
 
@@ -210,8 +229,8 @@ def duels(table: pd.DataFrame, candidate: str, rivals: Sequence[str]) -> pd.Data
 
     Returns:
         case, direction, score, rival; value, low, high (by how much the candidate's score is larger, mean and 95 % t
-        interval over seeds; for ratios, by what factor), p (two-sided, Holm's over the rivals), verdict (better or
-        worse where p is at most 0.05, else open), seeds.
+        interval over seeds; for ratios, by what factor; NaN for one seed), p (two-sided, Holm's over the rivals),
+        verdict (better or worse where p is at most 0.05, else open), seeds.
 
     Raises:
         ValueError: An unknown explainer.
@@ -228,8 +247,10 @@ def duels(table: pd.DataFrame, candidate: str, rivals: Sequence[str]) -> pd.Data
         found = []
         for rival in rivals:
             ahead = (of[candidate] - of[rival]).dropna().to_numpy()
-            mean, low, high = mean_interval(ahead)[:3]
-            p = float(stats.ttest_1samp(ahead, 0).pvalue)
+            mean, low, high, p = ahead.mean(), math.nan, math.nan, math.nan
+            if len(ahead) > 1:
+                mean, low, high, _ = mean_interval(ahead)
+                p = float(stats.ttest_1samp(ahead, 0).pvalue)
             values = np.exp([mean, low, high]) if where[-1] == "ratio" else [mean, low, high]
             found.append([*where, rival, *values, p, "open", len(ahead)])
         for row, p in zip(found, holm([row[-3] for row in found]), strict=True):

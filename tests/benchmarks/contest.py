@@ -1,11 +1,12 @@
 """The contest of explainers that page 5 shows: ``python tests/benchmarks/contest.py``.
 
 Trains the networks of all cases that are not in the run store, checks that training planted the cues, scores every
-explainer on every sound planting, and stores the scores. About three hours on 2 cores; ``--device cuda --workers 8``
-uses a GPU.
+explainer on every sound planting, and stores the scores. About two hours on 2 cores; ``--device cuda --workers 12``
+uses a GPU. With ``--fused``: those that have maps of stages, all fused.
 """
 
 import argparse
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 import kdx
 from kdx.data.cues import Scene
+from kdx.explain.explainers import explainers, fused_explainers
 from kdx.explain.regression import FitWarning
 from kdx.pages import results
 from kdx.planted import contest
@@ -23,7 +25,6 @@ from kdx.planted.plantings import HARDER, PLANTINGS, checks, plant
 
 BOTH = {"both": PLANTINGS["both"]}
 SCORES = ["ratio", "AUPRC", "AUROC", "pointing game", contest.DETECTED, "magnitude", "magnitude, second base"]
-COMMAND = "python tests/benchmarks/contest.py"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ CASES = {
 }
 
 
+FUSED = [("other cues", 198 + i) for i in range(3)]
+FUSED += [(name, case.first) for name, case in CASES.items() if name not in ("standard", "other cues")]
+
+
 def grow(case, seed, device, workers=1, seeds=1):
     return plant(
         case.scene, seeds, plantings=case.plantings, seed=seed, tested=100, reference=192, base_model=case.base_model,
@@ -60,14 +65,14 @@ def train(name, seed, device):
     return checks(grow(CASES[name], seed, device)).assign(case=name)
 
 
-def score(name, seed, device):
+def score(name, seed, device, entries=explainers):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FitWarning)  # of untrained networks
     grown = grow(CASES[name], seed, device)
     checked = checks(grown)
     failed = set(checked[~checked["took"]]["planting"])
     print(name, seed, *[f"not scored: {planting}" for planting in failed], flush=True)
-    table = contest.compare([one for one in grown if one.planting not in failed], device=device)
+    table = contest.compare([one for one in grown if one.planting not in failed], entries, device)
     return table.assign(case=name)
 
 
@@ -83,28 +88,38 @@ def short(table):
     return table.assign(**{name: [float(f"{v:.4g}") for v in of] for name, of in numbers.items()})
 
 
+def over_stages(tables):
+    """One row for each explainer of a planting, from the tables of several seeds."""
+    scored = pd.concat(sorted(tables, key=lambda t: (list(CASES).index(t["case"].iloc[0]), t["seed"].iloc[0])))
+    cases = scored.groupby("case", sort=False)
+    over = pd.concat([contest.over_stages(of.drop(columns="case")).assign(case=name) for name, of in cases])
+    return scored, short(wide(over, ["case", "planting", "seed", "direction", "explainer"]))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--fused", action="store_true", help="all with their stages fused, over fewer seeds")
     chosen = parser.parse_args()
+    command = " ".join(["python tests/benchmarks/contest.py", *sys.argv[1:]])
     start = time.perf_counter()
-    places = [(name, case.first + i) for name, case in CASES.items() for i in range(case.seeds)]
     pool = joblib.Parallel(chosen.workers, return_as="generator_unordered")
-    took = pd.concat(pool(joblib.delayed(train)(*place, chosen.device) for place in places))
+
+    def all_of(job, places, *arguments):
+        return list(pool(joblib.delayed(job)(*place, chosen.device, *arguments) for place in places))
+
+    if chosen.fused:
+        tables = all_of(score, FUSED, fused_explainers)
+        results.store("planted_fused", over_stages(tables)[1], command, time.perf_counter() - start)
+        raise SystemExit
+    places = [(name, case.first + i) for name, case in CASES.items() for i in range(case.seeds)]
+    took = pd.concat(all_of(train, places))
     print(took.groupby(["case", "network", "told"])["took"].agg(["sum", "size"]).to_string(), flush=True)
     print(f"training: {time.perf_counter() - start:.0f} s", flush=True)
-    tables = [table for table in pool(joblib.delayed(score)(*place, chosen.device) for place in places) if len(table)]
-    scored = pd.concat(sorted(tables, key=lambda t: (list(CASES).index(t["case"].iloc[0]), t["seed"].iloc[0])))
-    over = pd.concat(
-        [
-            contest.over_stages(of.drop(columns="case")).assign(case=name)
-            for name, of in scored.groupby("case", sort=False)
-        ]
-    )
+    scored, table = over_stages([table for table in all_of(score, places) if len(table)])
     seconds = time.perf_counter() - start
-    keys = ["case", "planting", "seed", "direction", "explainer"]
-    results.store("planted_contest", short(wide(over, keys)), COMMAND, seconds)
+    results.store("planted_contest", table, command, seconds)
     fine = scored[(scored["case"] == "standard") & scored["score"].isin(["ratio", "AUPRC"])]
     means = fine.groupby(["planting", "direction", "explainer", "stage", "score"], sort=False)["value"].mean()
-    results.store("planted_stages", short(means.reset_index()), COMMAND, seconds)
+    results.store("planted_stages", short(means.reset_index()), command, seconds)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 from statistics import median
 
@@ -36,12 +37,7 @@ BOOK = Path(__file__).resolve().parents[2] / "book"
 
 
 def seconds(work, rounds=1):
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return median(timeit.repeat(work, number=1, repeat=rounds))
 
 
 # --- training: resnet10 of width 1/4, 10,000 images of 32 px ----------------------------------

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def coverage(draws=1000):
 
 def memory():
     for n in (200, 400, 800):
-        subprocess.run([sys.executable, __file__, "peak", str(n)], check=True)
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.unexplained", "peak", str(n)], check=True)
 
 
 def peak(n):
@@ -72,12 +73,7 @@ def peak(n):
 
 
 def median_ms(work, rounds=9):
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+    return 1000 * statistics.median(timeit.repeat(work, number=1, repeat=rounds))
 
 
 def unexplained_time():
