@@ -21,6 +21,9 @@ from .explain.grad_cam import grad_cam as grad_cam
 from .explain.patching import patch_agreement as patch_agreement
 from .explain.reference import Reference as Reference
 from .explain.road import perturb as perturb
+from .explain.transferred import Transferred as Transferred
+from .explain.transferred import transferred as transferred
+from .explain.transferred import transferred_share as transferred_share
 from .explain.unexplained import Unexplained as Unexplained
 from .explain.unexplained import unexplained as unexplained
 from .explain.unexplained import unexplained_share as unexplained_share

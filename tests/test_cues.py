@@ -54,6 +54,16 @@ def test_values_of_cues_may_be_correlated():
     assert values[:, 0].bincount().tolist() == [900] * 3
 
 
+def test_a_cue_is_repainted_and_all_else_stays():
+    images, labels, masks = draw(Scene(), 60, 0)
+    repainted, others, same = draw(Scene(), 60, 0, (0, 1, 0))
+    assert torch.equal(masks, same)
+    assert torch.equal(Scene().values_of(others), (Scene().values_of(labels) + torch.tensor([0, 1, 0])) % 3)
+    changed = (images != repainted).any(1)
+    assert changed.flatten(1).any(1).all()
+    assert not (changed & (masks != 2)).any()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_value_decides_the_picture_of_a_cue(name):
     at = (np.arange(10) + 0.5) / 5 - 1

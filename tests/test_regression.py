@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from kdx.explain import regression
-from kdx.explain.regression import RIDGES, Moments, Regression, share_left
+from kdx.explain.regression import RIDGES, Beyond, Moments, Regression, errors_beyond, share, share_left
 
 OLD_GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -38,12 +38,13 @@ def test_regression_is_ridge_with_an_intercept_and_the_strength_that_predicts_be
 
 def test_errors_of_all_strengths_are_those_of_ridge_regressions():
     y, x = (t.double() + 1 for t in of_factors(30, 6, 3, 2, 0.5))
-    errors, alone = regression.held_out_errors([Moments.of(y[i::3], x[i::3]) for i in range(3)])[1]
+    errors, alone, fitted = regression.held_out_errors([Moments.of(y[i::3], x[i::3]) for i in range(3)])[1]
     rows = np.arange(30) % 3 == 1
-    for ridge, error in zip(RIDGES, errors, strict=True):
+    for ridge, error, known in zip(RIDGES, errors, fitted, strict=True):
         strength = ridge * x[~rows].numpy().var(0).mean()
         oracle = Ridge(alpha=strength * (~rows).sum()).fit(x[~rows].numpy(), y[~rows].numpy())
-        assert float(error) == pytest.approx(((oracle.predict(x[rows].numpy()) - y[rows].numpy()) ** 2).sum())
+        for which, found in ((rows, error), (~rows, 2 * known)):  # twice as many are fitted on
+            assert float(found) == pytest.approx(((oracle.predict(x[which].numpy()) - y[which].numpy()) ** 2).sum())
     assert float(alone) == pytest.approx(float((y[rows] - y[~rows].mean(0)).square().sum()))
 
 
@@ -105,3 +106,61 @@ def test_features_that_do_not_vary_explain_nothing():
     of = torch.randn(10, 2, 2, 2)
     found = fit(of, torch.ones(10, 3, 2, 2))
     torch.testing.assert_close(found.left_over(of, torch.ones(10, 3, 2, 2)), of - of.mean((0, 2, 3), keepdim=True))
+
+
+def mixed(n, shares, k=10, seed=0, others=10):
+    """y, x of a base and of another, whose parts of y's variance are known: of the base, of the other beyond it, own.
+    The other has much in common with the base."""
+    generator = torch.Generator().manual_seed(seed)
+    base, beyond, own = (torch.randn(n, k, generator=generator) for _ in range(3))
+    y = sum(share**0.5 * part for share, part in zip(shares, (base, beyond, own), strict=True))
+    other = torch.cat(
+        [beyond[:, :others] + base[:, :others], torch.randn(n, max(0, others - k), generator=generator)], 1
+    )
+    return y, base, other
+
+
+def parts_of(y, base, other, folds=10):
+    x = torch.cat([base, other], 1)
+    spread, left, last = errors_beyond([Moments.of(y[i::folds], x[i::folds]) for i in range(folds)], base.shape[1])
+    return [share(of, spread)[0] for of in (spread - left, left - last, last)]
+
+
+def test_a_mix_gives_the_mix_back():
+    found = parts_of(*mixed(400, (0.5, 0.5, 0.0)))
+    assert [part.mean for part in found] == pytest.approx([0.5, 0.5, 0], abs=0.05)
+    assert found[2].mean < 1e-5
+    found = parts_of(*mixed(400, (1.0, 0.0, 0.0)))
+    assert [part.mean for part in found] == pytest.approx([1, 0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.1, 0.4), (0.4, 0.3, 0.3), (0.3, 0.0, 0.7), (0.8, 0.15, 0.05)])
+@pytest.mark.parametrize("others", [10, 40])
+def test_parts_are_not_biased_with_300_images(shares, others):
+    draws = [[part.mean for part in parts_of(*mixed(300, shares, seed=seed, others=others))] for seed in range(60)]
+    error = np.std(draws, axis=0) / 60**0.5
+    assert (np.abs(np.mean(draws, axis=0) - shares) < 0.01 + 2 * error).all()
+
+
+def test_an_other_that_is_the_base_adds_nothing():
+    y, base, _ = mixed(300, (0.5, 0.2, 0.3))
+    for other in (base, base @ torch.randn(10, 10, generator=torch.Generator().manual_seed(1))):
+        assert parts_of(y, base, other)[1].mean == pytest.approx(0, abs=0.01)
+
+
+def test_intervals_of_the_parts_hold():
+    """The true part handed over is in the 95 % interval."""
+    truth, hits = 0.3, 0
+    for seed in range(200):
+        part = parts_of(*mixed(200, (0.4, truth, 0.3), seed=seed), folds=5)[1]
+        hits += part.low <= truth <= part.high
+    assert hits / 200 > 0.95 - 4 * (0.95 * 0.05 / 200) ** 0.5
+
+
+def test_what_is_predicted_beyond_the_base_is_the_others_part():
+    """On images that were not fitted on, the prediction is the other's own factors in y."""
+    y, base, other = mixed(2000, (0.5, 0.3, 0.2))
+    x = torch.cat([base, other], 1)
+    beyond = Beyond.fit([Moments.of(y[i:1500:2], x[i:1500:2]) for i in range(2)], 10)
+    expected = 0.3**0.5 * (other - base)[1500:]
+    assert (beyond(base[1500:], other[1500:]) - expected).square().mean() < 0.02 * expected.square().mean()

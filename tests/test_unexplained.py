@@ -9,36 +9,7 @@ import kdx
 from kdx import Reference
 from kdx.explain.regression import FitWarning
 from kdx.explain.unexplained import contributions, fuse, smooth, unexplained_features
-
-
-class Colours(nn.Module):
-    """Answers with the mean amounts of some colour channels; its one stage holds them, mixed."""
-
-    def __init__(self, channels, mix=None):
-        super().__init__()
-        mix = torch.eye(len(channels)) if mix is None else mix
-        self.features = nn.Conv2d(3, len(mix), 1, bias=False)
-        self.features.weight.data = (mix @ torch.eye(3)[list(channels)])[:, :, None, None]
-        self.head = nn.Linear(len(mix), 3, bias=False)
-        back = torch.zeros(3, len(channels))
-        back[list(channels), range(len(channels))] = 1.0
-        self.head.weight.data = back @ torch.linalg.pinv(mix)
-
-    def forward(self, x):
-        return self.head(self.features(x).mean((2, 3)))
-
-
-LAYERS = {"L1": "features"}
-
-
-def blots(n, seed, strength=None):
-    """Images with a red, a green and a blue pixel at random places, of one or random strength up to 2."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.zeros(n, 3, 6, 6)
-    places = torch.stack([torch.randperm(36, generator=generator)[:3] for _ in range(n)])
-    for i in range(3):
-        x.flatten(2)[torch.arange(n), i, places[:, i]] = strength or 2 * torch.rand(n, generator=generator)
-    return x, places
+from tests.networks import LAYERS, Colours, blots
 
 
 def reference_of(student, base, n=60):

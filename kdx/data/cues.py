@@ -7,7 +7,7 @@ appear in a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -187,13 +187,14 @@ class Scene:
         return sum(1 << self.cues.index(cue) for cue in cues)
 
 
-def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(scene: Scene, n: int, seed: int, turn: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """Draw images with equal shares of all classes, except for the correlation of the scene.
 
     Args:
         scene: How the images are drawn.
         n: Number of images.
         seed: Draws classes, places and backgrounds.
+        turn: For each cue, by how many the value is moved on. The images are otherwise the same.
 
     Returns:
         Images, uint8 (n, 3, size, size), labels, int64 (n,) over ``scene.classes``, and masks, uint8 (n, size, size),
@@ -203,7 +204,8 @@ def draw(scene: Scene, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.from_numpy(rng.permutation(np.arange(n) % len(scene.classes)))
     values = scene.values_of(labels)
     alike = torch.from_numpy(rng.random(n) < scene.correlation)
-    labels = scene.labels_of(torch.where(alike[:, None], values[:, :1], values))
+    values = torch.where(alike[:, None], values[:, :1], values)
+    labels = scene.labels_of((values + torch.tensor(turn or 0)) % scene.values)
     blocks = [_draw(scene, part.numpy(), rng) for part in scene.values_of(labels).split(BLOCK)]
     images, masks = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return torch.from_numpy(images), labels, torch.from_numpy(masks)

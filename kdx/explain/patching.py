@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kdx.explain.reference import ANSWER, DIRECTIONS, Reference, both_inputs, centre_logits
+from kdx.explain.reference import ANSWER, DIRECTIONS, Reference, centre_logits, inputs_of
 from kdx.explain.unexplained import WINDOW, contributions, sides, unexplained_features
 from kdx.networks.capture import logits_of
 from kdx.networks.stages import evaluating, unwrapped
@@ -64,7 +64,7 @@ def patch_agreement(
         >>> table.shape, table["quantity"].unique().tolist()
         ((24, 7), ['agreement', 'promised', 'measured'])
     """
-    pair = both_inputs(images)
+    pair = inputs_of(images)
     if (n := len(pair[0])) < 3 or patches < 1:
         raise ValueError(f"images, patches: expected at least 3 images and 1 patch, got {n} and {patches}")
     generator = torch.Generator().manual_seed(seed)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import distance
-from kdx.explain.regression import RIDGES, FitWarning, Moments, Regression
+from kdx.explain.regression import RIDGES, Beyond, FitWarning, Moments, Regression, resample
 from kdx.networks.capture import activations, logits_of
 from kdx.networks.stages import evaluating, stages
 from kdx.networks.threads import locked
@@ -21,7 +21,9 @@ from kdx.networks.vision_transformers import to_grid
 
 NETWORKS = ("student", "base")
 DIRECTIONS = {"distilled": (0, 1), "residual": (1, 0)}  # which of NETWORKS is explained, given which
+HANDED_OVER = {"student": (0, 1, 2), "teacher": (2, 1, 0)}  # of student, base and teacher; the last beyond the second
 ANSWER = "answer"  # the logits, beside the stages
+Network = nn.Module | Callable[[Tensor], Any]
 AT_ONCE = 2**20  # input values whose features are held at a time: 6 images of 224 x 224
 
 
@@ -38,15 +40,19 @@ class Reference:
     Args:
         student: Any CNN or plain vision transformer. It runs in evaluation mode and is left as it was found.
         base: Likewise.
-        images: (n, c, h, w) with n >= 5, normalised as the networks expect; a pair of tensors where student and base
-            expect different inputs.
+        images: (n, c, h, w) with n >= 5, normalised as the networks expect; a tuple of tensors, one for each network,
+            where they expect different inputs.
+        teacher: For :func:`kdx.transferred`. Any network, with any classes; or a function that returns logits, or
+            log-probabilities, for images, such as a call of a service. Of a function, and of a network without stages
+            of the student's names, only the answers are used.
         layers_student: Stage -> module name; None takes :func:`kdx.stages`.
         layers_base: Likewise.
+        layers_teacher: Likewise; empty takes the answers only.
 
     Attributes:
-        networks: Student and base.
-        layers: Of student and base, stage -> module name.
-        inputs: Images of student and base.
+        networks: Student, base and, if given, teacher.
+        layers: Of each, stage -> module name.
+        inputs: Images of each.
 
     Raises:
         ValueError: Fewer than 5 images, or stages that differ between the networks or are not called.
@@ -66,18 +72,26 @@ class Reference:
         self,
         student: nn.Module,
         base: nn.Module,
-        images: Tensor | tuple[Tensor, Tensor],
+        images: Tensor | tuple[Tensor, ...],
         *,
+        teacher: Network | None = None,
         layers_student: Mapping[str, str] | None = None,
         layers_base: Mapping[str, str] | None = None,
+        layers_teacher: Mapping[str, str] | None = None,
     ) -> None:
-        self.networks = (student, base)
-        self.inputs = both_inputs(images)
+        self.networks: tuple[Network, ...] = (student, base)
+        given = [layers_student, layers_base]
+        if teacher is not None:
+            if teacher in (student, base):
+                raise ValueError("teacher: expected a third network, got the student or the base")
+            self.networks += (teacher,)
+            given.append(layers_teacher if isinstance(teacher, nn.Module) else {})
+        self.inputs = inputs_of(images, len(self.networks))
         self.layers = tuple(
             stages(network, x) if layers is None else dict(layers)
-            for network, x, layers in zip(self.networks, self.inputs, (layers_student, layers_base), strict=True)
+            for network, x, layers in zip(self.networks, self.inputs, given, strict=True)
         )
-        check_stages(*self.layers)
+        check_stages(*self.layers[:2])
         if (n := len(self.inputs[0])) < 5:
             raise ValueError(f"images: a reference needs at least 5 to compare, got {n}")
         self.features_of(*(x[:1] for x in self.inputs))  # what cannot be had is said now
@@ -90,17 +104,24 @@ class Reference:
     def stages(self) -> list[str]:
         return list(self.layers[0])
 
-    def features_of(self, *images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Stage -> activations (n, k, h, w) of student and base, from one forward pass of each."""
+    @property
+    def shared_stages(self) -> list[str]:
+        """Those that the teacher has as well."""
+        return [stage for stage in self.layers[0] if stage in self.layers[-1]]
+
+    def features_of(self, *images: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Stage -> activations (n, k, h, w) of student and base, from one forward pass of each; with images for the
+        teacher, of all three, at the stages that it shares."""
         captures = []
-        for network, x, layers in zip(self.networks, images, self.layers, strict=True):
-            found = activations(network, x, layers)
+        for network, x, layers in zip(self.networks, images, self.layers, strict=False):
+            found = activations(network, x, layers) if layers else {}
             captures.append({stage: to_grid(stage, layers[stage], output, x) for stage, output in found.items()})
-        return {stage: (captures[0][stage].float(), captures[1][stage].float()) for stage in self.stages}
+        shared = self.stages if len(images) == 2 else self.shared_stages
+        return {stage: tuple(found[stage].float() for found in captures) for stage in shared}
 
     def answers_of(self, *images: Tensor) -> tuple[Tensor, ...]:
-        """Centred logits (n, classes) of student and base."""
-        return tuple(centre_logits(logits_to(network, x)) for network, x in zip(self.networks, images, strict=True))
+        """Centred logits (n, classes) of student, base and, with images for it, the teacher."""
+        return tuple(centre_logits(logits_to(network, x)) for network, x in zip(self.networks, images, strict=False))
 
     def check_weights(self) -> None:
         """Raise ValueError if the weights of a network changed since the reference was made.
@@ -109,7 +130,8 @@ class Reference:
         ``.data`` or numpy that touch one of 64 values read from each tensor. A change of a few other values that
         bypasses autograd is not seen.
         """
-        for name, then, now in zip(NETWORKS, self._weights, self._read_weights(), strict=True):
+        names = (*NETWORKS, "teacher")
+        for name, then, now in zip(names, self._weights, self._read_weights(), strict=False):
             if then != now:
                 raise ValueError(
                     f"reference: the weights of the {name} changed, or were moved, after the reference was made; make "
@@ -117,25 +139,30 @@ class Reference:
                 )
 
     def _read_weights(self) -> list[tuple[Any, ...]]:
-        with locked(*self.networks):
-            return [weights_mark(network) for network in self.networks]
+        modules = [network for network in self.networks if isinstance(network, nn.Module)]
+        with locked(*modules):
+            return [weights_mark(network) for network in modules]
 
-    def moments(self, images: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, dict[str, Moments]]:
-        """Direction -> stage, or ``ANSWER`` -> moments of one network's features and the other's over some of the
-        images of student and base, a few at a time."""
-        found: dict[str, dict[str, Moments]] = {direction: {} for direction in DIRECTIONS}
+    def moments(self, images: tuple[Tensor, ...], rows: Tensor) -> dict[str, dict[str, Moments]]:
+        """Name -> stage, or ``ANSWER`` -> moments of one network's features and those of others over some of the
+        images, a few at a time. Of two networks, names are those of ``DIRECTIONS``, of three those of ``HANDED_OVER``.
+        Features are compared on the student's grid if there is a teacher."""
+        questions: dict[str, tuple[int, ...]] = {**(DIRECTIONS if len(images) == 2 else HANDED_OVER)}
+        found: dict[str, dict[str, Moments]] = {name: {} for name in questions}
         at_once = max(1, AT_ONCE // max(x[0].numel() for x in images))
         for part in rows.split(at_once):
-            x = tuple(both[part] for both in images)
+            x = tuple(of[part] for of in images)
             features: dict[str, tuple[Tensor, ...]] = {**self.features_of(*x), ANSWER: self.answers_of(*x)}
-            for direction, (explained, given) in DIRECTIONS.items():
-                for stage, both in features.items():
-                    new = Moments.of(both[explained], both[given])
-                    known = found[direction].get(stage)
-                    found[direction][stage] = new if known is None else known + new
+            for stage, of in features.items():
+                if len(images) > 2:
+                    of = tuple(resample(f, of[0]) for f in of)
+                for name, (explained, *given) in questions.items():
+                    new = Moments.of(of[explained], torch.cat([of[i] for i in given], 1))
+                    known = found[name].get(stage)
+                    found[name][stage] = new if known is None else known + new
         return found
 
-    def parts(self, images: tuple[Tensor, Tensor], count: int, seed: int = 0) -> list[dict[str, dict[str, Moments]]]:
+    def parts(self, images: tuple[Tensor, ...], count: int, seed: int = 0) -> list[dict[str, dict[str, Moments]]]:
         """:meth:`moments` of random parts of the images."""
         order = torch.randperm(len(images[0]), generator=torch.Generator().manual_seed(seed))
         return [self.moments(images, rows.to(images[0].device)) for rows in order.tensor_split(count)]
@@ -143,7 +170,7 @@ class Reference:
     @cached_property
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Stage -> activations of student and base, (n, k, h, w) each, contiguous."""
-        found = self.features_of(*self.inputs)
+        found = self.features_of(*self.inputs[:2])
         return {stage: (both[0].contiguous(), both[1].contiguous()) for stage, both in found.items()}
 
     @cached_property
@@ -177,7 +204,7 @@ class Reference:
     @cached_property
     def regressions(self) -> dict[str, dict[str, Regression]]:
         """Direction -> stage, or ``ANSWER`` -> regression of one network on the other."""
-        halves = self.parts(self.inputs, 2)
+        halves = self.parts(self.inputs[:2], 2)
         found = {
             direction: {stage: Regression.fit([half[direction][stage] for half in halves]) for stage in of}
             for direction, of in halves[0].items()
@@ -192,13 +219,25 @@ class Reference:
             )
         return found
 
+    @cached_property
+    def beyond(self) -> dict[str, Beyond]:
+        """Shared stage, or ``ANSWER`` -> what the teacher predicts of the student beyond the base."""
+        halves = self.parts(self.inputs, 2)
+        return {
+            stage: Beyond.fit(
+                [half["student"][stage] for half in halves], len(of.x) - len(halves[0]["teacher"][stage].y)
+            )
+            for stage, of in halves[0]["student"].items()
+        }
 
-def both_inputs(images: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Images for student and base, from images for both or from a pair of equal length."""
-    pair = (images, images) if isinstance(images, Tensor) else tuple(images)
-    if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not len(pair[0]):
-        raise ValueError(f"images: expected a tensor, or a pair of equal length, got {[tuple(x.shape) for x in pair]}")
-    return pair
+
+def inputs_of(images: Tensor | tuple[Tensor, ...], networks: int = 2) -> tuple[Tensor, ...]:
+    """Images for student, base and perhaps teacher, from images for all or from a tuple of equal length."""
+    found = (images,) * networks if isinstance(images, Tensor) else tuple(images)
+    if len(found) != networks or len({len(x) for x in found}) > 1 or not len(found[0]):
+        what = "a pair" if networks == 2 else f"{networks} of them"
+        raise ValueError(f"images: expected a tensor, or {what} of equal length, got {[tuple(x.shape) for x in found]}")
+    return found
 
 
 def warn_if_few(n: int, classes: int, stacklevel: int) -> None:
@@ -234,9 +273,9 @@ def centre_logits(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logits_to(network: nn.Module, images: Tensor) -> Tensor:
+def logits_to(network: Network, images: Tensor) -> Tensor:
     """Logits float32 (n, classes), a few images at a time."""
-    with evaluating(network):
+    with evaluating(network) if isinstance(network, nn.Module) else nullcontext():
         return torch.cat([logits_of(network(x)).float() for x in images.split(64)])
 
 

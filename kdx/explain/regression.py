@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from kdx.inference import ratio_values
 from kdx.intervals import Interval
 
 RIDGES = tuple(10 ** (i / 2) for i in range(-12, 9))  # 1e-6 to 1e4, of the mean variance of the regressors
@@ -66,6 +70,44 @@ class Moments:
         xy = self.xy / n - torch.outer(mean_x, y) - torch.outer(x, mean_y - y)
         return xx, xy, self.yy / n - ((2 * mean_y - y) * y).sum()
 
+    def ridge(self, strength: float) -> Tensor:
+        """Weights (k given, k explained) of the ridge regression with an intercept, for a strength relative to the mean
+        variance of the regressors; 0 where none of them varies."""
+        xx, xy, _ = self.about(*self.means)
+        penalty = strength * xx.diagonal().mean()
+        if not penalty > 0:
+            return torch.zeros_like(xy)
+        return torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
+
+    def first(self, k: int) -> Moments:
+        """With the first k regressors alone."""
+        return Moments(self.n, self.x[:k], self.y, self.xx[:k, :k], self.xy[:k], self.yy)
+
+    def others(self, k: int) -> Moments:
+        """The regressors after the first k, explained by the first k."""
+        xx = self.xx
+        return Moments(self.n, self.x[:k], self.x[k:], xx[:k, :k], xx[:k, k:], xx[k:, k:].diagonal().sum())
+
+    def beyond(self, known: Moments, of_y: Tensor, of_others: Tensor) -> Moments:
+        """What the first k regressors leave over of y, explained by what they leave over of the other regressors.
+
+        Args:
+            known: Moments about whose means the weights were fitted.
+            of_y: Weights (k, k explained).
+            of_others: Weights (k, k given - k).
+        """
+        k = len(of_y)
+        (mean_x, mean_y), (own_x, own_y) = known.means, self.means
+        xx, xy, yy = self.about(mean_x, mean_y)
+        known_xx, cross = xx[:k, :k], xx[:k, k:]
+        shared = of_others.T @ cross
+        left_xx = xx[k:, k:] - shared - shared.T + of_others.T @ known_xx @ of_others
+        left_xy = xy[k:] - of_others.T @ xy[:k] - cross.T @ of_y + of_others.T @ known_xx @ of_y
+        left_yy = yy - 2 * (of_y * xy[:k]).sum() + (of_y * (known_xx @ of_y)).sum()
+        x = own_x[k:] - mean_x[k:] - (own_x[:k] - mean_x[:k]) @ of_others
+        y = own_y - mean_y - (own_x[:k] - mean_x[:k]) @ of_y
+        return Moments(self.n, *(self.n * part for part in (x, y, left_xx, left_xy, left_yy)))
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -88,25 +130,51 @@ class Regression:
     def fit(cls, parts: Sequence[Moments]) -> Regression:
         """Regress y on x over two or more disjoint parts, with the strength of ``RIDGES`` that best predicts each part
         from the others."""
-        errors = torch.stack([found[0] for found in held_out_errors(parts)]).sum(0)
+        errors = torch.stack([found.held_out for found in held_out_errors(parts)]).sum(0)
         best = int(errors.argmin())
         gain = errors[{0: 1, len(RIDGES) - 1: -2}.get(best, best)] - errors[best]
         whole = reduce(add, parts)
         mean_x, mean_y = whole.means
-        xx, xy, yy = whole.about(mean_x, mean_y)
-        strength = RIDGES[best] * xx.diagonal().mean()
-        if strength > 0:
-            weights = torch.linalg.solve(xx + strength * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
-        else:  # nothing varies, so nothing can be predicted from it
-            weights = torch.zeros_like(xy)
+        yy = whole.about(mean_x, mean_y)[2]
+        weights = whole.ridge(RIDGES[best])
         varies = yy > 1e-9 * whole.yy / whole.n
         limited = bool(varies and gain > MATTERS * whole.n * yy)
         return cls(weights.float(), (mean_y - mean_x @ weights).float(), float(yy), limited)
 
+    def predict(self, given: Tensor) -> Tensor:
+        """The explained features (n, k explained, ...) for regressors (n, k given, ...)."""
+        predicted = torch.einsum("nk...,kj->nj...", given, self.weights)
+        return predicted + self.intercept.view(-1, *[1] * (given.ndim - 2))
+
     def left_over(self, of: Tensor, given: Tensor) -> Tensor:
         """The part of ``of`` that ``given`` does not predict, both (n, k, ...)."""
-        predicted = torch.einsum("nk...,kj->nj...", resample(given, of), self.weights)
-        return of - predicted - self.intercept.view(-1, *[1] * (of.ndim - 2))
+        return of - self.predict(resample(given, of))
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What one network predicts of another beyond a third, see :func:`errors_beyond`.
+
+    Attributes:
+        of_given: Regression of the predicting network on the third.
+        of_left: Regression of what the third leaves over of the one on what it leaves over of the other.
+    """
+
+    of_given: Regression
+    of_left: Regression
+
+    @classmethod
+    def fit(cls, parts: Sequence[Moments], k: int) -> Beyond:
+        """Of y on the regressors after the first k, beyond these."""
+        whole = reduce(add, parts)
+        first, given = Regression.fit([p.first(k) for p in parts]), Regression.fit([p.others(k) for p in parts])
+        weights = (first.weights.double(), given.weights.double())
+        return cls(given, Regression.fit([part.beyond(whole, *weights) for part in parts]))
+
+    def __call__(self, first: Tensor, given: Tensor) -> Tensor:
+        """The prediction (n, k explained, ...) from the features of the third and of the predicting network, all on one
+        grid."""
+        return self.of_left.predict(self.of_given.left_over(given, first))
 
 
 def resample(given: Tensor, of: Tensor) -> Tensor:
@@ -116,20 +184,35 @@ def resample(given: Tensor, of: Tensor) -> Tensor:
     return F.interpolate(given, of.shape[2:], mode="bilinear", antialias=True, align_corners=False)
 
 
-def held_out_errors(parts: Sequence[Moments]) -> list[tuple[Tensor, Tensor]]:
-    """How well regressions on all other parts predict each part.
+class Errors(NamedTuple):
+    """How well regressions on some images predict others.
 
-    Returns:
-        For each part, the summed squared errors (ridges,) and the summed squared distance from the others' mean, which
-        is the error without regressors.
+    Attributes:
+        held_out: Summed squared errors on the others (ridges,).
+        alone: Likewise without regressors, that is the squared distances from the mean of the fitted, a scalar.
+        fitted: Summed squared errors on the fitted images (ridges,), scaled to the number of the others.
     """
-    return [_errors(reduce(add, [*parts[:i], *parts[i + 1 :]]), part) for i, part in enumerate(parts)]
+
+    held_out: Tensor
+    alone: Tensor
+    fitted: Tensor
 
 
-def _errors(known: Moments, other: Moments) -> tuple[Tensor, Tensor]:
+def held_out_errors(parts: Sequence[Moments]) -> list[Errors]:
+    """How well regressions on all other parts predict each part."""
+    return [_errors(known, part) for known, part in _against_others(parts)]
+
+
+def _against_others(parts: Sequence[Moments]) -> Iterator[tuple[Moments, Moments]]:
+    """All others, and the part."""
+    for i, part in enumerate(parts):
+        yield reduce(add, [*parts[:i], *parts[i + 1 :]]), part
+
+
+def _errors(known: Moments, other: Moments) -> Errors:
     """With the covariance of the regressors in its own basis, all strengths cost little more than one."""
     means = known.means
-    xx, xy, _ = known.about(*means)
+    xx, xy, yy = known.about(*means)
     values, vectors = torch.linalg.eigh(xx)
     cross = vectors.T @ xy  # (k given, k explained)
     xx_other, xy_other, yy_other = other.about(*means)
@@ -137,29 +220,63 @@ def _errors(known: Moments, other: Moments) -> tuple[Tensor, Tensor]:
     quadratic = (vectors.T @ xx_other @ vectors) * (cross @ cross.T)
     strengths = values.new_tensor(RIDGES)[:, None] * values.mean()
     shrunk = 1 / (values.clamp(min=0) + strengths) if values.mean() > 0 else values.new_zeros(len(RIDGES), len(values))
-    errors = yy_other - 2 * shrunk @ linear + ((shrunk @ quadratic) * shrunk).sum(1)
-    return other.n * errors, other.n * yy_other
+    held_out = yy_other - 2 * shrunk @ linear + ((shrunk @ quadratic) * shrunk).sum(1)
+    fitted = yy - (shrunk * (2 - shrunk * values)) @ cross.square().sum(1)
+    return Errors(other.n * held_out, other.n * yy_other, other.n * fitted)
+
+
+def share(of: Tensor, whole: Tensor) -> tuple[Interval, NDArray[np.float64]]:
+    """The ratio of two sums over J folds (folds,), each of which is predicted by a regression on all others.
+
+    The variance over folds is multiplied by 1 / J + 1 / (J - 1), since their regressions share images (Nadeau & Bengio
+    2003), so the t interval holds for other images to fit and to predict.
+
+    Returns:
+        The share with its 95 % interval and the number of folds, and values (J,) whose mean it is, to first order; NaN
+        where the whole is 0.
+    """
+    n = len(whole)
+    if not whole.sum() > 0:
+        return Interval(math.nan, math.nan, math.nan, n), np.full(n, math.nan)
+    parts = ratio_values(of.cpu()[None], whole.cpu()[None])[0]
+    mean, half = parts.mean(), stats.t.ppf(0.975, n - 1) * parts.std(ddof=1) * math.sqrt(1 / n + 1 / (n - 1))
+    return Interval(float(mean), float(mean - half), float(mean + half), n), parts
 
 
 def share_left(folds: Sequence[Moments]) -> Interval:
-    """The share of y's variance that x does not predict, by cross-fitting.
+    """The share of y's variance that x does not predict. Each fold is predicted by the regression on all others, with
+    the strength that is best for the other folds; at least two folds, of about equal size."""
+    found = held_out_errors(folds)
+    return share(_chosen(found)[0], torch.stack([errors.alone for errors in found]))[0]
 
-    Each fold is predicted by the regression on all others, with the strength that is best for the other folds. The
-    variance over J folds is multiplied by 1 / J + 1 / (J - 1), since their regressions share images (Nadeau & Bengio
-    2003), so the 95 % t interval holds for other images to fit and to predict.
 
-    Args:
-        folds: Two or more, of about equal size.
+def errors_beyond(folds: Sequence[Moments], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first k regressors leave over of y, and what is left if the others predict as well, by cross-fitting.
+
+    What the first k leave over of y is regressed on what they leave over of the others. Both regressions have
+    strengths of their own, so others that are of no use are shrunk away and do not worsen the prediction. Errors are
+    means of those on the images that are predicted and on those that are fitted on: the former are too large by what
+    the fit costs, and the latter, to first order, too small by as much.
 
     Returns:
-        The share, with its interval and the number of folds; NaN where y does not vary.
+        For each fold, the summed squared errors without regressors, with the first k, and with all: (folds,) each.
     """
-    errors, spreads = (torch.stack(found) for found in zip(*held_out_errors(folds), strict=True))
-    chosen = (errors.sum(0) - errors).argmin(1)
-    left, n = errors.gather(1, chosen[:, None])[:, 0], len(folds)
-    if not spreads.sum() > 0:
-        return Interval(math.nan, math.nan, math.nan, n)
-    share = float(left.sum() / spreads.sum())
-    around = (left - share * spreads) / spreads.mean()  # the ratio of two sums, linearised
-    half = float(stats.t.ppf(0.975, n - 1) * around.std() * math.sqrt(1 / n + 1 / (n - 1)))
-    return Interval(share, share - half, share + half, n)
+    found = held_out_errors([fold.first(k) for fold in folds])
+    left, of_y = _chosen(found, both=True)
+    _, of_others = _chosen(held_out_errors([fold.others(k) for fold in folds]))
+    with_all = []
+    for (known, fold), one, other in zip(_against_others(folds), of_y, of_others, strict=True):
+        weights = known.first(k).ridge(RIDGES[one]), known.others(k).ridge(RIDGES[other])
+        with_all.append(_errors(known.beyond(known, *weights), fold.beyond(known, *weights)))
+    return torch.stack([errors.alone for errors in found]), left, _chosen(with_all, both=True)[0]
+
+
+def _chosen(found: Sequence[Errors], both: bool = False) -> tuple[Tensor, list[int]]:
+    """The errors of each fold (folds,) with the strength that is best for the other folds, and these, as places in
+    ``RIDGES``; held-out errors, or ``both``, scaled so that their sum is the mean of that of held-out and fitted."""
+    held_out, fitted = (torch.stack(errors) for errors in zip(*((e.held_out, e.fitted) for e in found), strict=True))
+    best = (held_out.sum(0) - held_out).argmin(1)
+    errors, others = (of.gather(1, best[:, None])[:, 0] for of in (held_out, fitted))
+    if both and errors.sum() > 0:
+        errors = errors * (1 + others.sum() / errors.sum()) / 2
+    return errors, best.tolist()

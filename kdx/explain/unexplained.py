@@ -21,8 +21,8 @@ from kdx.explain.reference import (
     DIRECTIONS,
     NETWORKS,
     Reference,
-    both_inputs,
     centre_logits,
+    inputs_of,
     warn_if_few,
 )
 from kdx.explain.regression import share_left
@@ -102,7 +102,7 @@ def unexplained(
     """
     if not 0 <= window <= 1:
         raise ValueError(f"window: expected a share of the map's side, 0 to 1, got {window}")
-    pair = tuple(x.clone() if x.is_inference() else x for x in both_inputs(images))
+    pair = tuple(x.clone() if x.is_inference() else x for x in inputs_of(images))
     found: dict[str, dict[str, list[Tensor]]] = {d: {s: [] for s in reference.stages} for d in DIRECTIONS}
     with torch.inference_mode(False):
         for x in zip(*(part.split(batch_size) for part in pair), strict=True):
@@ -155,7 +155,7 @@ def unexplained_share(
         (10, 7)
     """
     reference.check_weights()
-    pair = reference.inputs if images is None else both_inputs(images)
+    pair = reference.inputs[:2] if images is None else inputs_of(images)
     n = len(pair[0])
     if not 3 <= folds <= n:
         raise ValueError(f"folds: expected 3 to {n}, the number of images, got {folds}")
@@ -205,7 +205,7 @@ def contributions(reference: Reference, x: tuple[Tensor, ...], whole: bool = Fal
 def unexplained_features(reference: Reference, images: Tensor | tuple[Tensor, ...]) -> dict[str, dict[str, Tensor]]:
     """E of :func:`unexplained`: direction -> stage -> (n, k, h, w)."""
     reference.check_weights()
-    fitted, features = reference.regressions, reference.features_of(*both_inputs(images))
+    fitted, features = reference.regressions, reference.features_of(*inputs_of(images))
     return {
         direction: {s: fitted[direction][s].left_over(both[explained], both[given]) for s, both in features.items()}
         for direction, (explained, given) in DIRECTIONS.items()

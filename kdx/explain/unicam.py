@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdx import distance
 from kdx.explain.grad_cam import METHODS, agreement
-from kdx.explain.reference import DIRECTIONS, NETWORKS, Reference, both_inputs, digests, naming, pool
+from kdx.explain.reference import DIRECTIONS, NETWORKS, Reference, digests, inputs_of, naming, pool
 
 Both = tuple[Tensor, Tensor]  # of student and base
 
@@ -108,7 +108,7 @@ def unicam(
         own = torch.eye(len(reference), dtype=torch.bool, device=labels.device)
         parts = [{name: stage.maps(stage.features, stage.distances, own, method) for name, stage in stages.items()}]
     else:
-        parts = _explain(reference, stages, labels, both_inputs(images), image_labels, method, batch_size)
+        parts = _explain(reference, stages, labels, inputs_of(images), image_labels, method, batch_size)
 
     def collect(direction: str, what: int) -> dict[str, Tensor]:
         return {name: torch.cat([part[name][direction][what] for part in parts]) for name in stages}

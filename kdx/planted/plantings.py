@@ -85,9 +85,10 @@ HARDER = {
 }
 
 
-def images_of(scene: Scene, n: int, seed: int) -> Dataset:
-    """``n`` images of a scene, with the card of the registered dataset except for classes and size."""
-    images, labels, masks = draw(scene, n, seed)
+def images_of(scene: Scene, n: int, seed: int, turn: Sequence[int] = ()) -> Dataset:
+    """``n`` images of a scene as :func:`kdx.data.cues.draw` draws them, with the card of the registered dataset except
+    for classes and size."""
+    images, labels, masks = draw(scene, n, seed, turn)
     card = replace(DATASETS["planted"], classes=scene.classes, size=(3, scene.size, scene.size), counts={})
     return Dataset(images, labels, card, masks)
 

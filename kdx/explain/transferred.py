@@ -1,0 +1,203 @@
+r"""What a student has from its teacher: the part of its answers and features that its base cannot express and its
+teacher can.
+
+Two networks that differ in their seed alone differ in much, so what the base leaves unexplained
+(:mod:`kdx.explain.unexplained`) is not yet *from the teacher*. It is therefore divided again, by a third network.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of
+from kdx.explain.regression import FitWarning, Moments, errors_beyond, resample, share
+from kdx.explain.unexplained import WINDOW, fuse, smooth
+from kdx.networks.capture import gradients
+
+PARTS = {  # of the variance of the student, and of its teacher
+    "student": ("base", "handed over", "own", "handed over, of unexplained"),
+    "teacher": ("base", "taken", "not taken", "taken, of unexplained"),
+}
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """Maps of the handed-over features that make the handed-over answer of a student.
+
+    Values are in the unit of :class:`kdx.Unexplained`, the mean energy of the student's answers.
+
+    Attributes:
+        distilled: Stage -> float32 map (n, h, w) >= 0, at the student's resolution.
+    """
+
+    distilled: dict[str, Tensor]
+
+    @property
+    def fused(self) -> Tensor:
+        """One map (n, h, w) >= 0 from those of all stages, see :func:`kdx.explain.unexplained.fuse`."""
+        return fuse(self.distilled)
+
+
+def transferred_share(
+    reference: Reference, images: Tensor | tuple[Tensor, ...] | None = None, *, folds: int = 10, seed: int = 0
+) -> pd.DataFrame:
+    r"""The parts of the variance of a student's answers, and of its features at each stage: what the base can express,
+    what beyond that the teacher can (*handed over*), and what neither can (*own*).
+
+    With student S, base B and teacher T, each is regressed on B, and what is left over of S on what is left over of T
+    (Frisch & Waugh 1933). With :math:`R^2_b` the share of the variance that B predicts, and :math:`R^2_{bt}` that B
+    and T predict,
+
+    .. math:: \text{handed over} = R^2_{bt} - R^2_b, \qquad
+              \tau = \frac{R^2_{bt} - R^2_b}{1 - R^2_b},
+
+    where :math:`\tau` is *handed over, of unexplained*. The same with S and T exchanged tells what the student has
+    *taken* of what the teacher knows beyond the base, and what not.
+
+    Everything is cross-fitted: the images are divided into folds, and each is predicted by regressions on all others.
+    A teacher that has nothing to do with the student, such as one that was shown other images, thus gets 0 on average,
+    whatever the number of its features. But no share says by itself that something was handed over: networks trained
+    on the same images have more in common than their base tells. Compare a second base in the student's place.
+
+    Args:
+        reference: Made with a teacher.
+        images: (n, c, h, w), or a tuple of three; None takes the reference's. All the more images, the better.
+        folds: At least 3.
+        seed: Draws the folds.
+
+    Returns:
+        of (student or teacher), stage (those that all three have, and ``answer``), part, value, low, high, n (images),
+        folds, and parts, (folds,) values whose mean is the share. Shares of a variance in [0, about 1]; NaN where
+        nothing varies. The 95 % interval is over the images, as for :func:`kdx.unexplained_share`.
+
+    Raises:
+        ValueError: A reference without a teacher, fewer than 3 folds or more than images, or networks whose weights
+            changed.
+
+    Warns:
+        FitWarning: Fewer images to fit on than twice the answers of base and teacher.
+
+    Examples:
+        >>> import kdx, torch
+        >>> networks = [kdx.build("resnet10", 3, "small", 0.125, seed=i) for i in range(3)]
+        >>> images = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> reference = kdx.Reference(*networks[:2], images, teacher=networks[2])
+        >>> table = kdx.transferred_share(reference, folds=3)
+        >>> table["part"].unique()[:4].tolist()
+        ['base', 'handed over', 'own', 'handed over, of unexplained']
+    """
+    check_teacher(reference)
+    reference.check_weights()
+    all_three = reference.inputs if images is None else inputs_of(images, 3)
+    n = len(all_three[0])
+    if not 3 <= folds <= n:
+        raise ValueError(f"folds: expected 3 to {n}, the number of images, got {folds}")
+    parts = reference.parts(all_three, folds, seed)
+    fitted, answers = n - n // folds, len(parts[0]["student"][ANSWER].x)
+    if fitted < 2 * answers:
+        warnings.warn(
+            f"{fitted} images to fit on for {answers} answers of base and teacher are too few for regressions that "
+            f"hold for other images; use {2 * answers} or more",
+            FitWarning,
+            stacklevel=2,
+        )
+    table = []
+    for of, names in PARTS.items():
+        for stage in parts[0][of]:
+            k = len(parts[0]["student"][stage].x) - len(parts[0]["teacher"][stage].y)
+            for name, (interval, values) in zip(names, _shares([part[of][stage] for part in parts], k), strict=True):
+                table.append((of, stage, name, *interval[:3], n, folds, values))
+    return pd.DataFrame(table, columns=["of", "stage", "part", "value", "low", "high", "n", "folds", "parts"])
+
+
+def _shares(folds: list[Moments], k: int) -> list[Any]:
+    """The four of ``PARTS``, each as :func:`kdx.explain.regression.share` gives it."""
+    spread, left, last = errors_beyond(folds, k)
+    ratios = ((spread - left, spread), (left - last, spread), (last, spread), (left - last, left))
+    return [share(of, whole) for of, whole in ratios]
+
+
+def transferred(
+    reference: Reference, images: Tensor | tuple[Tensor, ...], *, window: float = WINDOW, batch_size: int = 64
+) -> Transferred:
+    r"""Maps of the handed-over features that make the handed-over answer of a student. No labels are used.
+
+    Over the reference set, the teacher's logits and features are regressed on the base's at the same place, and what
+    is left over of the student's on what is left over of the teacher's. What these regressions predict of the
+    student's answer, :math:`r`, and features, :math:`H`, is handed over. Then, as in :func:`kdx.unexplained`,
+
+    .. math:: c_{hw} = \frac{1}{S} \sum_k \frac{\partial}{\partial A_{khw}} \langle z, r \rangle\, H_{khw},
+              \qquad \mathrm{map} = \mathrm{ReLU}(\bar c).
+
+    At stages that the teacher does not have, H is what the base cannot express.
+
+    Args:
+        reference: Made with a teacher.
+        images: (n, c, h, w), normalised as the networks expect; or a tuple, the student's, the base's, the teacher's.
+        window: As for :func:`kdx.unexplained`.
+        batch_size: Images explained at a time.
+
+    Returns:
+        Raw maps per stage.
+
+    Raises:
+        ValueError: A reference without a teacher, and as for :func:`kdx.unexplained`.
+
+    Examples:
+        >>> import kdx, torch
+        >>> networks = [kdx.build("resnet10", 3, "small", 0.125, seed=i) for i in range(3)]
+        >>> images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> reference = kdx.Reference(*networks[:2], images, teacher=networks[2])
+        >>> tuple(kdx.transferred(reference, images[:2]).fused.shape)
+        (2, 32, 32)
+    """
+    check_teacher(reference)
+    if not 0 <= window <= 1:
+        raise ValueError(f"window: expected a share of the map's side, 0 to 1, got {window}")
+    found: dict[str, list[Tensor]] = {stage: [] for stage in reference.stages}
+    with torch.inference_mode(False):
+        plain = (x.clone() if x.is_inference() else x for x in inputs_of(images, 3))
+        for x in zip(*(part.split(batch_size) for part in plain), strict=True):
+            for stage, contribution in handed_over(reference, x).items():
+                found[stage].append(smooth(contribution, window).relu())
+    return Transferred({stage: torch.cat(maps) for stage, maps in found.items()})
+
+
+def handed_over(reference: Reference, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Signed contributions to the handed-over answer: stage -> (n, h, w).
+
+    Args:
+        reference: Made with a teacher.
+        x: Images for student, base and teacher.
+    """
+    reference.check_weights()
+    beyond, fitted = reference.beyond, reference.regressions["distilled"]
+    if not fitted[ANSWER].spread > 0:
+        raise ValueError("the student gives the same answer to every image of the reference")
+    answer = beyond[ANSWER](*reference.answers_of(*x)[1:])
+    features = reference.features_of(*x)
+    slopes = gradients(
+        reference.networks[0], x[0], lambda z: (centre_logits(z.float()) * answer).sum(), reference.layers[0]
+    )
+    others = reference.features_of(*x[:2]) if len(features) < len(slopes) else {}
+    found = {}
+    for stage, (activation, gradient) in slopes.items():
+        if stage in beyond:
+            base, teacher = (resample(f, activation) for f in features[stage][1:])
+            part = beyond[stage](base, teacher)
+        else:
+            part = fitted[stage].left_over(activation, others[stage][1])
+        found[stage] = (gradient * part).sum(1) / fitted[ANSWER].spread
+    return found
+
+
+def check_teacher(reference: Reference) -> None:
+    """Raise ValueError if a reference has no teacher."""
+    if len(reference.networks) < 3:
+        raise ValueError("reference: expected one with a teacher; make it with kdx.Reference(..., teacher=...)")

@@ -1,0 +1,138 @@
+import pandas as pd
+import pytest
+import torch
+
+import kdx
+from kdx.explain.regression import FitWarning
+from kdx.explain.transferred import PARTS
+from tests.networks import LAYERS, Colours, Small, blots
+
+ALL = {f"layers_{name}": LAYERS for name in ("student", "base", "teacher")}
+
+
+def reference_of(student, base, teacher, n=300, **layers):
+    x, _ = blots(n, 1)
+    return kdx.Reference(Colours(student), Colours(base), x, teacher=Colours(teacher), **ALL | layers)
+
+
+def shares(reference, **settings):
+    table = kdx.transferred_share(reference, **settings).set_index(["of", "stage", "part"])
+    return table["value"]
+
+
+@pytest.mark.parametrize(
+    ("student", "base", "teacher", "parts"),
+    [
+        ((0, 1), (0,), (1,), (1 / 2, 1 / 2, 0)),
+        ((0, 1), (0,), (0, 1), (1 / 2, 1 / 2, 0)),
+        ((0, 1, 2), (0,), (0, 1), (1 / 3, 1 / 3, 1 / 3)),
+        ((0, 1), (0,), (2,), (1 / 2, 0, 1 / 2)),
+        ((0, 1), (0, 1), (0, 1, 2), (1, 0, 0)),
+    ],
+)
+def test_parts_of_a_student_whose_colours_come_from_base_and_teacher(student, base, teacher, parts):
+    """Answers are the amounts of colours, which are independent and vary alike."""
+    reference = reference_of(student, base, teacher)
+    found = shares(reference)
+    assert found["student", "answer"][list(PARTS["student"][:3])].tolist() == pytest.approx(list(parts), abs=0.07)
+    assert found["student", "L1"]["handed over"] == pytest.approx(parts[1], abs=0.07)
+    assert found["student", "answer"][:3].sum() == pytest.approx(1, abs=1e-9)
+    new, both = set(teacher) - set(base), set(teacher) & set(student) - set(base)
+    if new:
+        assert found["teacher", "answer"]["taken, of unexplained"] == pytest.approx(len(both) / len(new), abs=0.05)
+
+
+def test_a_teacher_that_was_shown_other_images_handed_nothing_over():
+    student, base, teacher = (kdx.build("resnet10", 10, "small", 0.125, seed=i) for i in range(3))
+    x = torch.rand(300, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    related = kdx.transferred_share(kdx.Reference(student, base, x, teacher=teacher))
+    other = kdx.transferred_share(kdx.Reference(student, base, (x, x, x.roll(1, 0)), teacher=teacher))
+    for table, least in ((related, 0.015), (other, -0.01)):
+        of = table[(table["of"] == "student") & (table["part"] == "handed over")].set_index("stage")
+        assert of.index.tolist() == ["L1", "L2", "L3", "L4", "answer"]
+        assert (of["value"] > least).all()
+    assert (of["value"] < 0.01).all()
+    assert (of["low"] < 0.002).all()
+
+
+def test_maps_lie_where_the_student_sees_what_its_teacher_and_not_its_base_sees():
+    reference = reference_of((0, 1, 2), (0,), (0, 1))
+    x, places = blots(20, 2, strength=2.0)
+    maps = kdx.transferred(reference, x, window=0)
+    found = maps.distilled["L1"].flatten(1)
+    assert torch.equal(found.argmax(1), places[:, 1])
+    assert found.gather(1, places[:, [1]]).sum() / found.sum() > 0.9
+    unexplained = kdx.unexplained(reference, x, window=0).distilled["L1"].flatten(1)
+    assert unexplained.gather(1, places[:, [2]]).sum() / unexplained.sum() > 0.3  # the student's own
+    assert maps.fused.shape == (20, 6, 6)
+
+
+@pytest.mark.parametrize("teacher", ["a function", "a network without the stages", "layers_teacher={}"])
+def test_of_some_teachers_only_the_answers_are_used(teacher):
+    network, layers = Colours((0, 1)), {"layers_student": LAYERS, "layers_base": LAYERS}
+    if teacher == "a function":
+        given = lambda x: network(x).log_softmax(1).detach()  # noqa: E731
+    elif teacher == "layers_teacher={}":
+        given, layers = network, layers | {"layers_teacher": {}}
+    else:
+        given, layers = network, layers | {"layers_teacher": {"B1": "features"}}
+    x, _ = blots(300, 1)
+    reference = kdx.Reference(Colours((0, 1)), Colours((0,)), x, teacher=given, **layers)
+    table = kdx.transferred_share(reference)
+    assert set(table["stage"]) == {"answer"}
+    assert table.set_index(["of", "part"])["value"]["student", "handed over"] == pytest.approx(0.5, abs=0.07)
+    shown, places = blots(10, 2, strength=2.0)
+    assert torch.equal(kdx.transferred(reference, shown, window=0).distilled["L1"].flatten(1).argmax(1), places[:, 1])
+
+
+def test_teachers_of_another_family_and_input(one_thread):
+    student = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    base = kdx.build("resnet10", 3, "small", 0.125, seed=1)
+    teacher = kdx.build("mobilenet_v2", 5, "small", 0.25, seed=2)
+    x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    three = (x, x, x[:, :, :24, :24])
+    reference = kdx.Reference(student, base, three, teacher=teacher)
+    table = kdx.transferred_share(reference, folds=4)
+    assert table["value"].notna().all()
+    maps = kdx.transferred(reference, tuple(x[:3] for x in three))
+    assert all(m.shape[0] == 3 and m.isfinite().all() for m in maps.distilled.values())
+    pair = kdx.unexplained_share(reference, folds=4)  # is the same with and without a teacher
+    pd.testing.assert_frame_equal(pair, kdx.unexplained_share(kdx.Reference(student, base, x), folds=4))
+
+
+def test_networks_are_left_as_they_were_and_changes_are_seen():
+    networks = [Small(seed=i).train() for i in range(3)]
+    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reference = kdx.Reference(*networks[:2], x, teacher=networks[2])
+    kdx.transferred(reference, x[:2])
+    with torch.inference_mode():
+        kdx.transferred(reference, x[:2].clone())
+    assert all(network.training for network in networks)
+    assert not any(m._forward_hooks for network in networks for m in network.modules())
+    networks[2].a.weight.data.mul_(1.01)
+    for use in (lambda: kdx.transferred(reference, x[:2]), lambda: kdx.transferred_share(reference, folds=3)):
+        with pytest.raises(ValueError, match="the weights of the teacher changed"):
+            use()
+
+
+def test_bad_input_is_named():
+    student, base = Small(seed=0), Small(seed=1)
+    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for same in (student, base):
+        with pytest.raises(ValueError, match="teacher: expected a third network, got the"):
+            kdx.Reference(student, base, x, teacher=same)
+    without = kdx.Reference(student, base, x)
+    for use in (lambda: kdx.transferred(without, x), lambda: kdx.transferred_share(without)):
+        with pytest.raises(ValueError, match="reference: expected one with a teacher"):
+            use()
+    reference = kdx.Reference(student, base, x, teacher=Small(seed=2))
+    with pytest.raises(ValueError, match="window: expected a share"):
+        kdx.transferred(reference, x, window=2)
+    with pytest.raises(ValueError, match="images: expected a tensor, or 3 of them of equal length"):
+        kdx.transferred(reference, (x, x))
+    with pytest.raises(ValueError, match="folds: expected 3 to 12"):
+        kdx.transferred_share(reference, folds=2)
+    many = [kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(3)]
+    few = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(FitWarning, match="27 images to fit on for 40 answers"):
+        kdx.transferred_share(kdx.Reference(*many[:2], few, teacher=many[2]))
