@@ -39,6 +39,7 @@ from .measure.scores import unique_rs as unique_rs
 from .measure.teachers import complexity as complexity
 from .measure.teachers import fidelity as fidelity
 from .measure.teachers import rank_teachers as rank_teachers
+from .measure.who_taught import who_taught as who_taught
 from .networks.capture import activations as activations
 from .networks.capture import capture as capture
 from .networks.models import MODELS as MODELS

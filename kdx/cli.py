@@ -239,6 +239,46 @@ def explain(
         typer.echo(report.explain(given, out))
 
 
+@app.command("who-taught")
+def who_taught(
+    student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
+    base: Annotated[Path, typer.Option(help="its architecture, trained without a teacher")],
+    candidate: Annotated[list[str], typer.Option(help="checkpoint, or NAME=checkpoint; two or more for a p")],
+    data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
+    base2: Annotated[list[Path] | None, typer.Option(help="a base from another seed, may be repeated")] = None,
+    build: Annotated[str, typer.Option(help="module:function that makes the networks; not for those of kdx")] = "",
+    build_candidate: Annotated[str, typer.Option(help="the same for the candidates, if it differs")] = "",
+    size: Annotated[int, typer.Option(help="pixels a side of the input; 0: that of each checkpoint, or 224")] = 0,
+    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
+) -> None:
+    """Rank candidate teachers by what they explain of a student's answers beyond its base."""
+    with _errors(code=2, debug=debug):
+        import json
+
+        from kdx.measure import who_taught as module
+
+        named = [(name or Path(path).stem, Path(path)) for name, _, path in (c.rpartition("=") for c in candidate)]
+        if len(candidates := dict(named)) < len(named):
+            raise ValueError("candidate: several have one name; give them as NAME=checkpoint")
+        of_student, of_base, *more = (
+            module.read_answers(path, build, data, size, limit) for path in (student, base, *(base2 or []))
+        )
+        others = {
+            name: module.read_answers(path, build_candidate or build, data, size, limit)
+            for name, path in candidates.items()
+        }
+        table = module.who_taught(of_student, of_base, others, bases=more)
+        if as_json:
+            rows = [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
+            facts = {"images": len(of_student), "candidates": rows, "verdict": module.verdict(table)}
+            typer.echo(json.dumps(facts, indent=2))
+        else:
+            typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+            typer.echo(module.verdict(table))
+
+
 @contextmanager
 def _seconds(what: str) -> Iterator[list[str]]:
     start = time.perf_counter()

@@ -26,7 +26,10 @@ class Places(nn.Module):
 def test_what_was_taken_is_the_slope_of_the_change_on_the_teachers():
     weights, other = torch.randn(2, 27, 3 * 24 * 24, generator=torch.Generator().manual_seed(0)) / 100
     for student, slope in ((0.38 * weights, 0.38), (weights, 1), (0 * weights, 0), (0.5 * weights + 0 * other, 0.5)):
-        networks = {"student": SimpleNamespace(model=Places(student)), "teacher": SimpleNamespace(model=Places(weights))}
+        networks = {
+            "student": SimpleNamespace(model=Places(student)),
+            "teacher": SimpleNamespace(model=Places(weights)),
+        }
         assert taken(Dosed(0.5, 0, 1, networks), SMALL, 60) == pytest.approx(slope, abs=1e-4)
 
 

@@ -220,15 +220,12 @@ class Reference:
         return found
 
     @cached_property
-    def beyond(self) -> dict[str, Beyond]:
-        """Shared stage, or ``ANSWER`` -> what the teacher predicts of the student beyond the base."""
-        halves = self.parts(self.inputs, 2)
-        return {
-            stage: Beyond.fit(
-                [half["student"][stage] for half in halves], len(of.x) - len(halves[0]["teacher"][stage].y)
-            )
-            for stage, of in halves[0]["student"].items()
-        }
+    def beyond(self) -> Beyond:
+        """What the teacher's answers predict of the student's beyond the base's."""
+        of, base, teacher = self.answers_of(*self.inputs)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(of.device)
+        given = torch.cat([base, teacher], 1)
+        return Beyond.fit([Moments.of(of[half], given[half]) for half in order.tensor_split(2)], base.shape[1])
 
 
 def inputs_of(images: Tensor | tuple[Tensor, ...], networks: int = 2) -> tuple[Tensor, ...]:

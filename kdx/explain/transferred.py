@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of
-from kdx.explain.regression import FitWarning, Moments, errors_beyond, resample, share
+from kdx.explain.regression import FitWarning, Moments, errors_beyond, share
 from kdx.explain.unexplained import WINDOW, fuse, smooth
 from kdx.networks.capture import gradients
 
@@ -28,7 +28,7 @@ PARTS = {  # of the variance of the student, and of its teacher
 
 @dataclass(frozen=True)
 class Transferred:
-    """Maps of the handed-over features that make the handed-over answer of a student.
+    """Maps of the unexplained features that make the handed-over answer of a student.
 
     Values are in the unit of :class:`kdx.Unexplained`, the mean energy of the student's answers.
 
@@ -62,8 +62,9 @@ def transferred_share(
 
     Everything is cross-fitted: the images are divided into folds, and each is predicted by regressions on all others.
     A teacher that has nothing to do with the student, such as one that was shown other images, thus gets 0 on average,
-    whatever the number of its features. But no share says by itself that something was handed over: networks trained
-    on the same images have more in common than their base tells. Compare a second base in the student's place.
+    whatever the number of its answers; features also tell where in the image they are, which any network knows from
+    its padding. And no share says by itself that something was handed over: networks trained on the same images have
+    more in common than their base tells. Compare a second base in the student's place.
 
     Args:
         reference: Made with a teacher.
@@ -126,16 +127,16 @@ def _shares(folds: list[Moments], k: int) -> list[Any]:
 def transferred(
     reference: Reference, images: Tensor | tuple[Tensor, ...], *, window: float = WINDOW, batch_size: int = 64
 ) -> Transferred:
-    r"""Maps of the handed-over features that make the handed-over answer of a student. No labels are used.
+    r"""Maps of the unexplained features that make the handed-over answer of a student. No labels are used.
 
-    Over the reference set, the teacher's logits and features are regressed on the base's at the same place, and what
-    is left over of the student's on what is left over of the teacher's. What these regressions predict of the
-    student's answer, :math:`r`, and features, :math:`H`, is handed over. Then, as in :func:`kdx.unexplained`,
+    Over the reference set, ridge regressions with intercept predict the student's and the teacher's logits from the
+    base's, and what is left over of the student's from what is left over of the teacher's. This prediction,
+    :math:`r`, is the handed-over answer. With E as in :func:`kdx.unexplained`,
 
-    .. math:: c_{hw} = \frac{1}{S} \sum_k \frac{\partial}{\partial A_{khw}} \langle z, r \rangle\, H_{khw},
-              \qquad \mathrm{map} = \mathrm{ReLU}(\bar c).
+    .. math:: c_{hw} = \frac{1}{S} \sum_k \frac{\partial}{\partial A_{khw}} \langle z, r \rangle\, E_{khw},
+              \qquad \mathrm{map} = \mathrm{ReLU}(\bar c):
 
-    At stages that the teacher does not have, H is what the base cannot express.
+    which features that the base cannot express make that part of the answer. The teacher's features are not needed.
 
     Args:
         reference: Made with a teacher.
@@ -177,24 +178,18 @@ def handed_over(reference: Reference, x: tuple[Tensor, ...]) -> dict[str, Tensor
         x: Images for student, base and teacher.
     """
     reference.check_weights()
-    beyond, fitted = reference.beyond, reference.regressions["distilled"]
+    fitted = reference.regressions["distilled"]
     if not fitted[ANSWER].spread > 0:
         raise ValueError("the student gives the same answer to every image of the reference")
-    answer = beyond[ANSWER](*reference.answers_of(*x)[1:])
-    features = reference.features_of(*x)
+    answer = reference.beyond(*reference.answers_of(*x)[1:])
     slopes = gradients(
         reference.networks[0], x[0], lambda z: (centre_logits(z.float()) * answer).sum(), reference.layers[0]
     )
-    others = reference.features_of(*x[:2]) if len(features) < len(slopes) else {}
-    found = {}
-    for stage, (activation, gradient) in slopes.items():
-        if stage in beyond:
-            base, teacher = (resample(f, activation) for f in features[stage][1:])
-            part = beyond[stage](base, teacher)
-        else:
-            part = fitted[stage].left_over(activation, others[stage][1])
-        found[stage] = (gradient * part).sum(1) / fitted[ANSWER].spread
-    return found
+    others = reference.features_of(*x[:2])
+    return {
+        stage: (gradient * fitted[stage].left_over(activation, others[stage][1])).sum(1) / fitted[ANSWER].spread
+        for stage, (activation, gradient) in slopes.items()
+    }
 
 
 def check_teacher(reference: Reference) -> None:

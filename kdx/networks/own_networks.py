@@ -137,7 +137,7 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def header_of(weights: Path | str) -> dict[str, Any]:
-    """The header of a checkpoint of kdx: architecture, classes, mean, std and, in the run store, size.
+    """The header of a checkpoint of kdx: architecture, classes, mean, std and, of trained networks, size.
 
     {} for any other file.
     """
@@ -149,8 +149,11 @@ def header_of(weights: Path | str) -> dict[str, Any]:
             header = json.loads((file.metadata() or {}).get("kdx", "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path}: expected safetensors ({error})") from error
+    run = header.get("run", {})  # of a shipped network; those of the run store have a manifest
     if header and (manifest := path.with_name("manifest.json")).is_file():
-        header["size"] = json.loads(manifest.read_text())["spec"]["input"]["size"][1]
+        run = json.loads(manifest.read_text())
+    if run:
+        header["size"] = run["spec"]["input"]["size"][1]
     return header
 
 

@@ -1,0 +1,222 @@
+"""Who taught this student? Candidate teachers, ranked by what they explain of a student's answers beyond its base."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import integrate, stats
+from torch import Tensor
+
+from kdx.data.own_images import read_pictures
+from kdx.explain.reference import Network, centre_logits, logits_to
+from kdx.explain.regression import FitWarning, Moments, errors_beyond, share
+from kdx.intervals import Interval
+from kdx.networks import own_networks
+
+FOLDS = 10
+PER_ANSWER = 10  # images per answer of all networks that a p needs
+SPREAD = 0.05  # standard deviation of the lead of networks that did not teach, see `who_taught`
+
+
+def who_taught(
+    student: Network | Tensor,
+    base: Network | Tensor,
+    candidates: Mapping[str, Network | Tensor],
+    images: Tensor | None = None,
+    *,
+    bases: Sequence[Network | Tensor] = (),
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Candidate teachers of a student, ranked by what they explain of its answers beyond its base.
+
+    A student imitates the answers of its teacher, with all their peculiarities. Of what X leaves unexplained of the
+    answers of S, let C explain the share :math:`\tau(S \leftarrow C \mid X)`, as in :func:`kdx.transferred_share`. For
+    each candidate C, the table gives
+
+    - *share*, :math:`\tau(S \leftarrow C \mid B)`, beyond the base. The teacher has the largest, but a good network
+      explains much of any other good network.
+    - *lead*, :math:`\sqrt{\tau(S \leftarrow C \mid B, \text{others})} - \sqrt{\tau(B \leftarrow C \mid S,
+      \text{others})}`, two partial correlations: how much more closely the candidate is linked with the student than
+      with the base, when all other candidates are known. Of what they have in common, nothing is left, so the teacher
+      stands out.
+    - *p*, of the hypothesis that the teacher is *none of these*: the probability that the first of so many leads
+      exceeds the second by as much by chance. Leads of networks that did not teach are taken as normal, with a
+      deviation of 0.05 between networks, as measured on the networks of the book (its page *What was handed over*
+      has the error rates), and that of these images. Other kinds of networks may vary more.
+
+    Args:
+        student: A network, a function that returns logits or log-probabilities for images, or such answers to the
+            images, (n, classes). Networks may have different classes.
+        base: Likewise: the student's architecture, trained without a teacher. Another architecture makes every
+            candidate look like a teacher.
+        candidates: Name -> likewise. For a p two or more, best of the teacher's kind: with none to compare, it cannot
+            be told from a similar network. Add any network that was trained for the task.
+        images: (n, c, h, w), normalised as all networks expect; none are needed if all answers are given.
+        bases: Further bases from other seeds, which take away more of what any network knows.
+        seed: Draws the folds of the images.
+
+    Returns:
+        candidate, share, low, high (95 %, over images, for these networks), lead, p; by share, the largest first. p is
+        NaN with a single candidate, and with fewer than ten images per answer of all networks.
+
+    Raises:
+        ValueError: Answers to different images, fewer than 30 images, or a network that gives the answers of another.
+
+    Warns:
+        FitWarning: Fewer than ten images per answer of all networks.
+
+    Examples:
+        >>> import kdx, torch
+        >>> z = torch.randn(6, 400, 10, generator=torch.Generator().manual_seed(0))
+        >>> student = z[0] + z[1] + 0.5 * z[5]
+        >>> kdx.who_taught(student, z[0], {"a": z[1], "b": z[2], "c": z[3]})["candidate"][0]
+        'a'
+    """
+    if not candidates:
+        raise ValueError("candidates: expected name -> network, got none")
+    given = {"student": student, "base": base} | {f"base {i}": b for i, b in enumerate(bases, 2)}
+    if taken := sorted(given.keys() & candidates.keys()):
+        raise ValueError(f"candidates: expected other names than {', '.join(taken)}")
+    answers = {name: _answers(name, network, images) for name, network in {**given, **candidates}.items()}
+    _check(answers, list(candidates))
+    n, width = len(answers["student"]), sum(z.shape[1] for z in answers.values())
+    if n < PER_ANSWER * width:
+        warnings.warn(
+            f"{n} images are too few for a p with {width} answers of {len(answers)} networks; use {PER_ANSWER * width} "
+            "or more",
+            FitWarning,
+            stacklevel=2,
+        )
+    joint = _Joint(answers, seed)
+    known = [name for name in answers if name != "student" and name not in candidates]
+    shares = {name: joint.share("student", name, known)[0] for name in candidates}
+    leads, p = _stand_out(joint, known, list(candidates))
+    if n < PER_ANSWER * width:
+        p = dict.fromkeys(p, math.nan)
+    table = pd.DataFrame(
+        [(name, *shares[name][:3], leads[name], p[name]) for name in candidates],
+        columns=["candidate", "share", "low", "high", "lead", "p"],
+    )
+    return table.sort_values("share", ascending=False, ignore_index=True)
+
+
+def _answers(name: str, network: Network | Tensor, images: Tensor | None) -> Tensor:
+    """Centred logits, float64 (n, classes)."""
+    if isinstance(network, Tensor):
+        logits = network
+    elif images is None:
+        raise ValueError(f"images: expected some for {name}, which is a network; got None")
+    else:
+        logits = logits_to(network, images)
+    if logits.ndim != 2 or not logits.isfinite().all():
+        raise ValueError(f"{name}: expected finite answers (n, classes), got {tuple(logits.shape)}")
+    return centre_logits(logits.detach().double())
+
+
+def _check(answers: Mapping[str, Tensor], candidates: Sequence[str]) -> None:
+    if len({len(z) for z in answers.values()}) > 1:
+        counts = ", ".join(f"{len(z)} ({name})" for name, z in answers.items())
+        raise ValueError(f"expected answers to the same images, got {counts}")
+    if (n := len(answers["student"])) < 3 * FOLDS:
+        raise ValueError(f"images: expected {3 * FOLDS} or more, got {n}")
+    for name, z in answers.items():
+        if not z.var(0).sum() > 0:
+            raise ValueError(f"{name} gives the same answer to every image")
+    for i, name in enumerate(candidates):
+        for other in ["student", "base", *candidates[:i]]:
+            if answers[name].shape == answers[other].shape and torch.allclose(answers[name], answers[other]):
+                raise ValueError(f"candidates: {name} gives the answers of {other}; leave one of them out")
+
+
+class _Joint:
+    """Moments of the answers of all networks in each fold, from which every regression among them is made."""
+
+    def __init__(self, answers: Mapping[str, Tensor], seed: int) -> None:
+        self.columns: dict[str, Tensor] = {}
+        start = 0
+        for name, z in answers.items():
+            self.columns[name] = torch.arange(start, start + z.shape[1], device=z.device)
+            start += z.shape[1]
+        both = torch.cat(list(answers.values()), 1)
+        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).to(both.device)
+        self.folds = [Moments.of(both[rows], both[rows]) for rows in order.tensor_split(FOLDS)]
+
+    def share(self, of: str, candidate: str, known: Sequence[str]) -> tuple[Interval, NDArray[np.float64]]:
+        """Of what the known networks leave unexplained of a network's answers, what the candidate explains."""
+        y = self.columns[of]
+        x = torch.cat([*(self.columns[name] for name in known), self.columns[candidate]])
+        folds = [Moments(f.n, f.x[x], f.x[y], f.xx[x][:, x], f.xx[x][:, y], f.xx[y, y].sum()) for f in self.folds]
+        _, left, last = errors_beyond(folds, len(x) - len(self.columns[candidate]))
+        return share(left - last, left)
+
+    def link(self, of: str, candidate: str, known: Sequence[str]) -> NDArray[np.float64]:
+        """The square root of that share, a partial correlation: (folds,) values whose mean it is, to first order."""
+        interval, parts = self.share(of, candidate, known)
+        correlation = math.sqrt(max(interval.mean, 0.0))
+        return correlation + (parts - interval.mean) / (2 * max(correlation, 0.05))
+
+
+def _stand_out(
+    joint: _Joint, known: Sequence[str], candidates: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Lead and p of each candidate."""
+    rest = ["student", *known, *candidates]
+
+    def links(of: str) -> NDArray[np.float64]:
+        return np.stack([joint.link(of, c, [o for o in rest if o not in (of, c)]) for c in candidates])
+
+    leads = links("student") - np.mean([links(name) for name in known], axis=0)  # (candidates, folds)
+    means = leads.mean(1)
+    p = dict.fromkeys(candidates, math.nan)
+    for i, name in enumerate(candidates if len(candidates) > 1 else ()):
+        second = max((j for j in range(len(candidates)) if j != i), key=lambda j: means[j])
+        ahead = leads[i] - leads[second]
+        of_images = ahead.var(ddof=1) * (1 / FOLDS + 1 / (FOLDS - 1))
+        p[name] = _p_of_lead(float(ahead.mean()) / math.sqrt(SPREAD**2 + of_images), len(candidates))
+    return dict(zip(candidates, means.tolist(), strict=True)), p
+
+
+def _p_of_lead(lead: float, n: int) -> float:
+    """Probability that the largest of n standard normal variables exceeds the second by as much."""
+    if lead <= 0:
+        return 1.0
+    return float(n * integrate.quad(lambda x: stats.norm.pdf(x) * stats.norm.cdf(x - lead) ** (n - 1), -9, 9)[0])
+
+
+def read_answers(checkpoint: Path, build: str, folder: Path, size: int = 0, limit: int | None = None) -> Tensor:
+    """Answers (n, classes) of a checkpoint to the images of a folder, in its own input size and normalisation.
+
+    Args:
+        checkpoint: As for :func:`kdx.load_own`.
+        build: Likewise.
+        folder: As for :func:`kdx.data.own_images.read_pictures`.
+        size: Pixels per side of the input; 0 takes the checkpoint's, or 224.
+        limit: Largest number of images.
+    """
+    header = own_networks.header_of(checkpoint)
+    network = own_networks.load_own(build, checkpoint)
+    pictures = read_pictures(folder, size or header.get("size", 224), limit)
+    normalisation = [header[fact] for fact in ("mean", "std") if fact in header]
+    x = own_networks.network_input(network, pictures.images, normalisation)
+    return own_networks.answers(network, x, f"network of {checkpoint}").clamp_min(1e-30).log()
+
+
+def verdict(table: pd.DataFrame, level: float = 0.05) -> str:
+    """A sentence on a table of :func:`who_taught`."""
+    most, best = table.iloc[0], table.loc[table["p"].idxmin()] if table["p"].notna().any() else None
+    leader = (
+        f"{most['candidate']} explains most, {most['share']:.0%} of what the base leaves unexplained of its answers"
+    )
+    if best is None:
+        return f"{leader}; whether it is the teacher cannot be tested with these images and candidates."
+    p = f"p {best['p']:.2g} that the teacher is none of these"
+    if best["p"] > level:
+        return f"None of the candidates stands out ({p}); {leader}."
+    return f"Taught by {best['candidate']}, which explains {best['share']:.0%} ({p})."

@@ -1,0 +1,84 @@
+"""Figures of what was handed over: parts of a student, doses, and who taught whom."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from kdx.pages.plots import INK, ROLES, colours
+
+PARTS = {"base": ROLES["base"], "handed over": ROLES["student"], "own": "#cfcfcf"}
+
+
+def parts(table: pd.DataFrame) -> Figure:
+    """Stacked bars of what a network shares with its base, has from the teacher beyond that, and has of its own.
+
+    Args:
+        table: network, stage, part (those of ``PARTS``), value, low, high. The interval of the part *handed over* is
+            drawn at its end.
+    """
+    levels, names = list(table["stage"].unique()), list(table["network"].unique())
+    figure, grid = plt.subplots(1, len(levels), figsize=(9.2, 0.3 * len(names) + 1.1), sharex=True, sharey=True)
+    for axes, stage in zip(np.atleast_1d(grid), levels, strict=True):
+        of = table[table["stage"] == stage].set_index(["part", "network"])
+        left = np.zeros(len(names))
+        for part, colour in PARTS.items():
+            rows = of.loc[part].reindex(names)
+            axes.barh(range(len(names)), rows["value"], left=left, color=colour, height=0.72)
+            if part == "handed over":
+                spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+                axes.errorbar(left + rows["value"], range(len(names)), xerr=spread, fmt="none", color=INK, lw=1)
+            left = left + rows["value"].to_numpy()
+        axes.set(title=stage, yticks=range(len(names)), yticklabels=names, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+        axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=part) for part, colour in PARTS.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.supxlabel("share of the variance", fontsize="medium")
+    sns.despine(figure, left=True)
+    return figure
+
+
+def who_taught(table: pd.DataFrame) -> Figure:
+    """Shares of the unexplained answers of students (rows) that candidates (columns) explain; the teacher is framed.
+
+    Args:
+        table: student, candidate, value, taught (whether the candidate is the student's teacher).
+    """
+    values = table.pivot(index="student", columns="candidate", values="value")
+    values = values.loc[table["student"].unique(), table["candidate"].unique()]
+    taught = table.pivot(index="student", columns="candidate", values="taught").loc[values.index, values.columns]
+    size = (0.72 * values.shape[1] + 3.2, 0.34 * len(values) + 1.6)
+    figure, axes = plt.subplots(figsize=size)
+    sns.heatmap(
+        values, ax=axes, cmap="Blues", vmin=0, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, linewidths=1,
+        cbar=False,
+    )  # fmt: skip
+    for i, j in np.argwhere(taught.fillna(False).to_numpy(dtype=bool)):
+        axes.add_patch(plt.Rectangle((j, i), 1, 1, fill=False, ec=ROLES["student"], lw=2.2, clip_on=False))
+    axes.set(xlabel="candidate", ylabel="student")
+    axes.set_xticks(axes.get_xticks(), values.columns, rotation=35, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    return figure
+
+
+def doses(table: pd.DataFrame) -> Figure:
+    """What students took by their behaviour, and what is estimated from their answers, with intervals.
+
+    Args:
+        table: dose, truth, value, low, high.
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 4.4))
+    ends = [min(0.0, table["low"].min()), max(1.0, table["high"].max())]
+    axes.plot(ends, ends, color="#999999", lw=0.8, zorder=0)
+    for dose, colour in colours(f"{dose:.0%}" for dose in sorted(table["dose"].unique())).items():
+        rows = table[table["dose"].map("{:.0%}".format) == dose]
+        if len(rows):
+            spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+            axes.errorbar(rows["truth"], rows["value"], yerr=spread, fmt="o", ms=4, capsize=2, color=colour, label=dose)
+    axes.set(xlabel="taken, by behaviour", ylabel="taken, estimated from the answers")
+    axes.legend(title="weight of the teacher", frameon=False)
+    sns.despine(figure)
+    return figure

@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import kdx
+from kdx.cli import app
+from kdx.explain.regression import FitWarning
+from kdx.measure.who_taught import _p_of_lead, verdict
+from tests.networks import Small
+
+
+def answers(n=1200, classes=6, networks=8, seed=0):
+    """Answers of networks that have something in common, and much of their own: (networks, n, classes)."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, classes, generator=generator)
+    return common + torch.randn(networks, n, classes, generator=generator)
+
+
+def test_the_teacher_is_named_and_an_absent_one_is_not():
+    z = answers()
+    student = 0.5 * (z[1] + answers(seed=1)[0])
+    with_it = kdx.who_taught(student, z[0], {"a": z[2], "teacher": z[1], "b": z[3], "c": z[4]})
+    assert with_it["candidate"][0] == "teacher"
+    assert with_it.columns.tolist() == ["candidate", "share", "low", "high", "lead", "p"]
+    assert with_it["p"][0] < 0.001
+    assert (with_it["p"][1:] == 1).all()
+    assert verdict(with_it).startswith("Taught by teacher, which explains")
+    without = kdx.who_taught(student, z[0], {"a": z[2], "b": z[3], "c": z[4], "d": z[5]})
+    assert without["p"].min() > 0.3
+    assert verdict(without).startswith("None of the candidates stands out (p ")
+
+
+def test_shares_of_a_mix():
+    """The student is base + teacher + noise of the same size, all independent."""
+    z = torch.randn(5, 3000, 4, generator=torch.Generator().manual_seed(0))
+    table = kdx.who_taught(z[0] + z[1] + z[2], z[0], {"teacher": z[1], "other": z[3]}).set_index("candidate")
+    assert table["share"].to_dict() == pytest.approx({"teacher": 0.5, "other": 0}, abs=0.03)
+    assert table["low"]["teacher"] < 0.5 < table["high"]["teacher"]
+    assert table["lead"].to_dict() == pytest.approx({"teacher": 0.5**0.5 - 0.25**0.5, "other": 0}, abs=0.03)
+
+
+def test_further_bases_take_away_what_any_network_knows():
+    z = answers(networks=6)
+    student = z[4] + z[5]
+    one = kdx.who_taught(student, z[0], {"a": z[3], "b": z[2]})
+    two = kdx.who_taught(student, z[0], {"a": z[3], "b": z[2]}, bases=[z[1]])
+    assert (two["share"] < one["share"]).all()
+
+
+def test_p_is_the_probability_of_such_a_lead():
+    draws = np.sort(np.random.default_rng(0).normal(size=(200_000, 4)), axis=1)
+    for lead in (0.2, 1.0, 2.0):
+        assert _p_of_lead(lead, 4) == pytest.approx((draws[:, -1] - draws[:, -2] >= lead).mean(), abs=0.005)
+    assert _p_of_lead(0, 4) == _p_of_lead(-1, 4) == 1
+
+
+def test_p_is_not_given_where_it_cannot_be():
+    z = answers()
+    alone = kdx.who_taught(z[0] + z[1], z[0], {"a": z[1]})
+    assert alone["p"].isna().all()
+    assert "cannot be tested" in verdict(alone)
+    few = answers(n=200)
+    with pytest.warns(
+        FitWarning, match="200 images are too few for a p with 24 answers of 4 networks; use 240 or more"
+    ):
+        table = kdx.who_taught(few[0] + few[1], few[0], {"a": few[1], "b": few[2]})
+    assert table["candidate"][0] == "a"
+    assert table["p"].isna().all()
+
+
+def test_false_alarms_are_rare_among_networks_alike():
+    """A student of a teacher that is not among the candidates, of whom none is nearer to it than the others."""
+    found = []
+    for seed in range(40):
+        z = answers(n=600, classes=3, seed=seed)
+        found.append(kdx.who_taught(z[6] + 0.5 * z[7], z[0], {str(i): z[i] for i in range(1, 5)})["p"].min() <= 0.05)
+    assert np.mean(found) < 0.05 + 4 * (0.05 * 0.95 / 40) ** 0.5
+
+
+def test_networks_functions_and_answers_are_asked_once():
+    x = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    class Counted(Small):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    networks = [Counted(seed=i).eval() for i in range(5)]
+    with torch.no_grad():
+        given = networks[3](x)
+        calls.clear()
+    with pytest.warns(FitWarning):
+        table = kdx.who_taught(
+            networks[0],
+            networks[1],
+            {"network": networks[2], "function": lambda x: networks[4](x), "answers": given},
+            x,
+        )
+    assert sum(calls) == 4 * 60
+    assert set(table["candidate"]) == {"network", "function", "answers"}
+
+
+def test_bad_input_is_named():
+    z = answers(n=100)
+    for message, arguments in {
+        "candidates: expected name -> network, got none": (z[0], z[1], {}),
+        "candidates: a gives the answers of student": (z[0], z[1], {"a": z[0]}),
+        "candidates: a gives the answers of base": (z[0], z[1], {"a": z[1]}),
+        "candidates: b gives the answers of a": (z[0], z[1], {"a": z[2], "b": z[2] + 1}),
+        "candidates: expected other names than base": (z[0], z[1], {"base": z[2]}),
+        "expected answers to the same images, got 100 .student., 100 .base., 99 .a.": (z[0], z[1], {"a": z[2, :99]}),
+        "images: expected 30 or more, got 20": (z[0, :20], z[1, :20], {"a": z[2, :20]}),
+        "base gives the same answer to every image": (z[0], torch.ones(100, 6), {"a": z[2]}),
+        "a: expected finite answers": (z[0], z[1], {"a": z[2] * torch.nan}),
+        "images: expected some for student, which is a network": (Small(), z[1], {"a": z[2]}),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            kdx.who_taught(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore::kdx.explain.regression.FitWarning")
+def test_command_line(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    files = []
+    for i in range(4):
+        files.append(str(tmp_path / f"{i}.pt"))
+        torch.save(Small(seed=i).state_dict(), files[-1])
+    student, base, one, other = files
+    command = ["who-taught", "--student", student, "--base", base, "--candidate", one, "--candidate", f"other={other}"]
+    command += ["--data", str(tmp_path / "photos"), "--build", "tests.networks:Small", "--size", "16"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "cannot be tested" in result.output
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert found["images"] == 40
+    assert {row["candidate"] for row in found["candidates"]} == {"2", "other"}
+    assert found["candidates"][0]["p"] is None
+    twice = CliRunner().invoke(app, [*command, "--candidate", f"other={one}"])
+    assert twice.exit_code == 2
+    assert "several have one name" in twice.stderr
