@@ -24,6 +24,7 @@ from .explain.road import perturb as perturb
 from .explain.transferred import Transferred as Transferred
 from .explain.transferred import transferred as transferred
 from .explain.transferred import transferred_share as transferred_share
+from .explain.transferred import transferred_strength as transferred_strength
 from .explain.unexplained import Unexplained as Unexplained
 from .explain.unexplained import unexplained as unexplained
 from .explain.unexplained import unexplained_share as unexplained_share

@@ -54,6 +54,19 @@ def test_a_teacher_that_was_shown_other_images_handed_nothing_over():
     assert shares(kdx.Reference(*networks[:2], x, teacher=networks[2]))["student", "answer", "handed over"] > 0.015
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.38, 1.0])
+def test_strength_is_how_far_the_student_follows(strength):
+    student = Colours((0, 1))
+    student.head.weight.data[:, 1] *= strength
+    x, _ = blots(400, 1)
+    found = kdx.transferred_strength(kdx.Reference(student, Colours((0,)), x, teacher=Colours((0, 1)), **ALL))
+    assert found.mean == pytest.approx(strength, abs=0.02)
+    assert found.low < strength < found.high
+    table = kdx.transferred_share(kdx.Reference(student, Colours((0,)), x, teacher=Colours((0, 1)), **ALL))
+    taken = table.set_index(["of", "stage", "part"])["value"]["teacher", "answer", "taken, of unexplained"]
+    assert taken == pytest.approx(float(strength > 0), abs=0.01)  # it follows exactly, however far
+
+
 def test_maps_lie_where_the_student_sees_what_its_teacher_and_not_its_base_sees():
     reference = reference_of((0, 1, 2), (0,), (0, 1))
     x, places = blots(20, 2, strength=2.0)
@@ -131,6 +144,8 @@ def test_bad_input_is_named():
         kdx.transferred(reference, (x, x))
     with pytest.raises(ValueError, match="folds: expected 3 to 12"):
         kdx.transferred_share(reference, folds=2)
+    with pytest.raises(ValueError, match="teacher: expected the 4 classes of the student, got 3"):
+        kdx.transferred_strength(kdx.Reference(student, base, x, teacher=Small(3)))
     many = [kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(3)]
     few = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with pytest.warns(FitWarning, match="27 images to fit on for 40 answers"):

@@ -57,7 +57,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     return {
         "unexplained": known.unexplained(),
-        "unexplained, fused": _fused(known.unexplained()),
+        "unexplained, fused": fused(known.unexplained()),
         "unexplained, squared": known.unexplained(power=2),
         "unexplained, no window": known.unexplained(window=0),
         "unexplained, answer alone": known.answer_alone,
@@ -74,7 +74,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "input x gradients": _input_gradients,
         "integrated gradients of the logit difference": _integrated_gradients,
         "answer difference, squared": _squared_difference,
-        "answer difference, squared, fused": _fused(_squared_difference),
+        "answer difference, squared, fused": fused(_squared_difference),
         "occlusion of the logit difference": occluded.explain(_logit_difference),
         "occlusion of the KL divergence": occluded.explain(_kl_divergence),
         "edges": _fixed(_edges),
@@ -87,7 +87,7 @@ def fused_explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: i
     whole = explainers(images, labels, embeddings, seed)
     names = ["unexplained", "unexplained, answer alone", "UniCAM", "UniCAM hires", "feature energy"]
     names += ["feature energy, by class", "Grad-CAM difference", "HiResCAM difference", "HiResCAM difference, window"]
-    return {f"{name}, fused": _fused(whole[name]) for name in [*names, "answer difference, squared"]}
+    return {f"{name}, fused": fused(whole[name]) for name in [*names, "answer difference, squared"]}
 
 
 class _WithReference:
@@ -200,14 +200,14 @@ def _input_slopes(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return torch.autograd.grad(_logit_of(y)(logits_of(network(inputs))), inputs)[0]
 
 
-def _fused(explain: Explainer) -> Explainer:
+def fused(explain: Explainer) -> Explainer:
     """The maps of another explainer, those of all stages made one."""
 
-    def fused(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+    def explain_fused(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
         maps = explain(student, base, x, y)
         return Maps(*(dict.fromkeys(of, fuse(of)) for of in (maps.distilled, maps.residual)))
 
-    return fused
+    return explain_fused
 
 
 def _integrated_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:

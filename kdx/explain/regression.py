@@ -262,13 +262,24 @@ def errors_beyond(folds: Sequence[Moments], k: int) -> tuple[Tensor, Tensor, Ten
         For each fold, the summed squared errors without regressors, with the first k, and with all: (folds,) each.
     """
     found = held_out_errors([fold.first(k) for fold in folds])
-    left, of_y = _chosen(found, both=True)
+    with_all = [_errors(known, fold) for known, fold in _left_over(folds, k)]
+    return torch.stack([errors.alone for errors in found]), *(_chosen(e, both=True)[0] for e in (found, with_all))
+
+
+def slope_beyond(folds: Sequence[Moments], k: int) -> tuple[Interval, NDArray[np.float64]]:
+    """The slope of what the first k regressors leave over of y on what they leave over of the others, which are as many
+    as y and in the same order, by cross-fitting; as :func:`share`."""
+    left = [fold for _, fold in _left_over(folds, k)]
+    return share(*(torch.stack([of(fold) for fold in left]) for of in (lambda m: m.xy.trace(), lambda m: m.xx.trace())))
+
+
+def _left_over(folds: Sequence[Moments], k: int) -> Iterator[tuple[Moments, Moments]]:
+    """Of all others, and of each fold: what the first k regressors leave over, by regressions on all others."""
+    _, of_y = _chosen(held_out_errors([fold.first(k) for fold in folds]))
     _, of_others = _chosen(held_out_errors([fold.others(k) for fold in folds]))
-    with_all = []
     for (known, fold), one, other in zip(_against_others(folds), of_y, of_others, strict=True):
         weights = known.first(k).ridge(RIDGES[one]), known.others(k).ridge(RIDGES[other])
-        with_all.append(_errors(known.beyond(known, *weights), fold.beyond(known, *weights)))
-    return torch.stack([errors.alone for errors in found]), left, _chosen(with_all, both=True)[0]
+        yield known.beyond(known, *weights), fold.beyond(known, *weights)
 
 
 def _chosen(found: Sequence[Errors], both: bool = False) -> tuple[Tensor, list[int]]:

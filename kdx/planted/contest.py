@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from kdx.explain.explainers import Explainer, Maps, explainers
-from kdx.explain.reference import DIRECTIONS, NETWORKS
+from kdx.explain.explainers import Explainer, Maps, explainers, fused
+from kdx.explain.reference import DIRECTIONS, NETWORKS, Reference
+from kdx.explain.transferred import transferred
+from kdx.explain.unexplained import unexplained
 from kdx.inference import holm
 from kdx.intervals import mean_interval
 from kdx.measure.localisation import auroc, localisation
@@ -131,6 +133,35 @@ def oracles(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[s
         return Maps(**found)
 
     return lambda images, labels, embeddings: {"the mask itself": explain}
+
+
+def with_teachers(grown: Sequence[Grown]) -> Callable[[Tensor, Tensor, Tensor], dict[str, Explainer]]:
+    """Entries for :func:`compare` that also see the teacher: *transferred*, with and without all stages fused, beside
+    *unexplained* and the strongest of its rivals. Residual maps are those of *unexplained*.
+
+    The second base is read with a teacher of its planting, and untrained networks with an untrained one.
+    """
+
+    def teacher_of(student: nn.Module, base: nn.Module) -> nn.Module:
+        roles = [{role: run.model for role, run in one.networks.items()} for one in grown]
+        own = [of["teacher"] for of in roles if (of["student"], of["base"]) == (student, base)]
+        others = [of["teacher"] for of in roles if (of["second base"], of["base"]) == (student, base)]
+        if found := [teacher for teacher in own + others if teacher is not student]:
+            return found[0]
+        architecture: dict[str, Any] = student.architecture  # type: ignore[assignment]
+        return build(**architecture, seed=UNTRAINED - 1).eval().to(next(student.parameters()).device)
+
+    def entries(images: Tensor, labels: Tensor, embeddings: Tensor) -> dict[str, Explainer]:
+        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+            reference = Reference(student, base, images, teacher=teacher_of(student, base))
+            residual = unexplained(reference, (x, x)).residual
+            return Maps(transferred(reference, x).distilled, residual)
+
+        known = explainers(images, labels, embeddings)
+        names = ("unexplained", "unexplained, fused", "answer difference, squared, fused")
+        return {"transferred": explain, "transferred, fused": fused(explain)} | {name: known[name] for name in names}
+
+    return entries
 
 
 def _magnitudes(maps: Any) -> dict[tuple[str, str], Tensor]:

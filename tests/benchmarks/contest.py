@@ -2,7 +2,8 @@
 
 Trains the networks of all cases that are not in the run store, checks that training planted the cues, scores every
 explainer on every sound planting, and stores the scores. About two hours on 2 cores; ``--device cuda --workers 12``
-uses a GPU. With ``--fused``: those that have maps of stages, all fused.
+uses a GPU. With ``--fused``: those that have maps of stages, all fused. With ``--teachers``: the maps of
+``kdx.transferred``, which see the teacher, on seeds and cues that had no part in choosing them (about an hour).
 """
 
 import argparse
@@ -51,6 +52,7 @@ CASES = {
 
 FUSED = [("other cues", 198 + i) for i in range(3)]
 FUSED += [(name, case.first) for name, case in CASES.items() if name not in ("standard", "other cues")]
+TEACHERS = [("standard", 600 + i) for i in range(3)] + [("other cues", 600 + i) for i in range(6)]
 
 
 def grow(case, seed, device, workers=1, seeds=1):
@@ -65,14 +67,15 @@ def train(name, seed, device):
     return checks(grow(CASES[name], seed, device)).assign(case=name)
 
 
-def score(name, seed, device, entries=explainers):
+def score(name, seed, device, entries=None):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FitWarning)  # of untrained networks
     grown = grow(CASES[name], seed, device)
     checked = checks(grown)
     failed = set(checked[~checked["took"]]["planting"])
     print(name, seed, *[f"not scored: {planting}" for planting in failed], flush=True)
-    table = contest.compare([one for one in grown if one.planting not in failed], entries, device)
+    sound = [one for one in grown if one.planting not in failed]
+    table = contest.compare(sound, entries or contest.with_teachers(sound), device)
     return table.assign(case=name)
 
 
@@ -101,6 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--fused", action="store_true", help="all with their stages fused, over fewer seeds")
+    parser.add_argument("--teachers", action="store_true", help="maps that see the teacher, over seeds of their own")
     chosen = parser.parse_args()
     command = " ".join(["python tests/benchmarks/contest.py", *sys.argv[1:]])
     start = time.perf_counter()
@@ -109,6 +113,12 @@ if __name__ == "__main__":
     def all_of(job, places, *arguments):
         return list(pool(joblib.delayed(job)(*place, chosen.device, *arguments) for place in places))
 
+    if chosen.teachers:
+        print(pd.concat(all_of(train, TEACHERS))["took"].agg(["sum", "size"]).to_string(), flush=True)
+        results.store(
+            "planted_teachers", over_stages(all_of(score, TEACHERS, None))[1], command, time.perf_counter() - start
+        )
+        raise SystemExit
     if chosen.fused:
         tables = all_of(score, FUSED, fused_explainers)
         results.store("planted_fused", over_stages(tables)[1], command, time.perf_counter() - start)
@@ -117,7 +127,7 @@ if __name__ == "__main__":
     took = pd.concat(all_of(train, places))
     print(took.groupby(["case", "network", "told"])["took"].agg(["sum", "size"]).to_string(), flush=True)
     print(f"training: {time.perf_counter() - start:.0f} s", flush=True)
-    scored, table = over_stages([table for table in all_of(score, places) if len(table)])
+    scored, table = over_stages([table for table in all_of(score, places, explainers) if len(table)])
     seconds = time.perf_counter() - start
     results.store("planted_contest", table, command, seconds)
     fine = scored[(scored["case"] == "standard") & scored["score"].isin(["ratio", "AUPRC"])]
