@@ -48,6 +48,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/03_capacity_gap",
         "executed/04_own_models",
         "executed/05_planted",
+        "executed/06_handed_over",
         "executed/explorer",
         "own_models",
         "glossary",

@@ -1,6 +1,7 @@
 """Explainers through the protocol: oracles, constants, and comparisons."""
 
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,8 +10,18 @@ import torch
 import kdx
 from kdx.explain.explainers import Maps, fused_explainers
 from kdx.pages import results
-from kdx.planted.contest import CLAIMED, DETECTED, compare, duels, is_best, oracles, over_seeds, over_stages
-from tests.planted import constant, make_networks, make_plantings
+from kdx.planted.contest import (
+    CLAIMED,
+    DETECTED,
+    compare,
+    duels,
+    is_best,
+    oracles,
+    over_seeds,
+    over_stages,
+    with_teachers,
+)
+from tests.planted import SCENE, constant, make_networks, make_plantings
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +178,22 @@ def test_a_claim_is_made_of_seeds_in_which_both_plantings_took():
             for p, v in (("distilled", 10.0), ("nothing", 1.0)) if (s, p) != (1, "distilled")]  # fmt: skip
     found = over_seeds(pd.DataFrame(rows, columns=COLUMNS)).set_index("score").loc[CLAIMED]
     assert (found["value"], found["seeds"]) == (pytest.approx(0.1), 1)
+
+
+def test_maps_that_see_the_teacher_are_compared_with_the_teacher_of_their_planting():
+    networks = make_networks()
+    teacher = SimpleNamespace(key="teacher", model=kdx.build("resnet10", 27, "small", 0.125, seed=7).eval())
+    grown = make_plantings(networks | {"teacher": teacher})[:1]
+    one = grown[0]
+    known = one.reference.card.normalize(one.reference.images), one.reference.labels, SCENE.embeddings
+    x, y = one.images.card.normalize(one.images.images), one.images.labels
+    explain = with_teachers(grown)(*known)["transferred"]
+    student, base, second = (one.networks[role].model for role in ("student", "base", "second base"))
+    for network in (student, second):
+        reference = kdx.Reference(network, base, known[0], teacher=teacher.model)
+        found = explain(network, base, x, y).distilled
+        assert all(torch.equal(found[s], m) for s, m in kdx.transferred(reference, x).distilled.items())
+    untrained = kdx.build("resnet10", 27, "small", 0.125, seed=8).eval()
+    assert all(m.isfinite().all() for m in explain(untrained, base, x, y).distilled.values())
+    table = compare(grown, with_teachers(grown))
+    assert {"transferred", "transferred, fused", "unexplained, fused"} <= set(table["explainer"])

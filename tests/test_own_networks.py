@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdx import build, save_checkpoint
+from kdx.distil.run_store import shipped_table
 from kdx.networks.own_networks import (
     answers,
     check_answers,
@@ -17,6 +18,7 @@ from kdx.networks.own_networks import (
     load_own,
     network_input,
 )
+from kdx.paths import CHECKOUT
 
 
 def network(width=4):
@@ -210,3 +212,9 @@ def test_another_class_order_is_refused_and_confusion_is_not():
     with pytest.raises(ValueError, match="the student and the base number the classes differently"):
         check_class_order(many, 99 - many, ("the student", "the base"))
     assert not check_class_order(torch.arange(50), 49 - torch.arange(50), ("", ""))  # one image a class tells nothing
+
+
+def test_the_header_of_a_shipped_network_tells_its_input_size():
+    row = shipped_table().iloc[0]
+    header = header_of(CHECKOUT / "data" / "networks" / row["file"])
+    assert header["size"] == {"cifar10": 32, "petimages": 96, "plantvillage": 96, "planted": 32}[row["dataset"]]

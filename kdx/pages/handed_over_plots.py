@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from kdx.pages.plots import INK, ROLES, colours
+from kdx.data.dataset import Dataset
+from kdx.pages.plots import INK, MAPS, ROLES, bare, colours, show_image
 
 PARTS = {"base": ROLES["base"], "handed over": ROLES["student"], "own": "#cfcfcf"}
 
@@ -38,6 +44,34 @@ def parts(table: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     figure.supxlabel("share of the variance", fontsize="medium")
     sns.despine(figure, left=True)
+    return figure
+
+
+def maps(dataset: Dataset, columns: Mapping[str, Tensor], names: Sequence[str], answers: Sequence[str]) -> Figure:
+    """Images beside raw maps. The first map has a scale of its own in each row; the others share one.
+
+    Args:
+        dataset: The n images.
+        columns: Heading -> raw map (n, h, w).
+        names: n classes.
+        answers: n texts, what the networks say.
+    """
+    n = len(dataset)
+    figure, grid = plt.subplots(n, 1 + len(columns), figsize=(1.9 * (1 + len(columns)), 2.0 * n + 0.3), squeeze=False)
+    first, *others = columns.values()
+    for i, row in enumerate(grid):
+        show_image(row[0], dataset.images[i])
+        row[0].set_ylabel(textwrap.fill(names[i], 14), fontsize=10)
+        row[0].set_xlabel(textwrap.fill(answers[i], 34), fontsize=8)
+        shared = float(torch.stack([m[i].amax() for m in others]).amax())
+        for axes, of, top in zip(
+            row[1:], columns.values(), [float(first[i].amax()), *[shared] * len(others)], strict=True
+        ):
+            axes.imshow(of[i], cmap=MAPS, vmin=0, vmax=top or 1.0, interpolation="nearest")
+        for axes in row:
+            bare(axes)
+    for axes, title in zip(grid[0], ["image", *columns], strict=True):
+        axes.set_title(title, fontsize=10)
     return figure
 
 
