@@ -34,7 +34,7 @@ def test_the_teacher_is_framed():
         [("a", "x", 0.5, True), ("a", "y", 0.2, False), ("b", "y", 0.4, True)],
         columns=["student", "candidate", "value", "taught"],
     )
-    (axes,) = handed_over_plots.who_taught(table).axes
+    (axes,) = handed_over_plots.who_taught(table, ["a", "b", "c"]).axes
     assert [patch.get_xy() for patch in axes.patches] == [(0, 0), (1, 1)]
     assert [text.get_text() for text in axes.texts] == ["0.50", "0.20", "0.40"]  # one was not asked
 

@@ -18,7 +18,7 @@ from kdx.networks.own_networks import (
     load_own,
     network_input,
 )
-from kdx.paths import CHECKOUT
+from kdx.paths import CHECKOUT, networks_home
 
 
 def network(width=4):
@@ -77,7 +77,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, weights):
 
     lacking = {key: value for key, value in weights.items() if key != "0.weight"}
     check(r"missing 0.weight; unexpected fc.weight", lacking | {"fc.weight": torch.zeros(1)})
-    check(r"missing 0.weight, 0.bias, 1.weight and 4 more; unexpected a", {"a": torch.zeros(1)})
+    check(r"missing 0.weight, 0.bias, 1.weight and 3 more; unexpected a", {"a": torch.zeros(1)})
     check(r"more than the weights of this Sequential; unexpected fc", weights | {"fc": torch.zeros(1)})
     check(r"0.weight: \(4, 3, 3, 3\) where the network has \(5, 3, 3, 3\), and 5 more", weights, lambda: network(5))
     check(r"NaN or infinite: 1.running_var;", weights | {"1.running_var": torch.full((4,), torch.inf)})
@@ -214,7 +214,22 @@ def test_another_class_order_is_refused_and_confusion_is_not():
     assert not check_class_order(torch.arange(50), 49 - torch.arange(50), ("", ""))  # one image a class tells nothing
 
 
-def test_the_header_of_a_shipped_network_tells_its_input_size():
+def test_prefixes_of_wrappers_are_taken_off_and_old_files_have_no_counts(tmp_path, weights):
+    old = {f"module.model.{key}": value for key, value in weights.items() if "num_batches" not in key}
+    save_file(old, tmp_path / "old.safetensors")
+    found = load_own(network, tmp_path / "old.safetensors").state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights if "num_batches" not in key)
+    save_file(
+        {f"a.{key}" if key[0] == "0" else f"b.{key}": value for key, value in weights.items()},
+        tmp_path / "two.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"not the weights of this Sequential; missing 0\.weight"):
+        load_own(network, tmp_path / "two.safetensors")
+
+
+def test_the_header_of_a_shipped_network_tells_its_input_size(monkeypatch):
+    monkeypatch.setenv("KDX_NETWORKS", str(CHECKOUT / "data" / "networks"))
     row = shipped_table().iloc[0]
-    header = header_of(CHECKOUT / "data" / "networks" / row["file"])
+    header = header_of(networks_home() / row["file"])
     assert header["size"] == {"cifar10": 32, "petimages": 96, "plantvillage": 96, "planted": 32}[row["dataset"]]

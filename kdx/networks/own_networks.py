@@ -82,7 +82,8 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
         build: A function that returns the network, or ``"module:function"`` as for :func:`find_builder`; ``""`` for a
             checkpoint of kdx, which knows its architecture.
         weights: A file of safetensors, or of ``torch.save(model.state_dict(), path)``. A state dict within a checkpoint
-            (under state_dict or model, say) and the prefix of DataParallel are found.
+            (under state_dict or model, say) is found, and prefixes that all keys share, such as DataParallel's, are
+            taken off.
 
     Raises:
         ValueError: No such file, one that only executing its code could open, keys or shapes that are not the
@@ -111,8 +112,13 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     path = Path(weights)
     state = _read(path)
     wanted = model.state_dict()
-    if not set(state) & set(wanted) and all(key.startswith("module.") for key in state):  # of DataParallel
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    while not set(state) & set(wanted) and len(prefixes := {key.partition(".")[0] for key in state}) == 1:
+        (prefix,) = prefixes  # of a wrapper, such as DataParallel's
+        if any("." not in key for key in state):
+            break
+        state = {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items()}
+    counts = {key: tensor for key, tensor in wanted.items() if key.endswith("num_batches_tracked")}
+    state = counts | state  # files of old versions of torch have none, and evaluation does not use them
     if missing := [key for key in wanted if key not in state]:
         unexpected = [key for key in state if key not in wanted]
         raise ValueError(

@@ -75,14 +75,16 @@ def maps(dataset: Dataset, columns: Mapping[str, Tensor], names: Sequence[str], 
     return figure
 
 
-def who_taught(table: pd.DataFrame) -> Figure:
+def who_taught(table: pd.DataFrame, students: Sequence[str]) -> Figure:
     """Shares of the unexplained answers of students (rows) that candidates (columns) explain; the teacher is framed.
 
     Args:
-        table: student, candidate, value, taught (whether the candidate is the student's teacher).
+        table: student, candidate, value, taught (whether the candidate is the student's teacher). The columns of the
+            figure are in the order of the table.
+        students: Names in order; those without a row are left out.
     """
     values = table.pivot(index="student", columns="candidate", values="value")
-    values = values.loc[table["student"].unique(), table["candidate"].unique()]
+    values = values.loc[[name for name in students if name in values.index], table["candidate"].unique()]
     taught = table.pivot(index="student", columns="candidate", values="taught").loc[values.index, values.columns]
     size = (0.72 * values.shape[1] + 3.2, 0.34 * len(values) + 1.6)
     figure, axes = plt.subplots(figsize=size)
