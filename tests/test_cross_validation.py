@@ -1,10 +1,13 @@
 import os
+from dataclasses import replace
 
 import joblib
 import pytest
 import torch
 
 from kdx import Recipe, cross_chains, cross_fit
+from kdx.distil.cross_validation import announce
+from kdx.distil.fit import Job
 from kdx.distil.run_store import find_run
 from kdx.progress import TERMINAL
 
@@ -127,3 +130,14 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monk
         cross_fit(small, workers=2, **PAIR | {"recipe": Recipe(epochs=1, batch_size=16, lr=1e9)})
     with pytest.raises(ValueError, match="workers: expected 0"):
         cross_fit(small, workers=-1, **PAIR)
+
+
+def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_thread, small):
+    job = Job("resnet10@0.125", small, small, recipe=Recipe(epochs=1, batch_size=16), device="cpu")
+    assert 0 < job.seconds_expected() < 60
+    announce([job])
+    assert not capsys.readouterr().out  # a few steps
+    monkeypatch.setattr(Job, "seconds_expected", lambda self: 75.0)
+    long = replace(job, recipe=Recipe(epochs=300, batch_size=16))
+    announce([long, replace(long, seed=1)])
+    assert capsys.readouterr().out == "Training 2 networks: about 2 minutes here. What is finished is kept.\n"

@@ -25,6 +25,8 @@ from kdx.networks.devices import pick_device
 from kdx.paths import data_home
 from kdx.progress import TERMINAL, progress
 
+LONG = 500  # steps, from which on the time of a training is estimated
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -306,7 +308,9 @@ def fit_all(jobs: Mapping[Any, Job], workers: int) -> Iterator[tuple[Any, Run]]:
     if not workers:
         on_cpu = {pick_device(job.device).type for job in missing.values()} == {"cpu"}
         workers = joblib.cpu_count() if on_cpu else 1
-    if (workers := min(workers, len(missing))) < 2:
+    workers = min(workers, len(missing))
+    announce(list(missing.values()))
+    if workers < 2:
         for name, job in missing.items():
             yield name, job.run()
         return
@@ -323,6 +327,21 @@ def fit_all(jobs: Mapping[Any, Job], workers: int) -> Iterator[tuple[Any, Run]]:
                 )
             bar.update()
             yield name, run
+
+
+def announce(jobs: Sequence[Job]) -> None:
+    """Say how many networks will be trained and how long it will take, if that is a minute or more."""
+    if sum(job.steps for job in jobs) < LONG:
+        return
+    minutes, of_step = 0.0, dict[str, float]()
+    for job in jobs:
+        kind = str([job.architecture, job.teacher and job.teacher.manifest["spec"]["model"], job.recipe])
+        if kind not in of_step:
+            of_step[kind] = job.seconds_expected() / job.steps
+        minutes += of_step[kind] * job.steps / 60
+    if minutes >= 1:
+        networks = "one network" if len(jobs) == 1 else f"{len(jobs)} networks"
+        print(f"Training {networks}: about {minutes:.0f} minutes here. What is finished is kept.", flush=True)
 
 
 def _run_elsewhere(home: str, threads: int, name: Any, job: Job) -> tuple[Any, str]:

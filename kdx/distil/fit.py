@@ -6,6 +6,7 @@ store, so the same training is never done twice.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -186,6 +187,31 @@ class Job:
         """The network, if this training was done before or its network is shipped."""
         return find_run(self.key) or find_shipped(self.digest)
 
+    @property
+    def steps(self) -> int:
+        """Batches of the whole training."""
+        return self.recipe.epochs * (len(self.train) // self.recipe.batch_size)
+
+    def seconds_expected(self) -> float:
+        """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps."""
+        device, recipe = pick_device(self.device), self.recipe
+        student = models.build(**self.architecture, seed=0).to(device).train()
+        teacher = copy.deepcopy(self.teacher.model).to(device).eval() if self.teacher else nn.Identity()
+        x = torch.zeros(recipe.batch_size, *self.train.card.size, device=device)
+
+        def spent(scale: float) -> float:
+            for _ in range(2):  # the first warms up
+                start = time.perf_counter()
+                with autocast(device):
+                    with torch.no_grad():
+                        teacher(x)
+                    student(resize(x, scale)).float().sum().backward()
+                    float(x.sum())  # waits for the device
+            return time.perf_counter() - start
+
+        each = {scale: spent(scale) for scale in set(recipe.sizes)}
+        return self.steps * sum(each[scale] for scale in recipe.sizes) / len(recipe.sizes)
+
     def run(self) -> Run:
         """Train, and store the run."""
         device = pick_device(self.device)
@@ -214,13 +240,12 @@ class Job:
 
     def _train(self, student: models.Network, device: torch.device) -> pd.DataFrame:
         """Train ``student`` in place; return the history."""
-        epochs, batches = self.recipe.epochs, len(self.train) // self.recipe.batch_size
         network = f"{self.architecture['name']}@{self.architecture['width']:g}"
         role = f"{network} ({self.spec['technique']['name']}, seed {self.seed})"
         helper = self.teacher.model if self.teacher else nn.Identity()
         records = []
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with progress(total=epochs * batches, desc=role, unit="batch") as bar, placed(helper, device):
+        with progress(total=self.steps, desc=role, unit="batch") as bar, placed(helper, device):
             trained = train_epochs(
                 student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
                 device, bar.update,
