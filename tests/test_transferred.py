@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -148,5 +149,64 @@ def test_bad_input_is_named():
         kdx.transferred_strength(kdx.Reference(student, base, x, teacher=Small(3)))
     many = [kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(3)]
     few = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(FitWarning, match="27 images to fit on for 40 answers"):
+    with pytest.warns(FitWarning, match="27 images to fit on for 40 regressors"):
         kdx.transferred_share(kdx.Reference(*many[:2], few, teacher=many[2]))
+
+
+def test_strength_of_one_output_is_that_of_two():
+    generator = torch.Generator().manual_seed(0)
+    base, beyond = torch.randn(2, 1000, 1, generator=generator)
+    x = torch.cat([base, beyond], 1)[:, :, None, None]
+
+    class Sums(torch.nn.Module):
+        def __init__(self, of_base, of_other):
+            super().__init__()
+            self.features = torch.nn.Conv2d(2, 1, 1, bias=False)
+            self.features.weight.data = torch.tensor([of_base, of_other]).view(1, 2, 1, 1)
+
+        def forward(self, x):
+            return self.features(x).mean((2, 3))
+
+    reference = kdx.Reference(Sums(1.0, 0.5), Sums(1.0, 0.0), x, teacher=Sums(1.0, 1.0), **ALL)
+    assert kdx.transferred_strength(reference).mean == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_teacher_with_the_answers_of_the_base_has_no_strength():
+    x, _ = blots(100, 1)
+    reference = kdx.Reference(Colours((0, 1)), Colours((0,)), x, teacher=Colours((0,)), **ALL)
+    assert all(np.isnan(kdx.transferred_strength(reference)[:3]))
+
+
+def test_few_images_are_a_warning():
+    networks = [kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(3)]
+    x = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reference = kdx.Reference(*networks[:2], x, teacher=networks[2])
+    with pytest.warns(FitWarning, match="27 images to fit on for 60 regressors"):
+        kdx.transferred_strength(reference)
+    with pytest.warns(FitWarning, match="30 reference images for 40 answers of base and teacher") as caught:
+        kdx.transferred(reference, x[:1])
+    assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: torch.full((len(x), 3), torch.nan), "teacher: expected finite logits"),
+        (lambda x: torch.ones(1, 3), "expected a function that returns .n, classes. for n images, got .1, 3. for 2"),
+        (lambda x: torch.ones(len(x)), "expected a function that returns .n, classes. for n images, got .2,. for 2"),
+    ],
+)
+def test_functions_that_do_not_answer_are_refused_at_once(answer, message):
+    x = torch.randn(12, 3, 16, 16)
+    with pytest.raises(ValueError, match=message):
+        kdx.Reference(Small(seed=0), Small(seed=1), x, teacher=answer)
+
+
+def test_a_service_may_return_arrays():
+    network = Small(seed=2)
+    x = torch.randn(120, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    of_array, of_network = (
+        kdx.Reference(Small(seed=0), Small(seed=1), x, teacher=teacher, layers_teacher={})
+        for teacher in (lambda x: network(x).detach().numpy(), network)
+    )
+    pd.testing.assert_frame_equal(kdx.transferred_share(of_array), kdx.transferred_share(of_network))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -94,7 +94,9 @@ class Reference:
         check_stages(*self.layers[:2])
         if (n := len(self.inputs[0])) < 5:
             raise ValueError(f"images: a reference needs at least 5 to compare, got {n}")
-        self.features_of(*(x[:1] for x in self.inputs))  # what cannot be had is said now
+        few = tuple(x[:2] for x in self.inputs)  # what cannot be had is said now
+        self.features_of(*few)
+        self.answers_of(*few)
         self._weights = self._read_weights()
 
     def __len__(self) -> int:
@@ -121,7 +123,8 @@ class Reference:
 
     def answers_of(self, *images: Tensor) -> tuple[Tensor, ...]:
         """Centred logits (n, classes) of student, base and, with images for it, the teacher."""
-        return tuple(centre_logits(logits_to(network, x)) for network, x in zip(self.networks, images, strict=False))
+        found = [logits_to(network, x) for network, x in zip(self.networks, images, strict=False)]
+        return tuple(centre_logits(z.to(found[0].device)) for z in found)
 
     def check_weights(self) -> None:
         """Raise ValueError if the weights of a network changed since the reference was made.
@@ -223,6 +226,13 @@ class Reference:
     def beyond(self) -> Beyond:
         """What the teacher's answers predict of the student's beyond the base's."""
         of, base, teacher = self.answers_of(*self.inputs)
+        if len(self) < 2 * (k := base.shape[1] + teacher.shape[1]):
+            warnings.warn(
+                f"{len(self)} reference images for {k} answers of base and teacher are too few for regressions that "
+                f"hold for other images; use {2 * k} or more",
+                FitWarning,
+                stacklevel=5,
+            )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(of.device)
         given = torch.cat([base, teacher], 1)
         return Beyond.fit([Moments.of(of[half], given[half]) for half in order.tensor_split(2)], base.shape[1])
@@ -272,8 +282,19 @@ def centre_logits(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_to(network: Network, images: Tensor) -> Tensor:
     """Logits float32 (n, classes), a few images at a time."""
-    with evaluating(network) if isinstance(network, nn.Module) else nullcontext():
-        return torch.cat([logits_of(network(x)).float() for x in images.split(64)])
+    if isinstance(network, nn.Module):
+        with evaluating(network):
+            return torch.cat([logits_of(network(x)).float() for x in images.split(64)])
+    parts = [torch.as_tensor(network(x)) for x in images.split(64)]
+    shapes = {tuple(z.shape[1:]) for z in parts}
+    if sum(map(len, parts)) != len(images) or len(shapes) > 1 or parts[0].ndim != 2:
+        raise ValueError(
+            f"teacher: expected a function that returns (n, classes) for n images, got {tuple(parts[0].shape)} for "
+            f"{min(64, len(images))}"
+        )
+    if not all(z.isfinite().all() for z in parts):
+        raise ValueError("teacher: expected finite logits or log-probabilities, got NaN or infinity")
+    return torch.cat(parts).float()
 
 
 @torch.no_grad()

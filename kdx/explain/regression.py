@@ -268,9 +268,12 @@ def errors_beyond(folds: Sequence[Moments], k: int) -> tuple[Tensor, Tensor, Ten
 
 def slope_beyond(folds: Sequence[Moments], k: int) -> tuple[Interval, NDArray[np.float64]]:
     """The slope of what the first k regressors leave over of y on what they leave over of the others, which are as many
-    as y and in the same order, by cross-fitting; as :func:`share`."""
+    as y and in the same order, by cross-fitting; as :func:`share`. NaN where nothing of the others is left over."""
     left = [fold for _, fold in _left_over(folds, k)]
-    return share(*(torch.stack([of(fold) for fold in left]) for of in (lambda m: m.xy.trace(), lambda m: m.xx.trace())))
+    products, squares = (torch.stack([of(m) for m in left]) for of in (lambda m: m.xy.trace(), lambda m: m.xx.trace()))
+    others = reduce(add, folds).others(k)
+    nothing = squares.sum() < 1e-6 * others.n * others.about(*others.means)[2]
+    return share(products, torch.zeros_like(squares) if nothing else squares)
 
 
 def _left_over(folds: Sequence[Moments], k: int) -> Iterator[tuple[Moments, Moments]]:

@@ -12,6 +12,7 @@ import time
 import warnings
 from dataclasses import dataclass
 
+import joblib
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -155,28 +156,33 @@ def cka(x, y):
 
 
 def asked(students, z, dataset, source, counts):
-    rng, found = random.Random(0), []
-    n = len(next(iter(z.values())))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
-    for student in students:
-        pool = [c for c in z if c[0] in LARGE + SMALL and c != student.teacher]
-        pool = [c for c in pool if not any(torch.equal(z[c], other) for other in (student.logits, student.base))]
-        kinds = [[c for c in pool if c[0] in of] for of in (LARGE, SMALL)]
-        if student.teacher and student.teacher[0] in SMALL:
-            kinds = kinds[::-1]  # two of the teacher's kind
-        for repeat in range(SETS):
-            some = rng.sample(kinds[0], 2) + rng.sample(kinds[1], 2)
-            for with_teacher in (True, False) if student.teacher else (False,):
-                candidates = [student.teacher, *some[1:]] if with_teacher else some
-                for count in counts:
-                    rows = order[:count]
-                    found.append(
-                        {
-                            "dataset": dataset, "source": source, "group": student.group, "student": student.name,
-                            "fold": student.fold, "set": repeat, "teacher": with_teacher, "images": len(rows),
-                            **ask(student, z, candidates, rows, student.teacher),
-                        }
-                    )  # fmt: skip
+    """Rows of the table; fewer images than the most are asked of one set of candidates."""
+    one = joblib.delayed(asked_of)
+    return [row for rows in joblib.Parallel(2)(one(s, z, dataset, source, counts) for s in students) for row in rows]
+
+
+def asked_of(student, z, dataset, source, counts):
+    torch.set_num_threads(1)
+    rng, found = random.Random(f"{student.name} {student.fold}"), []
+    order = torch.randperm(len(student.logits), generator=torch.Generator().manual_seed(1))
+    pool = [c for c in z if c[0] in LARGE + SMALL and c != student.teacher]
+    pool = [c for c in pool if not any(torch.equal(z[c], other) for other in (student.logits, student.base))]
+    kinds = [[c for c in pool if c[0] in of] for of in (LARGE, SMALL)]
+    if student.teacher and student.teacher[0] in SMALL:
+        kinds = kinds[::-1]  # two of the teacher's kind
+    for repeat in range(SETS):
+        some = rng.sample(kinds[0], 2) + rng.sample(kinds[1], 2)
+        for with_teacher in (True, False) if student.teacher else (False,):
+            candidates = [student.teacher, *some[1:]] if with_teacher else some
+            for count in counts if not repeat else counts[-1:]:
+                rows = order[:count]
+                found.append(
+                    {
+                        "dataset": dataset, "source": source, "group": student.group, "student": student.name,
+                        "fold": student.fold, "set": repeat, "teacher": with_teacher, "images": len(rows),
+                        **ask(student, z, candidates, rows, student.teacher),
+                    }
+                )  # fmt: skip
     return found
 
 
@@ -185,11 +191,12 @@ def main():
     studies = {study.dataset: study for study in STUDIES}
     test, train = (studies["cifar10"].images(split) for split in ("test", "train"))
     z = shipped("cifar10", test)
-    students = list(students_of(z))
+    students, further = list(students_of(z)), list(trained(z, train, test))
+    print(f"trained: {time.perf_counter() - start:.0f} s", flush=True)
     rows += asked(students, z, "cifar10", "test", FEW)
-    rows += asked(list(trained(z, train, test)), z, "cifar10", "test", (2000,))
-    print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    drawn = kdx.load_dataset("shapes", "test", limit=2000, size=32, normalisation=(test.card.mean, test.card.std))
+    rows += asked(further, z, "cifar10", "test", (2000,))
+    print(f"asked: {time.perf_counter() - start:.0f} s", flush=True)
+    drawn = kdx.load_dataset("shapes", "test", limit=1600, size=32, normalisation=(test.card.mean, test.card.std))
     elsewhere = shipped("cifar10", drawn)
     of_drawn = [
         Student(s.group, s.name, s.fold, elsewhere[s.name, s.fold], elsewhere[base], s.teacher)
