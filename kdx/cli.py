@@ -243,13 +243,16 @@ def explain(
 def who_taught(
     student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
     base: Annotated[Path, typer.Option(help="its architecture, trained without a teacher")],
-    candidate: Annotated[list[str], typer.Option(help="checkpoint, or NAME=checkpoint; two or more for a p")],
+    candidate: Annotated[list[str], typer.Option(help="checkpoint, or NAME=checkpoint; may be repeated")],
     data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
     base2: Annotated[list[Path] | None, typer.Option(help="a base from another seed, may be repeated")] = None,
     build: Annotated[str, typer.Option(help="module:function that makes the networks; not for those of kdx")] = "",
     build_candidate: Annotated[str, typer.Option(help="the same for the candidates, if it differs")] = "",
+    alike: Annotated[bool, typer.Option("--alike", help="the candidates are of one kind, so a p can be given")] = False,
     size: Annotated[int, typer.Option(help="pixels a side of the input; 0: that of each checkpoint, or 224")] = 0,
-    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
+    limit: Annotated[
+        int, typer.Option(help="largest number of images; a p needs ten per answer of all networks")
+    ] = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
 ) -> None:
@@ -259,7 +262,9 @@ def who_taught(
 
         from kdx.measure import who_taught as module
 
-        named = [(name or Path(path).stem, Path(path)) for name, _, path in (c.rpartition("=") for c in candidate)]
+        pairs = [(c, "", "") if Path(c).is_file() else c.partition("=") for c in candidate]
+        pairs = [(name, "=", path) if path else ("", "", name) for name, _, path in pairs]
+        named = [(name or Path(path).stem, Path(path)) for name, _, path in pairs]
         if len(candidates := dict(named)) < len(named):
             raise ValueError("candidate: several have one name; give them as NAME=checkpoint")
         of_student, of_base, *more = (
@@ -269,7 +274,7 @@ def who_taught(
             name: module.read_answers(path, build_candidate or build, data, size, limit)
             for name, path in candidates.items()
         }
-        table = module.who_taught(of_student, of_base, others, bases=more)
+        table = module.who_taught(of_student, of_base, others, bases=more, alike=list(others) if alike else None)
         if as_json:
             rows = [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
             facts = {"images": len(of_student), "candidates": rows, "verdict": module.verdict(table)}
