@@ -6,6 +6,7 @@ from kdx.pages.notebook import (
     check_parameters,
     environment,
     interval_cell,
+    naming_rates,
     paper_table,
     published,
     rank_cell,
@@ -87,3 +88,23 @@ def test_cells_of_tables():
     assert rank_cell({"best": float("nan"), "worst": float("nan")}) == "unknown"
     assert interval_cell(pd.Series([0.5])) == "+0.50"
     assert interval_cell(pd.Series([1.0, 2.0, 3.0])) == "+2.00 [-0.48, +4.48]"
+
+
+def test_naming_rates_count_right_names_and_false_alarms():
+    rows = [
+        ("a", True, True, 0.01, True),
+        ("a", True, True, 0.5, True),
+        ("b", True, False, 0.01, False),
+        ("b", True, True, float("nan"), False),
+        ("c", False, False, 0.01, False),
+        ("c", False, False, 0.9, False),
+    ]
+    columns = ["student", "teacher", "named by share", "p", "accused the teacher"]
+    table = pd.DataFrame(rows, columns=columns).assign(group="g", fold=1)
+    found = naming_rates(table)
+    assert found["students"] == 3
+    starts = {name: found[name].split(" ")[0] for name in ("named", "found", "wrongly accused", "false alarms")}
+    assert starts == {"named": "75%", "found": "33%", "wrongly accused": "33%", "false alarms": "50%"}
+    without = naming_rates(table[~table["teacher"]])
+    assert (without["named"], without["found"]) == ("", "")
+    assert naming_rates(table[table["p"].isna()])["found"] == "no p"

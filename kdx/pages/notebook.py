@@ -13,7 +13,7 @@ from pandas.io.formats.style import Styler
 
 from kdx.data.dataset import Dataset, load_dataset
 from kdx.distil.run_store import versions
-from kdx.intervals import mean_interval
+from kdx.intervals import mean_interval, share_interval
 from kdx.networks.devices import autocast_dtype, device_name, pick_device
 from kdx.pages.claims import Verdict, badge
 from kdx.paths import CHECKOUT
@@ -126,6 +126,27 @@ def multiline(table: pd.DataFrame) -> Styler:
     heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
     caption = {"selector": "caption", "props": "white-space: normal"}
     return table.style.set_table_styles([cell, heading, caption])
+
+
+def naming_rates(table: pd.DataFrame) -> dict[str, Any]:
+    """How often teachers are named, found, and others accused, as text with 95 % intervals.
+
+    Args:
+        table: Rows of ``data/results/who_taught.csv``, one for each set of candidates.
+    """
+
+    def rate(values: pd.Series) -> str:
+        return f"{share_interval(values):.0%}" if len(values) else "no p"
+
+    there, gone = (table[table["teacher"] == with_it] for with_it in (True, False))
+    tested, alone = (of[of["p"].notna()] for of in (there, gone))
+    low, right = tested["p"] <= 0.05, tested["accused the teacher"].astype(bool)
+    found = {"named": rate(there["named by share"]), "found": rate(low & right), "wrongly accused": rate(low & ~right)}
+    return {
+        "students": table.groupby(["group", "student", "fold"]).ngroups,
+        **(found if len(there) else dict.fromkeys(found, "")),
+        "false alarms": rate(alone["p"] <= 0.05),
+    }
 
 
 def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
