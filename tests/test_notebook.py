@@ -100,7 +100,7 @@ def test_naming_rates_count_right_names_and_false_alarms():
         ("c", False, False, 0.9, False),
     ]
     columns = ["student", "teacher", "named by share", "p", "accused the teacher"]
-    table = pd.DataFrame(rows, columns=columns).assign(group="g", fold=1)
+    table = pd.DataFrame(rows, columns=columns).assign(dataset="d", group="g", fold=1)
     found = naming_rates(table)
     assert found["students"] == 3
     starts = {name: found[name].split(" ")[0] for name in ("named", "found", "wrongly accused", "false alarms")}

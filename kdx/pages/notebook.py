@@ -143,7 +143,7 @@ def naming_rates(table: pd.DataFrame) -> dict[str, Any]:
     low, right = tested["p"] <= 0.05, tested["accused the teacher"].astype(bool)
     found = {"named": rate(there["named by share"]), "found": rate(low & right), "wrongly accused": rate(low & ~right)}
     return {
-        "students": table.groupby(["group", "student", "fold"]).ngroups,
+        "students": table.groupby(["dataset", "group", "student", "fold"]).ngroups,
         **(found if len(there) else dict.fromkeys(found, "")),
         "false alarms": rate(alone["p"] <= 0.05),
     }
