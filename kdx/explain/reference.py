@@ -79,17 +79,18 @@ class Reference:
         layers_base: Mapping[str, str] | None = None,
         layers_teacher: Mapping[str, str] | None = None,
     ) -> None:
-        self.networks: tuple[Network, ...] = (student, base)
+        networks: list[Any] = [student, base]  # modules, but for a teacher that is a function
         given = [layers_student, layers_base]
         if teacher is not None:
             if teacher in (student, base):
                 raise ValueError("teacher: expected a third network, got the student or the base")
-            self.networks += (teacher,)
+            networks.append(teacher)
             given.append(layers_teacher if isinstance(teacher, nn.Module) else {})
-        self.inputs = inputs_of(images, len(self.networks))
+        self.networks = tuple(networks)
+        self.inputs = inputs_of(images, len(networks))
         self.layers = tuple(
             stages(network, x) if layers is None else dict(layers)
-            for network, x, layers in zip(self.networks, self.inputs, given, strict=True)
+            for network, x, layers in zip(networks, self.inputs, given, strict=True)
         )
         check_stages(*self.layers[:2])
         if (n := len(self.inputs[0])) < 5:

@@ -263,7 +263,8 @@ def errors_beyond(folds: Sequence[Moments], k: int) -> tuple[Tensor, Tensor, Ten
     """
     found = held_out_errors([fold.first(k) for fold in folds])
     with_all = [_errors(known, fold) for known, fold in _left_over(folds, k)]
-    return torch.stack([errors.alone for errors in found]), *(_chosen(e, both=True)[0] for e in (found, with_all))
+    spread = torch.stack([errors.alone for errors in found])
+    return spread, _chosen(found, both=True)[0], _chosen(with_all, both=True)[0]
 
 
 def slope_beyond(folds: Sequence[Moments], k: int) -> tuple[Interval, NDArray[np.float64]]:

@@ -17,7 +17,7 @@ from kdx import distance
 from kdx.explain.grad_cam import METHODS, agreement
 from kdx.explain.reference import DIRECTIONS, NETWORKS, Reference, digests, inputs_of, naming, pool
 
-Both = tuple[Tensor, Tensor]  # of student and base
+Both = tuple[Tensor, ...]  # of student and base
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Stage:
         """
         weights = [subset.weights(d[:, :, subset.members], own[:, subset.members]) for subset in self.sets]
         enough = min(len(half.members) for half in self.sets[1:]) >= 5
-        found = {}
+        found: dict[str, Both] = {}
         for direction, (explained, _) in DIRECTIONS.items():
             x, y = features[explained], self.features[explained]
             if method == "cam":

@@ -266,8 +266,8 @@ class Scorer:
         return embeddings.to(self.labels.device)
 
     def _reference(self, student: Hashable, base: Hashable, rows: Tensor) -> Reference:
-        layers = {"layers_student": self.layers(student), "layers_base": self.layers(base)}
-        return Reference(self.networks[student], self.networks[base], self.images[rows], **layers)
+        pair, layers = (self.networks[student], self.networks[base]), (self.layers(student), self.layers(base))
+        return Reference(*pair, self.images[rows], layers_student=layers[0], layers_base=layers[1])
 
     def _distilled(self, network: Hashable, other: Any, rows: Tensor, g: Tensor, estimator: str) -> Tensor:
         """Centred distances of images perturbed by the maps of the features that ``other`` lacks."""
