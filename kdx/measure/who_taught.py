@@ -138,7 +138,10 @@ def _check(answers: Mapping[str, Tensor]) -> None:
     directions: dict[str, Tensor] = {}
     for name, z in answers.items():
         if not z.var(0).sum() > 0:
-            raise ValueError(f"{name} gives the same answer to every image")
+            raise ValueError(
+                f"{name} gives the same answer to every image, expected answers that differ; check its weights, and the "
+                "normalisation of the images"
+            )
         directions[name] = (z - z.mean(0)) / (z - z.mean(0)).norm()
         for other in list(directions)[:-1]:
             if z.shape == answers[other].shape and (directions[name] * directions[other]).sum() > ALIKE:
