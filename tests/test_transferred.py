@@ -183,7 +183,9 @@ def test_few_images_are_a_warning():
     reference = kdx.Reference(*networks[:2], x, teacher=networks[2])
     with pytest.warns(FitWarning, match="27 images to fit on for 60 regressors"):
         kdx.transferred_strength(reference)
-    with pytest.warns(FitWarning, match="30 reference images for 40 answers of base and teacher") as caught:
+    with pytest.warns(
+        FitWarning, match="30 images to fit on for 40 regressors, the answers of base and teacher"
+    ) as caught:
         kdx.transferred(reference, x[:1])
     assert {w.filename for w in caught} == {__file__}
 

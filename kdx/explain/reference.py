@@ -227,13 +227,7 @@ class Reference:
     def beyond(self) -> Beyond:
         """What the teacher's answers predict of the student's beyond the base's."""
         of, base, teacher = self.answers_of(*self.inputs)
-        if len(self) < 2 * (k := base.shape[1] + teacher.shape[1]):
-            warnings.warn(
-                f"{len(self)} reference images for {k} answers of base and teacher are too few for regressions that "
-                f"hold for other images; use {2 * k} or more",
-                FitWarning,
-                stacklevel=5,
-            )
+        warn_if_few_answered(len(self), base.shape[1] + teacher.shape[1], 6)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(of.device)
         given = torch.cat([base, teacher], 1)
         return Beyond.fit([Moments.of(of[half], given[half]) for half in order.tensor_split(2)], base.shape[1])
@@ -254,6 +248,17 @@ def warn_if_few(n: int, classes: int, stacklevel: int) -> None:
         warnings.warn(
             f"{n} reference images for {classes} classes are too few for regressions that hold for other images, "
             "so too much counts as unexplained; use at least two per class",
+            FitWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def warn_if_few_answered(n: int, regressors: int, stacklevel: int) -> None:
+    """Warn if regressions of answers to n images on those of base and teacher cannot hold for other images."""
+    if n < 2 * regressors:
+        warnings.warn(
+            f"{n} images to fit on for {regressors} regressors, the answers of base and teacher, are too few for "
+            f"regressions that hold for other images; use {2 * regressors} or more",
             FitWarning,
             stacklevel=stacklevel,
         )

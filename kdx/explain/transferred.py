@@ -8,7 +8,6 @@ Two networks that differ in their seed alone differ in much, so what the base le
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of
-from kdx.explain.regression import FitWarning, Moments, errors_beyond, share, slope_beyond
+from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of, warn_if_few_answered
+from kdx.explain.regression import Moments, errors_beyond, share, slope_beyond
 from kdx.explain.unexplained import WINDOW, fuse, smooth
 from kdx.intervals import Interval
 from kdx.networks.capture import gradients
@@ -100,7 +99,7 @@ def transferred_share(
     all_three = _checked(reference, images, folds)
     n = len(all_three[0])
     parts = reference.parts(all_three, folds, seed)
-    _warn_if_few(n - n // folds, len(parts[0]["student"][ANSWER].x))
+    warn_if_few_answered(n - n // folds, len(parts[0]["student"][ANSWER].x), 3)
     table = []
     for of, names in PARTS.items():
         for stage in parts[0][of]:
@@ -166,23 +165,12 @@ def transferred_strength(
     probabilities = both.softmax(1)[:, : base.shape[1]]
     varies = probabilities.std()
     given = torch.cat([base, probabilities * (base.std() / varies if varies > 0 else 0.0), teacher], 1)
-    _warn_if_few(len(of) - len(of) // folds, given.shape[1])
+    warn_if_few_answered(len(of) - len(of) // folds, given.shape[1], 3)
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed)).to(of.device)
     parts = [Moments.of(of[rows], given[rows]) for rows in order.tensor_split(folds)]
     slope, _ = slope_beyond(parts, 2 * base.shape[1])
     half = math.hypot(slope.high - slope.mean, 1.96 * MISFIT)
     return Interval(slope.mean, slope.mean - half, slope.mean + half, folds)
-
-
-def _warn_if_few(fitted: int, regressors: int) -> None:
-    """Warn if regressions of answers on those of base and teacher cannot hold for other images."""
-    if fitted < 2 * regressors:
-        warnings.warn(
-            f"{fitted} images to fit on for {regressors} regressors, the answers of base and teacher, are too few for "
-            f"regressions that hold for other images; use {2 * regressors} or more",
-            FitWarning,
-            stacklevel=3,
-        )
 
 
 def _checked(reference: Reference, images: Tensor | tuple[Tensor, ...] | None, folds: int) -> tuple[Tensor, ...]:

@@ -139,7 +139,7 @@ def _check(answers: Mapping[str, Tensor]) -> None:
     for name, z in answers.items():
         if not z.var(0).sum() > 0:
             raise ValueError(
-                f"{name} gives the same answer to every image, expected answers that differ; check its weights, and the "
+                f"{name} gives the same answer to every image, expected answers that differ; check its weights and the "
                 "normalisation of the images"
             )
         directions[name] = (z - z.mean(0)) / (z - z.mean(0)).norm()
