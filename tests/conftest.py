@@ -5,6 +5,8 @@ from dataclasses import replace
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["NUMBA_NUM_THREADS"] = "1"  # dcor's; a second thread of numba's makes every later call of torch slow
+    # Code that one process caches while another does can crash every later one (numba issue 4807).
+    os.environ["NUMBA_CACHE_DIR"] = os.path.abspath(f".pytest_cache/numba/{os.environ['PYTEST_XDIST_WORKER']}")
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ def fresh_home(tmp_path, monkeypatch, request):
         monkeypatch.setenv("KDX_NETWORKS", str(tmp_path / "networks"))
         monkeypatch.delenv("KDX_DATA", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dcor():
+    """The oracle of distance correlation; importing it compiles for half a minute once, so only where it is used."""
+    import dcor
+
+    return dcor
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import math
 
-import dcor
 import numpy as np
 import pytest
 import torch
@@ -36,7 +35,7 @@ def features(model, images, stage):
     return kdx.activations(model, images, kdx.stages(model, images))[stage].flatten(1).numpy()
 
 
-def test_rs_is_the_mean_over_batches():
+def test_rs_is_the_mean_over_batches(dcor):
     model = Small()
     images, labels, embeddings = data()
     table = kdx.rs(model, images, labels, embeddings, **SMALL).set_index("stage")
@@ -55,7 +54,7 @@ def test_rs_is_the_mean_over_batches():
     assert (table["floor"] == 1 / 40).all()
 
 
-def test_fss_paper_is_biased_on_rows_of_unit_length():
+def test_fss_paper_is_biased_on_rows_of_unit_length(dcor):
     student, base = Small(), Small(seed=1)
     images, labels, _ = data()
     table = kdx.fss(student, base, images, labels, estimator="paper", **SMALL).set_index("stage")
@@ -106,7 +105,7 @@ def test_rs_paper_is_the_biased_statistic():
     assert paper["value"].equals(kdx.rs(*arguments, estimator="biased", **SMALL)["value"])
 
 
-def test_unique_rs_equals_the_statistics_of_each_batch():
+def test_unique_rs_equals_the_statistics_of_each_batch(dcor):
     student, base = Small(), Small(seed=1)
     images, labels, embeddings = data()
     table = kdx.unique_rs(student, base, images, labels, embeddings, **SMALL)
