@@ -18,6 +18,8 @@ from .distil.techniques import TECHNIQUES as TECHNIQUES
 from .distil.training import Recipe as Recipe
 from .explain.grad_cam import agreement as agreement
 from .explain.grad_cam import grad_cam as grad_cam
+from .explain.interventions import deletion as deletion
+from .explain.interventions import replacement as replacement
 from .explain.patching import patch_agreement as patch_agreement
 from .explain.reference import Reference as Reference
 from .explain.road import perturb as perturb
@@ -32,6 +34,9 @@ from .explain.unicam import UniCAM as UniCAM
 from .explain.unicam import unicam as unicam
 from .measure.background import background_control as background_control
 from .measure.background import explained_share as explained_share
+from .measure.calibration import calibration as calibration
+from .measure.corruptions import robustness as robustness
+from .measure.ledger import Ledger as Ledger
 from .measure.localisation import mass_on as mass_on
 from .measure.scorer import Scorer as Scorer
 from .measure.scores import fss as fss

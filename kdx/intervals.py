@@ -45,11 +45,19 @@ def mean_of_known(values: ArrayLike) -> Interval:
     return mean_interval(known) if len(known) > 1 else Interval(np.nan, np.nan, np.nan, len(known))
 
 
-def share_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """The share of ``values`` (n,) that are true, with Wilson's interval, which stays within 0 and 1."""
+def share_interval(values: ArrayLike, level: float = 0.95, method: str = "wilson") -> Interval:
+    """The share of ``values`` (n,) that are true, with an interval that stays within 0 and 1; NaN of no values.
+
+    Args:
+        values: bool (n,).
+        level: Of the interval.
+        method: ``"wilson"``, or ``"exact"`` (Clopper & Pearson 1934), which never covers less often than stated.
+    """
     x = np.asarray(values, dtype=bool)
-    ends = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, method="wilson")
-    return Interval(x.mean(), ends.low, ends.high, len(x))
+    if not len(x):
+        return Interval(np.nan, np.nan, np.nan, 0)
+    ends = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, method=method)
+    return Interval(float(x.mean()), float(ends.low), float(ends.high), len(x))
 
 
 def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:

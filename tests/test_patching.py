@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import kdx
-from kdx.explain.patching import _jackknife, _patched, _pearson
+from kdx.explain.patching import _pearson, jackknife, patched
 from kdx.explain.reference import centre_logits
 from kdx.intervals import mean_interval
 from tests.networks import Small
@@ -33,10 +33,10 @@ def test_linear_networks_keep_what_the_maps_promise_up_to_the_square():
 def test_agreement_is_the_correlation_of_what_small_patches_promise_and_do():
     pairs = np.random.default_rng(0).normal(size=(40, 2)).cumsum(1)
     sums = np.column_stack([pairs, pairs**2, pairs.prod(1), np.ones(40)])
-    value, low, high = _jackknife(sums, _pearson)
+    value, low, high = jackknife(sums, _pearson)
     assert value == pytest.approx(np.corrcoef(pairs.T)[0, 1])
     assert high - value == pytest.approx(value - low)
-    mean = _jackknife(np.column_stack([pairs[:, 0], np.ones(40)]), lambda s: s[..., 0] / s[..., 1])
+    mean = jackknife(np.column_stack([pairs[:, 0], np.ones(40)]), lambda s: s[..., 0] / s[..., 1])
     assert mean == pytest.approx(mean_interval(pairs[:, 0])[:3])  # of a mean, the jackknife is the t interval
     student, base = (kdx.build("resnet10", 4, "small", 0.125, seed=i) for i in range(2))
     x = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -66,9 +66,9 @@ def test_the_patched_features_are_those_that_the_other_network_can_express():
     x = torch.randn(6, 3, 16, 16)
     reference = kdx.Reference(student, base, x)
     features = reference.features["L2"][0]
-    patched = _patched(reference, 0, "L2", x, torch.ones_like(features) - features)
+    found = patched(reference, 0, "L2", x, torch.ones_like(features) - features)
     ones = student.c(torch.ones_like(features).relu()).relu().mean((2, 3))
-    torch.testing.assert_close(patched, centre_logits(ones).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, centre_logits(ones).detach(), rtol=1e-4, atol=1e-6)
 
 
 class Tokens(nn.Module):
@@ -87,7 +87,7 @@ class Tokens(nn.Module):
         return self.head(tokens[:, 1:].mean(1))
 
 
-def test_tokens_are_patched_where_they_lie():
+def test_tokens_arepatched_where_they_lie():
     student, base = Tokens(0), Tokens(1)
     x = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     layers = {"L1": "block"}
@@ -95,7 +95,7 @@ def test_tokens_are_patched_where_they_lie():
     change = torch.zeros(12, 5, 2, 2)
     change[:, :, 1, 0] = 4.0
     expected = centre_logits(student(x) + student.head.weight.sum(1)).detach()
-    torch.testing.assert_close(_patched(reference, 0, "L1", x, change), expected)
+    torch.testing.assert_close(patched(reference, 0, "L1", x, change), expected)
 
 
 def test_bad_input_is_named():

@@ -40,8 +40,8 @@ def test_a_scorer_runs_each_network_once_and_changes_nothing_else(features, monk
     ]
     calls = []
     scorer = kdx.Scorer({"student": student, "base": base}, images, labels, **SMALL)
-    perturbed = scorer._perturbed
-    monkeypatch.setattr(scorer, "_perturbed", lambda network, *a: (calls.append(network), perturbed(network, *a))[1])
+    distances = scorer._distances
+    monkeypatch.setattr(scorer, "_distances", lambda network, *a: (calls.append(network), distances(network, *a))[1])
     together = [
         scorer.fss("student", "base", features),
         scorer.rs("student", embeddings, features),
@@ -49,6 +49,7 @@ def test_a_scorer_runs_each_network_once_and_changes_nothing_else(features, monk
         scorer.rs("base", torch.eye(CLASSES) + embeddings[:, :4], features),
         scorer.unique_rs("student", "base", embeddings),
     ]
+    scorer.cka("student", "base")
     for one, other in zip(together, alone, strict=True):
         pd.testing.assert_frame_equal(one, other)
     kinds = 1 if features == "raw" else 2  # unique_rs is of raw features

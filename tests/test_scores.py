@@ -256,3 +256,25 @@ def test_fss_and_unique_rs_refuse_stages_that_differ():
         kdx.unique_rs(Small(), Small(seed=1), images, labels, embeddings, layers_base=layers, **SMALL)
     with pytest.raises(ValueError, match="no valid permutation test"):
         kdx.fss(Small(), Small(), images, labels, features="unicam", embeddings=embeddings, **SMALL)
+
+
+def test_cka_equals_the_unbiased_estimator_written_out():
+    """HSIC₁ of Song et al. (2012), with its traces and sums as printed."""
+    student, base = Small(), Small(seed=1)
+    images, labels, _ = data()
+    table = kdx.Scorer({"s": student, "b": base}, images, labels, **SMALL).cka("s", "b").set_index("stage")
+
+    def hsic(k, m):
+        n = len(k)
+        k, m = (a - np.diag(np.diag(a)) for a in (k, m))
+        whole = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+        return whole / (n * (n - 3))
+
+    values = []
+    for rows in balanced_batches(labels, 3, 20):
+        x, y = (features(m, images[rows], "L3").astype(float) for m in (student, base))
+        k, m = x @ x.T, y @ y.T
+        values.append(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)))
+    assert table.loc["L3", "value"] == pytest.approx(np.mean(values), abs=1e-6)
+    itself = kdx.Scorer({"s": student}, images, labels, **SMALL).cka("s", "s")
+    assert itself["value"].tolist() == pytest.approx([1, 1, 1])

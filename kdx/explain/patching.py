@@ -77,9 +77,9 @@ def patch_agreement(
     for key, parts in found.items():
         local, whole = (np.concatenate([getattr(p, name).cpu() for p in parts]) for name in ("local", "whole"))
         sums = np.concatenate([local, local**2, local[..., :1] * local[..., 1:], np.ones_like(local[..., :1])], 2)
-        rows.append((*key, "agreement", *np.clip(_jackknife(sums.sum(1), _pearson), -1, 1), n))
+        rows.append((*key, "agreement", *np.clip(jackknife(sums.sum(1), _pearson), -1, 1), n))
         for i, name in enumerate(("promised", "measured")):
-            rows.append((*key, name, *_jackknife(whole[:, [i, 2]], lambda s: s[..., 0] / s[..., 1]), n))
+            rows.append((*key, name, *jackknife(whole[:, [i, 2]], lambda s: s[..., 0] / s[..., 1]), n))
     return pd.DataFrame(rows, columns=["direction", "stage", "quantity", "value", "low", "high", "n"])
 
 
@@ -121,11 +121,11 @@ def _measure(
 
 def _fall(reference: Reference, which: int, stage: str, x: Tensor, change: Tensor, z: Tensor, r: Tensor) -> Tensor:
     """How much smaller half the squared r (n, classes) is when a stage's features change; z is the answer as it was."""
-    after = r + _patched(reference, which, stage, x, change) - z
+    after = r + patched(reference, which, stage, x, change) - z
     return (r.square() - after.square()).sum(1) / 2
 
 
-def _patched(reference: Reference, which: int, stage: str, x: Tensor, change: Tensor) -> Tensor:
+def patched(reference: Reference, which: int, stage: str, x: Tensor, change: Tensor) -> Tensor:
     """Centred logits (n, classes) of a network when ``change`` (n, k, h, w) is added to a stage's features."""
     network = unwrapped(reference.networks[which])
     name = reference.layers[which][stage]
@@ -158,7 +158,7 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
     return (n * xy - x * y) / np.sqrt(varying)
 
 
-def _jackknife(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float, float]:
+def jackknife(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float, float]:
     """A statistic of the column sums of ``sums`` (n, m), one row per image, with its 95 % t interval."""
     n, total = len(sums), sums.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):

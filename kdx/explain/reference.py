@@ -224,6 +224,17 @@ class Reference:
         return found
 
     @cached_property
+    def features_beyond(self) -> dict[str, Beyond]:
+        """Stage that the teacher shares -> what its features predict of the student's beyond the base's."""
+        halves = self.parts(self.inputs, 2)
+        of_teacher = {stage: len(moments.y) for stage, moments in halves[0]["teacher"].items()}
+        return {
+            stage: Beyond.fit([h["student"][stage] for h in halves], len(halves[0]["student"][stage].x) - channels)
+            for stage, channels in of_teacher.items()
+            if stage != ANSWER
+        }
+
+    @cached_property
     def beyond(self) -> Beyond:
         """What the teacher's answers predict of the student's beyond the base's."""
         of, base, teacher = self.answers_of(*self.inputs)

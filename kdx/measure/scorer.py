@@ -25,6 +25,7 @@ from kdx.intervals import mean_interval
 from kdx.networks.capture import activations
 from kdx.networks.stages import stages
 
+LINEAR = "linear"
 FEATURES = ("raw", "grad_cam", "unicam")
 Layers = Mapping[str, str]  # stage -> module name
 
@@ -174,28 +175,41 @@ class Scorer:
         Returns:
             As for :meth:`rs`; the images of the base are permuted within each batch.
         """
-        count = self._count(None, features)
+        self._count(None, features)
         if (features == "unicam") != (embeddings is not None):
             got = "none" if embeddings is None else "some"
             raise ValueError(f"embeddings: expected with features 'unicam' only, got {got} with {features!r}")
         table = None if embeddings is None else self._check_embeddings(embeddings)
+        return self._similarity(student, base, features, table, self.estimator)
+
+    def cka(self, student: Hashable, base: Hashable) -> pd.DataFrame:
+        r"""Linear centred kernel alignment (Kornblith et al. 2019), by the unbiased estimator (Nguyen et al. 2021).
+
+        As :meth:`fss`, with the inner products :math:`X X^\top` of a batch in place of its distances.
+        """
+        return self._similarity(student, base, "raw", None, LINEAR)
+
+    def _similarity(
+        self, student: Hashable, base: Hashable, features: str, table: Tensor | None, estimator: str
+    ) -> pd.DataFrame:
+        count = self._count(None, features)
         check_stages(self.layers(student), self.layers(base))
         found = _Found(list(self.layers(student)))
         for b, rows in enumerate(self.batches):
             if table is None:
-                p_s = self._centred(student, b, features, self.estimator)
-                p_b = self._centred(base, b, features, self.estimator, found.names)
+                p_s = self._centred(student, b, features, estimator)
+                p_b = self._centred(base, b, features, estimator, found.names)
             else:
                 maps = unicam(self._reference(student, base, rows), table[self.labels[rows]].to(self.images.device))
-                p_s = self._perturbed(student, rows, maps.distilled, self.estimator)
-                p_b = self._perturbed(base, rows, maps.residual, self.estimator, found.names)
+                p_s = self._perturbed(student, rows, maps.distilled, estimator)
+                p_b = self._perturbed(base, rows, maps.residual, estimator, found.names)
             drawn = None
             if count:
                 orders = permutation.random_permutations(len(rows), count, self.seed + b)
                 pairs = zip(p_s, p_b, strict=True)
                 drawn = torch.cat([permutation.permuted_cosines(one[None], two, orders) for one, two in pairs])
             found.add(_cosines(p_s, p_b), drawn, 0.0)
-        return found.table(len(self.batches[0]), self.estimator, features, count)
+        return found.table(len(self.batches[0]), estimator, features, count)
 
     def unique_rs(self, student: Hashable, base: Hashable, embeddings: Tensor) -> pd.DataFrame:
         """Relevance of the features that only one of two networks holds: the semi-partial and partial correlations of
@@ -277,18 +291,29 @@ class Scorer:
     def _centred(
         self, network: Hashable, b: int, features: str, estimator: str, names: Iterable[str] | None = None
     ) -> Tensor:
-        """Centred distances (stages, n, n) of batch b, in the order of ``names``; computed once."""
+        """Centred distances (stages, n, n) of batch b, in the order of ``names``; distances are computed once."""
         layers = self.layers(network)
-        key = (network, b, features, estimator)
+        key = (network, b, features, estimator == "paper")
         if key not in self._kept:
             maps = None
             if features == "grad_cam":
                 maps = grad_cam(self.networks[network], self.images[self.batches[b]], layers=layers)
-            self._kept[key] = self._perturbed(network, self.batches[b], maps, estimator)
+            self._kept[key] = self._distances(network, self.batches[b], maps, estimator)
         order = list(layers)
-        return self._kept[key][[order.index(name) for name in names or order]]
+        return _centre(self._kept[key][[order.index(name) for name in names or order]], estimator)
 
     def _perturbed(
+        self,
+        network: Hashable,
+        rows: Tensor,
+        maps: Mapping[str, Tensor],
+        estimator: str,
+        names: Iterable[str] | None = None,
+    ) -> Tensor:
+        """Centred distances (stages, n, n) among images perturbed by ``maps``."""
+        return _centre(self._distances(network, rows, maps, estimator, names), estimator)
+
+    def _distances(
         self,
         network: Hashable,
         rows: Tensor,
@@ -296,7 +321,7 @@ class Scorer:
         estimator: str,
         names: Iterable[str] | None = None,
     ) -> Tensor:
-        """Centred distances (stages, n, n) of a network's features; zeros where they do not vary.
+        """Distances (stages, n, n) among a network's features.
 
         With ``maps``, a stage's features are those of the images perturbed by the stage's map.
         """
@@ -304,11 +329,11 @@ class Scorer:
         passes: Iterable[tuple[Layers, Callable[[], Tensor]]] = [(layers, lambda: x)]
         if maps is not None:
             passes = [({s: layers[s]}, lambda s=s: perturb(x, maps[s], self.keep, seed=self.seed)) for s in layers]  # type: ignore[misc]
-        found = {}
+        found, as_sample = {}, "unbiased" if estimator == LINEAR else estimator
         for wanted, inputs in passes:
             for stage, activation in activations(self.networks[network], inputs(), wanted).items():
                 try:
-                    found[stage] = distance.center(activation, estimator)
+                    found[stage] = distance.distances(distance.sample(activation, as_sample))
                 except ValueError as error:
                     raise ValueError(f"{stage}: {error}") from error
         return torch.stack([found[stage] for stage in names or layers])
@@ -351,6 +376,15 @@ class _Found:
         facts: dict[str, Any] = {"floor": floor, "n": n, "batches": len(values)}
         facts |= {"estimator": estimator, "features": features, "permutations": permutations}
         return pd.DataFrame(rows).assign(**facts)
+
+
+def _centre(distances: Tensor, estimator: str) -> Tensor:
+    """Centred matrices (stages, n, n); zeros where features do not vary. ``LINEAR``: of inner products without their
+    diagonal, of which squared distances are -2 times the part that centring leaves."""
+    if estimator == LINEAR:
+        return torch.stack([distance.u_center(-d.square() / 2) for d in distances])
+    centre = distance.u_center if estimator == "unbiased" else distance.double_center
+    return torch.stack([centre(d) for d in distances])
 
 
 def _cosines(p: Tensor, q: Tensor) -> Tensor:
