@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kdx.data.batches import in_turns
@@ -20,6 +22,7 @@ from kdx.data.registry import Card
 from kdx.paths import DataError
 
 SHOWN = 3  # most names in a message
+LARGEST = 512  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,20 @@ def read_pictures(folder: Path | str, size: int, limit: int | None = None, seed:
         raise DataError(f"no image that can be read in {printable(folder)}{f' ({because})' if because else ''}")
     labels = torch.tensor([classes.index(item.name) for item in used]) if classes else None
     return Pictures(torch.stack(images), [item.file for item in used], labels, classes, refused, len(items), testing)
+
+
+def common_size(folder: Path | str) -> int | None:
+    """The shorter side of the images of a folder, if all that can be opened are of one size of up to ``LARGEST``
+    pixels, as those of networks' inputs are; else None."""
+    items, _ = list_files(Path(folder).expanduser())
+    sizes = set()
+    for item in items:
+        with suppress(OSError, Image.DecompressionBombError), Image.open(item.path) as picture:
+            sizes.add(picture.size)
+        if len(sizes) > 1:
+            return None
+    side = min(*sizes) if sizes else LARGEST + 1
+    return side if side <= LARGEST else None
 
 
 def _in_turns(items: Sequence[Item]) -> list[Item]:

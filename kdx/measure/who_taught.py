@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from kdx.data.own_images import read_pictures
+from kdx.data.own_images import common_size, read_pictures
 from kdx.explain.reference import Network, centre_logits, logits_to
 from kdx.explain.regression import FitWarning, Moments, errors_beyond, share, slope_beyond
 from kdx.intervals import Interval
@@ -234,15 +234,16 @@ def read_answers(checkpoint: Path, build: str, folder: Path, size: int = 0, limi
         checkpoint: As for :func:`kdx.load_own`.
         build: Likewise.
         folder: As for :func:`kdx.data.own_images.read_pictures`.
-        size: Pixels per side of the input; 0 takes the checkpoint's, or 224.
+        size: Pixels per side of the input; 0 takes the checkpoint's, else that of the images if they share one, else 224.
         limit: Largest number of images.
     """
     header = own_networks.header_of(checkpoint)
     network = own_networks.load_own(build, checkpoint)
-    pictures = read_pictures(folder, size or header.get("size", 224), limit)
+    size = size or header.get("size") or common_size(folder) or 224
+    pictures = read_pictures(folder, size, limit)
     normalisation = [header[fact] for fact in ("mean", "std") if fact in header]
     x = own_networks.network_input(network, pictures.images, normalisation)
-    return own_networks.answers(network, x, f"network of {checkpoint}").clamp_min(1e-30).log()
+    return own_networks.answers(network, x, f"network of {checkpoint}")
 
 
 def verdict(table: pd.DataFrame, level: float = 0.05) -> str:

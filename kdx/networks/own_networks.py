@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,9 +27,12 @@ from kdx.paths import one_line
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights
 SHOWN = 3  # keys named in a message
-IMAGENET = {  # normalisation by the number of channels
-    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    1: ((0.449,), (0.226,)),
+Normalisation = Sequence[Sequence[float]]  # means and standard deviations of the channels, on the scale 0..1
+NORMALISATIONS: dict[str, dict[int, Normalisation]] = {  # by the number of channels
+    "imagenet": {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))},
+    "cifar10": {3: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 1: ((0.4809,), (0.2392,))},
+    "half": {3: ((0.5,) * 3, (0.5,) * 3), 1: ((0.5,), (0.5,))},
+    "none": {3: ((0.0,) * 3, (1.0,) * 3), 1: ((0.0,), (1.0,))},
 }
 
 
@@ -209,7 +211,34 @@ def _first(keys: list[str]) -> str:
 # --- do they fit? ------------------------------------------------------------------------------------
 
 
-def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequence[float]] = ()) -> Tensor:
+def channels_of(model: nn.Module, pixels: int) -> int:
+    """Channels of the images that a network takes: 1 if its first layer takes one channel, or as many values as an
+    image has ``pixels``; else 3."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    if isinstance(first, nn.Conv2d):
+        return 1 if first.in_channels == 1 else 3
+    return 1 if first is not None and first.in_features == pixels else 3
+
+
+def named_normalisation(name: str, channels: int) -> Normalisation:
+    """One of ``NORMALISATIONS``, or means and standard deviations as ``"0.49,0.48,0.45/0.25,0.24,0.26"``.
+
+    Raises:
+        ValueError: Another name, or numbers that do not fit the channels.
+    """
+    if name in NORMALISATIONS:
+        return NORMALISATIONS[name][channels]
+    try:
+        numbers = [[float(number) for number in part.split(",")] for part in name.split("/")]
+    except ValueError as error:
+        raise ValueError(
+            f"normalisation: expected {', '.join(NORMALISATIONS)}, or means/deviations such as "
+            f"0.49,0.48,0.45/0.25,0.24,0.26, got {name!r}"
+        ) from error
+    return check_normalisation(numbers, channels)
+
+
+def network_input(model: nn.Module, images: Tensor, normalisation: Normalisation = ()) -> Tensor:
     """Images as input of a network: normalised, on the device of its weights, grey if it takes one channel.
 
     Args:
@@ -217,17 +246,17 @@ def network_input(model: nn.Module, images: Tensor, normalisation: Sequence[Sequ
         images: uint8 (n, 3, h, w).
         normalisation: Means and standard deviations of the channels on the scale 0..1; () takes those of ImageNet.
     """
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     weight = next(model.parameters(), None)
-    if convolution is not None and convolution.in_channels == 1:
+    if channels_of(model, images.shape[2] * images.shape[3]) == 1:
         images = v2.functional.rgb_to_grayscale(images)
-    mean, std = check_normalisation(normalisation or IMAGENET[images.shape[1]], images.shape[1])
+    channels = images.shape[1]
+    mean, std = check_normalisation(normalisation or NORMALISATIONS["imagenet"][channels], channels)
     scaled = v2.functional.normalize(v2.functional.to_dtype(images, scale=True), list(mean), list(std))
     return scaled if weight is None else scaled.to(weight.device)
 
 
 def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -> Tensor:
-    """Class probabilities float32 (n, classes) of a network.
+    """Logits float32 (n, classes) of a network.
 
     Raises:
         ValueError: The network does not take these images, gives no logits, or gives NaN.
@@ -247,12 +276,12 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
         raise ValueError(f"the {name} has one output; expected logits of two classes or more: wrap it to give (-z, z)")
     if not logits.isfinite().all():
         raise ValueError(f"the {name} answers with NaN or infinity; check its weights and the normalisation")
-    return F.softmax(logits, 1)
+    return logits
 
 
-def check_answers(probabilities: Mapping[str, Tensor]) -> None:
+def check_answers(logits: Mapping[str, Tensor]) -> None:
     """Refuse networks, by role, with different numbers of classes."""
-    numbers = {role: p.shape[1] for role, p in probabilities.items()}
+    numbers = {role: z.shape[1] for role, z in logits.items()}
     if len(set(numbers.values())) > 1:
         raise ValueError(f"student and base must answer the same question, got outputs for classes: {numbers}")
 

@@ -1,0 +1,348 @@
+"""The networks and images of a report: read, checked against each other, and answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from kdx.data.batches import in_turns, rank_in_class
+from kdx.data.dataset import Dataset
+from kdx.data.own_images import Labels, Pictures, as_dataset, common_size, label, read_pictures
+from kdx.intervals import share_interval
+from kdx.measure.ledger import BASE, STUDENT, TEACHER, Ledger, paired
+from kdx.networks import own_networks as own
+from kdx.networks.devices import pick_device
+from kdx.paths import one_line
+
+FEWEST = 20  # images of a report
+TRIED = 500  # images on which other normalisations are tried
+SURE = 0.001  # p from which another normalisation is called better
+
+
+@dataclass(frozen=True)
+class OwnNetworks:
+    """Networks by role, and what their checkpoints say.
+
+    Attributes:
+        networks: Role -> network.
+        headers: Role -> header of its checkpoint, {} for one that kdx did not write.
+        paths: Role -> file.
+    """
+
+    networks: Mapping[str, nn.Module]
+    headers: Mapping[str, Mapping[str, Any]]
+    paths: Mapping[str, Path]
+
+    @property
+    def shown(self) -> list[str]:
+        """All but the teacher: those that stand in the student's place, and the base."""
+        return [role for role in self.networks if role != TEACHER]
+
+
+def read_networks(paths: Mapping[str, str | Path], builds: Mapping[str, str], device: str = "auto") -> OwnNetworks:
+    """Load the networks of a report.
+
+    Args:
+        paths: Role -> checkpoint, as for :func:`kdx.load_own`; ``student`` and ``base``, perhaps ``second base``,
+            ``second student`` and ``teacher``.
+        builds: Role -> what builds the network.
+        device: Where they run.
+
+    Raises:
+        ValueError: As for :func:`kdx.load_own`; checkpoints of kdx that take other images than the student, and two
+            networks with the same weights.
+    """
+    if missing := [role for role in (STUDENT, BASE) if role not in paths]:
+        raise ValueError(f"{' and '.join(missing)}: expected a checkpoint, got none")
+    networks = {role: own.load_own(builds.get(role, ""), path).to(pick_device(device)) for role, path in paths.items()}
+    headers = {role: own.header_of(path) for role, path in paths.items()}
+    own.check_headers({role: header for role, header in headers.items() if role != TEACHER})
+    known: dict[str, str] = {}
+    for role, network in networks.items():
+        mark = str([(k, tuple(w.shape), w.double().sum().item()) for k, w in network.state_dict().items()])
+        if same := known.get(mark):
+            raise ValueError(f"{role} and {same} are the same network ({paths[role]}): there is nothing to compare")
+        known[mark] = role
+    return OwnNetworks(networks, headers, {role: Path(path) for role, path in paths.items()})
+
+
+@dataclass(frozen=True)
+class OwnPair:
+    """Networks with images, on which they have answered.
+
+    Attributes:
+        own: The networks.
+        pictures: The images.
+        normalisations: Role -> means and standard deviations.
+        size: Pixels a side, and ``size_from`` where it comes from, in words.
+        logits: Role -> float32 (n, classes).
+        truth: Labels of the images.
+        names: Name of each output.
+        caveats: What is doubtful, in sentences.
+    """
+
+    own: OwnNetworks
+    pictures: Pictures
+    normalisations: Mapping[str, own.Normalisation]
+    size: int
+    size_from: str
+    logits: Mapping[str, Tensor]
+    truth: Labels
+    names: Sequence[str]
+    caveats: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pictures.images)
+
+    def inputs(self, role: str, images: Tensor | None = None) -> Tensor:
+        """Images as input of a network; None takes those of the report."""
+        images = self.pictures.images if images is None else images
+        return own.network_input(self.own.networks[role], images, self.normalisations[role])
+
+    def answer(self, role: str) -> Callable[[Tensor], Tensor]:
+        """The function from images, uint8 (n, 3, h, w), to the classes that a network predicts."""
+        return lambda images: own.answers(self.own.networks[role], self.inputs(role, images), role).argmax(1)
+
+    @cached_property
+    def answers(self) -> dict[str, Tensor]:
+        """Role -> predicted class (n,), of networks with the student's classes."""
+        classes = self.logits[STUDENT].shape[1]
+        return {role: z.argmax(1) for role, z in self.logits.items() if z.shape[1] == classes}
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known which answers are right."""
+        return self.truth.given and self.truth.outputs is not None
+
+    @property
+    def targets(self) -> Tensor:
+        """The output (n,) of each image's label, or the student's answer where that is not known."""
+        return self.answers[STUDENT] if self.truth.outputs is None else self.truth.outputs[self.truth.labels]
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The ledger of answers; None without labels."""
+        if not self.labelled:
+            return None
+        return Ledger(self.targets, self.answers, self.names)
+
+    @property
+    def dataset(self) -> Dataset:
+        """Images and labels, for figures."""
+        return as_dataset(self.pictures, self.truth.labels, self.truth.names)
+
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Rows of a reference set, and of the images that are explained with it; of each class about as many."""
+        order = in_turns(self.truth.labels)
+        odd = rank_in_class(self.truth.labels) % 2 == 1
+        return order[odd[order]], order[~odd[order]]
+
+    def caption(self, row: int) -> str:
+        """Label and answers of an image, in lines."""
+        lines = [self.truth.names[self.truth.labels[row]]] if self.truth.given else []
+        lines += [f"{role}: {self.names[int(self.answers[role][row])]}" for role in (STUDENT, BASE)]
+        return "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in lines)
+
+    def telling(self, unexplained: Tensor, rows: Tensor, count: int) -> Tensor:
+        """Rows with the largest unexplained answers: a third of them gained, a third lost, and the largest of all.
+
+        Args:
+            unexplained: (len(rows),) the size of the unexplained answers.
+            rows: The images among which to choose.
+            count: How many.
+        """
+        order = rows[unexplained.cpu().argsort(descending=True, stable=True)]
+        chosen: list[int] = []
+        if self.ledger is not None:
+            for quantity in ("gained", "lost"):
+                of = torch.from_numpy(self.ledger.quantities(STUDENT)[quantity])
+                chosen += order[of[order]][: -(-count // 3)].tolist()
+        chosen += [row for row in order.tolist() if row not in chosen]
+        return torch.tensor(chosen[:count])
+
+
+def read_pair(
+    networks: OwnNetworks,
+    data: str | Path,
+    *,
+    size: int = 0,
+    normalisation: own.Normalisation | str = "",
+    classes: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+) -> OwnPair:
+    """Read images for networks, let these answer, and check that all of them answer the same question.
+
+    Args:
+        networks: From :func:`read_networks`.
+        data: A folder of images, as for :func:`kdx.data.own_images.read_pictures`.
+        size: Pixels a side of the input; 0 takes that of a checkpoint of kdx, else that of the images if they share
+            one, else 224.
+        normalisation: As for :func:`kdx.networks.own_networks.named_normalisation`, or means and deviations; nothing
+            takes that of the checkpoint, else ImageNet's.
+        classes: Names of the outputs in order; none takes the checkpoint's, else those of the folders.
+        limit: Largest number of images.
+        seed: Draws the images.
+
+    Raises:
+        ValueError: Networks that do not take these images, answer with NaN, or number the classes differently; fewer
+            than ``FEWEST`` images; and as for :func:`kdx.data.own_images.label`.
+    """
+    header = networks.headers[STUDENT]
+    origins = {
+        "given": size,
+        "of the checkpoint": header.get("size"),
+        "of the images": None if size else common_size(data),
+    }
+    size_from, size = next(((k, v) for k, v in origins.items() if v), ("by default", 224))
+    pictures = read_pictures(data, size, limit, seed)
+    if len(pictures.images) < FEWEST:
+        raise ValueError(
+            f"data: expected {FEWEST} images or more, got {len(pictures.images)} that can be read in {data}"
+        )
+    caveats: list[str] = []
+    normalisations, assumed = _normalisations(networks, normalisation, size)
+    logits = {}
+    for role, network in networks.networks.items():
+        x = own.network_input(network, pictures.images, normalisations[role])
+        logits[role] = own.answers(network, x, role)
+    own.check_answers({role: z for role, z in logits.items() if role != TEACHER})
+    truth = label(pictures, logits[STUDENT], classes or header.get("classes", ()))
+    names = list(classes or header.get("classes", ()))
+    if not names:
+        names = [f"output {i}" for i in range(logits[STUDENT].shape[1])]
+        for place, name in zip([] if truth.outputs is None else truth.outputs.tolist(), truth.names, strict=False):
+            names[place] = name
+    pair = OwnPair(networks, pictures, normalisations, size, size_from, logits, truth, names, caveats)
+    _check_order(pair)
+    if logits.get(TEACHER, logits[STUDENT]).shape[1] != logits[STUDENT].shape[1]:
+        caveats.append("The teacher has other classes, so its answers are not in the ledger.")
+    if not truth.given:
+        caveats.append(
+            "Labels are not known: nothing is said about right and wrong, and maps are of predicted classes."
+        )
+    elif not pair.labelled:
+        caveats.append("The outputs of the labels are not known (--labels), so nothing is said about right and wrong.")
+    if assumed:
+        caveats.append(
+            f"The normalisation of ImageNet was assumed for the {' and the '.join(assumed)} (--normalisation)."
+        )
+    if size_from != "given" and not header.get("size"):
+        caveats.append(f"The networks were given {size} x {size} pixels, the size {size_from} (--size).")
+    if pair.labelled:
+        caveats += _doubts(pair, assumed)
+    return pair
+
+
+def _normalisations(
+    networks: OwnNetworks, given: own.Normalisation | str, size: int
+) -> tuple[dict[str, own.Normalisation], list[str]]:
+    """Of each role, and the roles for which it is assumed."""
+    found, assumed = {}, []
+    for role, network in networks.networks.items():
+        header = networks.headers[role]
+        channels = own.channels_of(network, size * size)
+        if isinstance(given, str) and given:
+            found[role] = own.named_normalisation(given, channels)
+        elif given:
+            found[role] = given
+        elif "mean" in header:
+            found[role] = (header["mean"], header["std"])
+        else:
+            found[role] = own.NORMALISATIONS["imagenet"][channels]
+            assumed.append(role)
+    return found, assumed
+
+
+def _check_order(pair: OwnPair) -> None:
+    """Refuse networks and folders that number the classes differently."""
+    others = {f"the {role}": answers for role, answers in pair.answers.items() if role != STUDENT}
+    if pair.labelled:
+        others["the folders"] = pair.targets
+    checked = [own.check_class_order(pair.answers[STUDENT], of, ("the student", who)) for who, of in others.items()]
+    if not all(checked):
+        pair.caveats.append("There are too few images per class to check that all networks number the classes alike.")
+
+
+def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
+    """Signs of a wrong size, normalisation or order of classes."""
+    assert pair.ledger is not None
+    found = []
+    right = {role: pair.ledger.right(role) for role in pair.answers}
+    chance = 1 / pair.logits[STUDENT].shape[1]
+    if weak := [role for role, of in right.items() if share_interval(of).low <= chance]:
+        found.append(
+            f"The {' and the '.join(weak)} {'is' if len(weak) == 1 else 'are'} hardly better than chance ({chance:.1%}): "
+            "check size, normalisation and the order of the classes."
+        )
+    if TEACHER in right and right[STUDENT].mean() < right[TEACHER].mean() / 2:
+        found.append(
+            f"The student is right on {right[STUDENT].mean():.1%} of the images and its teacher on "
+            f"{right[TEACHER].mean():.1%}: is {pair.size} pixels the size that it was trained with?"
+        )
+    few = slice(TRIED)
+    for role in assumed:
+        if role not in right:
+            continue
+        channels = own.channels_of(pair.own.networks[role], pair.size**2)
+        for name, normalisation in own.NORMALISATIONS.items():
+            other = replace(pair, normalisations={**pair.normalisations, role: normalisation[channels]})
+            answers = other.answer(role)(pair.pictures.images[few])
+            better = paired(right[role][few], (answers == pair.targets[few]).numpy())
+            if better.difference > 0 and better.p < SURE:
+                found.append(
+                    f"With the normalisation {name!r}, the {role} gets {100 * better.difference:.1f} points more of "
+                    f"{better.n} images right: is it the one that it was trained with (--normalisation {name})?"
+                )
+    return found
+
+
+def read_slices(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
+    """Columns of a CSV file for images, one row per image; empty where the file does not list an image.
+
+    Args:
+        path: With a column ``file`` (as in the folder of images, or the name alone) and others.
+        files: Of the images.
+
+    Raises:
+        ValueError: No such file, no column ``file`` or no other, an image listed twice, or no image listed.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"slices: expected a CSV file with a column file, got {path} ({one_line(error)})") from error
+    if "file" not in table or len(table.columns) < 2:
+        raise ValueError(f"slices: expected a column file and others in {path}, got {', '.join(table.columns)}")
+    if (twice := table["file"][table["file"].duplicated()]).any():
+        raise ValueError(f"slices: {twice.iloc[0]} is listed twice in {path}")
+    table = table.set_index("file")
+    listed = [file if file in table.index else Path(file).name for file in files]
+    found = table.reindex(listed).reset_index(drop=True)
+    if found.isna().all(None):
+        raise ValueError(f"slices: {path} lists none of the images, such as {files[0]}")
+    return found
+
+
+def read_labels(path: str | Path) -> list[str]:
+    """Names of the outputs in order, from the lines of a text file.
+
+    Raises:
+        ValueError: No such file, or no lines.
+    """
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"labels: expected a text file with a name in each line, got {path} ({one_line(error)})"
+        ) from error
+    if not names:
+        raise ValueError(f"labels: {path} is empty; expected a name in each line")
+    return names
