@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,29 +216,59 @@ def build(
 @app.command()
 def explain(
     student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
-    base: Annotated[Path, typer.Option(help="checkpoint of the network that the student is compared with")],
+    base: Annotated[Path, typer.Option(help="checkpoint of the network that the student would replace")],
     data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
-    base2: Annotated[Path | None, typer.Option(help="a second base from another seed, as the control")] = None,
+    base2: Annotated[Path | None, typer.Option(help="a base from another seed, as the control")] = None,
+    student2: Annotated[Path | None, typer.Option(help="a student from another seed")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="the student's teacher, of any family")] = None,
     build: Annotated[str, typer.Option(help="module:function that makes the network; not for checkpoints of kdx")] = "",
     build_base: Annotated[str, typer.Option(help="the same for the bases, if it differs")] = "",
-    size: Annotated[int, typer.Option(help="pixels a side of the networks' input; 0: the checkpoint's, or 224")] = 0,
-    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 256,
+    build_teacher: Annotated[str, typer.Option(help="the same for the teacher, if it differs")] = "",
+    size: Annotated[
+        int, typer.Option(help="pixels a side; 0: the checkpoint's, else the images' if they share one, else 224")
+    ] = 0,
+    normalisation: Annotated[
+        str,
+        typer.Option(help="imagenet (default), cifar10, half, none, or means/deviations: .5,.5,.5/.2,.2,.2"),
+    ] = "",
+    labels: Annotated[Path | None, typer.Option(help="text file: names of the outputs in order, one per line")] = None,
+    slices: Annotated[Path | None, typer.Option(help="CSV file: file, and any columns that group the images")] = None,
+    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="corrupt and delete from all images, not from 256 (64 above 64 pixels)")
+    ] = False,
+    fail_on: Annotated[
+        list[str] | None, typer.Option(help="such as 'negative_flips > 2%': exit code 3; may be repeated")
+    ] = None,
+    json_only: Annotated[bool, typer.Option("--json-only", help="write statement.json alone")] = False,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value of notebooks/04_own_models")] = None,
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("report"),
     debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
 ) -> None:
-    """Compare a student with its base: one folder with a self-contained report."""
+    """What a student gained and lost against its base: one folder with a self-contained report."""
     with _errors(code=2, debug=debug), _seconds("explain"):
+        paths = {"student": student, "base": base, "base2": base2, "student2": student2, "teacher": teacher}
+        paths |= {"labels": labels, "slices": slices, "data": data}
+        for name, path in paths.items():
+            if path and not path.exists():
+                raise ValueError(f"{name}: no file or folder {path}")
         from kdx.pages import build as book
         from kdx.pages import report
 
-        paths = {"student": student, "base": base, "base2": base2 or "", "data": data}
-        given: dict[str, Any] = {name: str(path) for name, path in paths.items()}
-        given |= {"build": build, "build_base": build_base, "size": size, "limit": limit}
+        given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
+        given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
+        given |= {"normalisation": normalisation, "limit": limit, "sample": limit if thorough else 0}
         given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
-        if "out" in given:
-            raise ValueError("-p out: the folder is given with --out")
-        typer.echo(report.explain(given, out))
+        if taken := {"out", "command"} & set(given):
+            raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
+        gates = [report.Gate.parse(text) for text in fail_on or []]
+        report.check(given)
+        failures = report.explain(given, out, shlex.join(["kdx", *sys.argv[1:]]), gates, json_only)
+        typer.echo(out / ("statement.json" if json_only else "report.html"))
+    if failures:
+        for failure in failures:
+            typer.secho(f"failed: {failure}", fg="red", err=True)
+        raise typer.Exit(3)
 
 
 @app.command("who-taught")

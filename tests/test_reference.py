@@ -37,7 +37,7 @@ def test_regressions_hold_no_features_and_are_those_of_all_at_once(images, monke
     reference = kdx.Reference(Small(seed=0), Small(6, seed=1), images)
     held = []
     monkeypatch.setattr(module, "AT_ONCE", 2 * images[0].numel())
-    monkeypatch.setattr(kdx.Reference, "features_of", counted(kdx.Reference.features_of, held))
+    monkeypatch.setattr(kdx.Reference, "outputs_of", counted(kdx.Reference.outputs_of, held))
     found = reference.regressions["residual"]["L2"]
     assert "features" not in vars(reference)
     assert set(held) == {2}  # images at a time

@@ -38,7 +38,7 @@ def test_damaged_manifests_are_named(trained_home):
 def test_a_pair_becomes_files_for_the_page_on_own_models(tmp_path):
     pair = stored_pairs("shapes", "attention")[0]
     files = pair.as_files(tmp_path, 20)
-    assert files["size"] == 32
+    assert files["teacher"] == ""  # is the base
     written = sorted(tmp_path.glob("*/*.png"))
     assert len(written) == 20
     images = pair.images(20)

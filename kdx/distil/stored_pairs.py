@@ -63,12 +63,13 @@ class Pair:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         files = {role: str(run.file) for role, run in self.runs.items()}
+        above = None if self.spec["teacher"] == self.keys["base"] else find_run(self.spec["teacher"])
         return {
             "student": files["student"],
             "base": files["base"],
             "base2": files.get("second base", ""),
+            "teacher": "" if above is None else str(above.file),
             "data": str(folder),
-            "size": images.images.shape[-1],
         }
 
 

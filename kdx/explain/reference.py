@@ -115,12 +115,22 @@ class Reference:
     def features_of(self, *images: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Stage -> activations (n, k, h, w) of student and base, from one forward pass of each; with images for the
         teacher, of all three, at the stages that it shares."""
-        captures = []
+        return {stage: of for stage, of in self.outputs_of(*images).items() if stage != ANSWER}
+
+    def outputs_of(self, *images: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """:meth:`features_of` and, as ``ANSWER``, :meth:`answers_of`, from one forward pass of each network."""
+        captures: list[dict[str, Tensor]] = []
         for network, x, layers in zip(self.networks, images, self.layers, strict=False):
-            found = activations(network, x, layers) if layers else {}
-            captures.append({stage: to_grid(stage, layers[stage], output, x) for stage, output in found.items()})
+            if not layers:
+                captures.append({ANSWER: logits_to(network, x)})
+                continue
+            found = activations(network, x, layers, logits=ANSWER)
+            grids = {stage: to_grid(stage, name, found[stage], x).float() for stage, name in layers.items()}
+            captures.append(grids | {ANSWER: found[ANSWER]})
         shared = self.stages if len(images) == 2 else self.shared_stages
-        return {stage: tuple(found[stage].float() for found in captures) for stage in shared}
+        device = captures[0][ANSWER].device
+        answers = tuple(centre_logits(of[ANSWER].to(device)) for of in captures)
+        return {stage: tuple(of[stage] for of in captures) for stage in shared} | {ANSWER: answers}
 
     def answers_of(self, *images: Tensor) -> tuple[Tensor, ...]:
         """Centred logits (n, classes) of student, base and, with images for it, the teacher."""
@@ -156,8 +166,7 @@ class Reference:
         at_once = max(1, AT_ONCE // max(x[0].numel() for x in images))
         for part in rows.split(at_once):
             x = tuple(of[part] for of in images)
-            features: dict[str, tuple[Tensor, ...]] = {**self.features_of(*x), ANSWER: self.answers_of(*x)}
-            for stage, of in features.items():
+            for stage, of in self.outputs_of(*x).items():
                 if len(images) > 2:
                     of = tuple(resample(f, of[0]) for f in of)
                 for name, (explained, *given) in questions.items():

@@ -234,7 +234,8 @@ def read_answers(checkpoint: Path, build: str, folder: Path, size: int = 0, limi
         checkpoint: As for :func:`kdx.load_own`.
         build: Likewise.
         folder: As for :func:`kdx.data.own_images.read_pictures`.
-        size: Pixels per side of the input; 0 takes the checkpoint's, else that of the images if they share one, else 224.
+        size: Pixels per side of the input; 0 takes the checkpoint's, else that of the images if they
+            share one, else 224.
         limit: Largest number of images.
     """
     header = own_networks.header_of(checkpoint)

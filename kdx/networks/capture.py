@@ -22,7 +22,9 @@ class OverwrittenError(RuntimeError):
     """A layer that follows changed a captured output in place."""
 
 
-def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
+def activations(
+    model: nn.Module, images: Tensor, layers: Mapping[str, str], logits: str | None = None
+) -> dict[str, Tensor]:
     """Outputs of named modules, from a forward pass in evaluation mode without gradients.
 
     Images are processed in chunks that suit the caches of the device. Threads may share a network: they take turns.
@@ -30,6 +32,7 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
     Args:
         images: (n, c, h, w), normalised as the network expects.
         layers: Stage -> module name, as :func:`kdx.stages` returns.
+        logits: A name under which the logits of the network, float32 (n, classes), are returned as well.
 
     Returns:
         stage -> output of its module (the first, of several): (n, k, h, w) for a convolutional stage, tokens (n, t, k)
@@ -44,10 +47,10 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         for i, chunk in enumerate(chunks):
             try:
-                captured = _forward(model, chunk, layers, copy)
+                captured = _forward(model, chunk, layers, copy, logits)
             except OverwrittenError:
                 copy = True
-                captured = _forward(model, chunk, layers, copy)
+                captured = _forward(model, chunk, layers, copy, logits)
             if len(chunks) == 1:
                 return captured
             for stage, output in captured.items():
@@ -57,16 +60,19 @@ def activations(model: nn.Module, images: Tensor, layers: Mapping[str, str]) -> 
     return found
 
 
-def _forward(model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: bool) -> dict[str, Tensor]:
+def _forward(
+    model: nn.Module, images: Tensor, layers: Mapping[str, str], copy: bool, logits: str | None
+) -> dict[str, Tensor]:
     with capture(model, layers, copy=copy) as captured:
-        model(images)
+        answer = model(images)
     _check_called(model, layers, captured)
     for stage, output in captured.items():
         if output.ndim == 0 or len(output) != len(images):
             raise ValueError(
                 f"{stage} ({layers[stage]}): expected a row for each of {len(images)} images, got {tuple(output.shape)}"
             )
-    return {stage: captured[stage] for stage in layers}
+    found = {stage: captured[stage] for stage in layers}
+    return found if logits is None else found | {logits: logits_of(answer).float()}
 
 
 def _check_called(model: nn.Module, layers: Mapping[str, str], captured: Collection[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from kdx.intervals import mean_interval, share_interval
 from kdx.networks.devices import autocast_dtype, device_name, pick_device
 from kdx.pages.claims import Verdict, badge
 from kdx.paths import CHECKOUT
+from kdx.progress import terminal
 
 LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}
@@ -98,6 +102,37 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
     rows |= {("data (SHA-256)", f"{k}, {len(d):,} images"): d.fingerprint[:16] for k, d in datasets.items()}
     table = pd.Series(rows, name="value").to_frame()
     return table.style.format(escape="html").set_table_styles([{"selector": "td", "props": "text-align: left"}])
+
+
+def gather_warnings() -> list[str]:
+    """A list to which the package's warnings go from now on, once each, instead of into the page."""
+    found: list[str] = []
+    show = warnings.showwarning
+
+    def keep(message: Any, category: type[Warning], *args: Any, **settings: Any) -> None:
+        if not category.__module__.startswith("kdx."):
+            show(message, category, *args, **settings)
+        elif str(message) not in found:
+            found.append(str(message))
+
+    warnings.showwarning = keep
+    return found
+
+
+def chapters(seconds: float) -> Callable[[str], None]:
+    """A function that says on the terminal of the user, if there is one, which chapter begins.
+
+    Args:
+        seconds: About how long all of them take.
+    """
+    start = time.perf_counter()
+
+    def tell(name: str) -> None:
+        if path := terminal():
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                file.write(f"{time.perf_counter() - start:.0f} s of about {seconds:.0f} s: {name}\n")
+
+    return tell
 
 
 def score_cell(row: Mapping[str, Any], form: str = ".3f") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,14 +18,30 @@ from kdx.data.batches import in_turns, rank_in_class
 from kdx.data.dataset import Dataset
 from kdx.data.own_images import Labels, Pictures, as_dataset, common_size, label, read_pictures
 from kdx.intervals import share_interval
-from kdx.measure.ledger import BASE, STUDENT, TEACHER, Ledger, paired
+from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, paired
 from kdx.networks import own_networks as own
 from kdx.networks.devices import pick_device
-from kdx.paths import one_line
+from kdx.paths import one_line, sha256_of
+from kdx.version import __version__
 
 FEWEST = 20  # images of a report
 TRIED = 500  # images on which other normalisations are tried
 SURE = 0.001  # p from which another normalisation is called better
+
+
+GIVEN = {  # role -> the parameters that name its checkpoint and what builds it
+    STUDENT: ("student", "build"),
+    BASE: ("base", "build_base"),
+    SECOND: ("base2", "build_base"),
+    "second student": ("student2", "build"),
+    TEACHER: ("teacher", "build_teacher"),
+}
+
+
+def networks_given(parameters: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Role -> checkpoint, and role -> what builds the network, from parameters of the page on own models."""
+    paths = {role: parameters[name] for role, (name, _) in GIVEN.items() if parameters.get(name)}
+    return paths, {role: parameters.get(GIVEN[role][1]) or parameters.get("build", "") for role in paths}
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ def read_networks(paths: Mapping[str, str | Path], builds: Mapping[str, str], de
     """
     if missing := [role for role in (STUDENT, BASE) if role not in paths]:
         raise ValueError(f"{' and '.join(missing)}: expected a checkpoint, got none")
+    if absent := [f"no file {path} ({role})" for role, path in paths.items() if not Path(path).is_file()]:
+        raise ValueError(f"{'; '.join(absent)}; expected a checkpoint")
     networks = {role: own.load_own(builds.get(role, ""), path).to(pick_device(device)) for role, path in paths.items()}
     headers = {role: own.header_of(path) for role, path in paths.items()}
     own.check_headers({role: header for role, header in headers.items() if role != TEACHER})
@@ -79,16 +99,19 @@ class OwnPair:
 
     Attributes:
         own: The networks.
+        folder: Of the images.
         pictures: The images.
         normalisations: Role -> means and standard deviations.
         size: Pixels a side, and ``size_from`` where it comes from, in words.
         logits: Role -> float32 (n, classes).
         truth: Labels of the images.
         names: Name of each output.
+        pace: Seconds that a network took for an image.
         caveats: What is doubtful, in sentences.
     """
 
     own: OwnNetworks
+    folder: Path
     pictures: Pictures
     normalisations: Mapping[str, own.Normalisation]
     size: int
@@ -96,6 +119,7 @@ class OwnPair:
     logits: Mapping[str, Tensor]
     truth: Labels
     names: Sequence[str]
+    pace: float = 0.0
     caveats: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -210,10 +234,11 @@ def read_pair(
         )
     caveats: list[str] = []
     normalisations, assumed = _normalisations(networks, normalisation, size)
-    logits = {}
+    logits, start = {}, time.perf_counter()
     for role, network in networks.networks.items():
         x = own.network_input(network, pictures.images, normalisations[role])
         logits[role] = own.answers(network, x, role)
+    pace = (time.perf_counter() - start) / len(logits) / len(pictures.images)
     own.check_answers({role: z for role, z in logits.items() if role != TEACHER})
     truth = label(pictures, logits[STUDENT], classes or header.get("classes", ()))
     names = list(classes or header.get("classes", ()))
@@ -221,7 +246,7 @@ def read_pair(
         names = [f"output {i}" for i in range(logits[STUDENT].shape[1])]
         for place, name in zip([] if truth.outputs is None else truth.outputs.tolist(), truth.names, strict=False):
             names[place] = name
-    pair = OwnPair(networks, pictures, normalisations, size, size_from, logits, truth, names, caveats)
+    pair = OwnPair(networks, Path(data), pictures, normalisations, size, size_from, logits, truth, names, pace, caveats)
     _check_order(pair)
     if logits.get(TEACHER, logits[STUDENT]).shape[1] != logits[STUDENT].shape[1]:
         caveats.append("The teacher has other classes, so its answers are not in the ledger.")
@@ -280,8 +305,8 @@ def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
     chance = 1 / pair.logits[STUDENT].shape[1]
     if weak := [role for role, of in right.items() if share_interval(of).low <= chance]:
         found.append(
-            f"The {' and the '.join(weak)} {'is' if len(weak) == 1 else 'are'} hardly better than chance ({chance:.1%}): "
-            "check size, normalisation and the order of the classes."
+            f"Hardly better than chance ({chance:.1%}): the {' and the '.join(weak)}; check size, normalisation and "
+            "the order of the classes."
         )
     if TEACHER in right and right[STUDENT].mean() < right[TEACHER].mean() / 2:
         found.append(
@@ -346,3 +371,34 @@ def read_labels(path: str | Path) -> list[str]:
     if not names:
         raise ValueError(f"labels: {path} is empty; expected a name in each line")
     return names
+
+
+def digest(pair: OwnPair) -> str:
+    """SHA-256 (hex) of the images and labels that were used."""
+    found = hashlib.sha256(pair.pictures.images.numpy().tobytes())
+    found.update(pair.truth.labels.numpy().tobytes() if pair.truth.given else b"")
+    return found.hexdigest()
+
+
+def facts(pair: OwnPair, command: str) -> dict[str, Any]:
+    """What a statement says about its origin."""
+    data = {"sha256": digest(pair), "size": pair.size, "normalisation": pair.normalisations[STUDENT]}
+    return {
+        "command": command,
+        "version": __version__,
+        "networks": {role: {"file": path.name, "sha256": sha256_of(path)} for role, path in pair.own.paths.items()},
+        "data": {"folder": pair.folder.name, **data, "labels": pair.truth.origin},
+    }
+
+
+def per_image(pair: OwnPair) -> pd.DataFrame:
+    """file, label and, of each network, answer and probability; and what changed against the base."""
+    columns: dict[str, Any] = {"file": pair.pictures.files}
+    if pair.truth.given:
+        columns["label"] = [pair.truth.names[i] for i in pair.truth.labels]
+    for role, answers in pair.answers.items():
+        columns[f"{role}: answer"] = [pair.names[i] for i in answers.tolist()]
+        columns[f"{role}: probability"] = pair.logits[role].softmax(1).amax(1).tolist()
+    if pair.ledger:
+        columns |= pair.ledger.quantities(STUDENT)
+    return pd.DataFrame(columns)

@@ -30,14 +30,15 @@ MAPS = "magma"
 INK = "#222222"
 
 
-def use_style() -> None:
-    """Set the style of all figures: PNG at twice the resolution, plain axes, one font size."""
+def use_style(vector: bool = False) -> None:
+    """Set the style of all figures: PNG at twice the resolution, plain axes, one font size; with ``vector``, also as
+    SVG."""
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     sns.set_theme("paper", "ticks", font_scale=1.05)
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium", "text.color": INK})
     plt.rcParams["text.parse_math"] = False  # a class may be called $5
-    set_matplotlib_formats("retina")
+    set_matplotlib_formats("retina", *(["svg"] if vector else []))
 
 
 def colours(names: Iterable[str]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,34 @@ import nbformat
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from kdx.pages import build
+from kdx.networks.own_networks import named_normalisation
+from kdx.pages import build, own_pair
+from kdx.pages.statement import Gate
 from kdx.paths import CHECKOUT, written_whole
 
 NOTEBOOK = CHECKOUT / "notebooks" / "04_own_models.ipynb"
 EXPECTED = ("ValueError", "DataError", "TypeError")  # raised by the notebook where its input is at fault
+FIRST = "first-page"  # tag of the cells that come first in a report
 STYLE = """
+:root {color-scheme: light}
 body {max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222}
 h1, h2, h3 {line-height: 1.2; margin-top: 2.2rem}
-img {max-width: 100%; height: auto}
-div.output_html, div.output_subarea {overflow-x: auto}
+img, svg {max-width: 100%; height: auto}
+div.output_html, div.output_subarea, div.jp-OutputArea-output {overflow-x: auto}
 table {border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem}
+caption {text-align: left; padding-bottom: 4px}
 th, td {padding: 2px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd}
 a.anchor-link, div.prompt {display: none}
-code {background: #f3f3f3; padding: 0 3px}
+code {background: #f3f3f3; padding: 0 3px; overflow-wrap: anywhere}
+nav ul {columns: 16rem; padding-left: 1.2rem}
+@media (max-width: 40rem) {body {margin: 1rem auto; padding: 0 0.7rem} h1 {font-size: 1.5rem}}
+@media print {
+  body {max-width: none; font-size: 11pt}
+  nav {display: none}
+  h2, h3 {break-after: avoid}
+  img, svg, tr {break-inside: avoid}
+  div.output_html, div.output_subarea {overflow: visible}
+}
 """
 
 
@@ -32,18 +48,23 @@ class InputError(ValueError):
     """The input does not fit."""
 
 
-def explain(parameters: Mapping[str, Any], out: Path) -> Path:
+def explain(
+    parameters: Mapping[str, Any], out: Path, command: str = "", gates: Sequence[Gate] = (), json_only: bool = False
+) -> list[str]:
     """Execute the page on own models and write everything into the folder ``out``.
 
     It holds report.html, report.ipynb, a PNG of every figure, and the files that the page writes (see its parameter
-    ``out``).
+    ``out``); or, with ``json_only``, statement.json alone.
 
     Args:
         parameters: Of the notebook ``04_own_models``.
         out: A folder that does not exist yet or is empty.
+        command: What is said to have made the report.
+        gates: Conditions under which a release fails.
+        json_only: Keep the statement alone.
 
     Returns:
-        Path of report.html.
+        Why a release fails, for each gate that does.
 
     Raises:
         InputError: Parameters that do not fit each other or the files; ``out`` is then not written.
@@ -55,32 +76,81 @@ def explain(parameters: Mapping[str, Any], out: Path) -> Path:
     try:
         with written_whole(out.absolute()) as scratch:
             executed = scratch / "report.ipynb"
-            build.execute(NOTEBOOK, executed, {**parameters, "out": str(scratch)}, Path.cwd())
-            build.publish_pictures(executed)
-            executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
-            write_html(executed)
+            given = {**parameters, "out": str(scratch), "command": command}
+            build.execute(NOTEBOOK, executed, given, Path.cwd())
+            found = json.loads((scratch / "statement.json").read_text())
+            if json_only:
+                for path in scratch.iterdir():
+                    if path.name != "statement.json":
+                        path.unlink()
+            else:
+                build.publish_pictures(executed)
+                executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
+                write_html(executed, command)
     except build.BookError as error:
         cause = error.__cause__
         if not isinstance(cause, PapermillExecutionError):
             raise
         raise InputError(cause.evalue if cause.ename in EXPECTED else f"{cause.ename}: {cause.evalue}") from error
-    return out / "report.html"
+    return [failure for gate in gates if (failure := gate.failure(found["metrics"]))]
 
 
-def write_html(executed: Path) -> Path:
-    """Write an executed notebook as one HTML file without code, which loads no other file; return its path."""
+def check(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for networks and lists that cannot be used, without a kernel.
+
+    Args:
+        parameters: As for :func:`explain`.
+    """
+    own_pair.read_networks(*own_pair.networks_given(parameters))
+    if parameters.get("labels"):
+        own_pair.read_labels(parameters["labels"])
+    if normalisation := parameters.get("normalisation"):
+        named_normalisation(normalisation, normalisation.count(",") // 2 + 1 if "/" in normalisation else 3)
+
+
+def write_html(executed: Path, command: str = "") -> Path:
+    """Write an executed notebook as one HTML file without code, which loads no other file; return its path.
+
+    Cells tagged ``first-page``, with the heading above them, come right after the first cell. Of a figure that is there
+    as PNG and as SVG, the smaller is kept.
+    """
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if "remove-cell" in cell.metadata.get("tags", []):
             cell.outputs = []
-        if alt := cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
-            cell.metadata["alt"] = alt
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        cell.metadata["alt"] = alt
+        for output in cell.get("outputs", []):
+            _keep_smaller(output.get("data", {}), alt)
+    cells = notebook.cells
+    if first := [i for i, cell in enumerate(cells) if FIRST in cell.metadata.get("tags", [])]:
+        moved = cells[first[0] - 1 : first[-1] + 1]
+        notebook.cells = [cells[0], *moved, *cells[1 : first[0] - 1], *cells[first[-1] + 1 :]]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
     title = html.escape(notebook.cells[0].source.splitlines()[0].lstrip("# "))
+    headings = re.findall(r'<h2 id="([^"]+)">(.*?)<a ', body)
+    contents = "".join(f'<li><a href="#{html.escape(name)}">{text}</a></li>' for name, text in headings)
+    made_by = f"<footer><p>Made by <code>{html.escape(command)}</code></p></footer>" if command else ""
     path = executed.with_suffix(".html")
     path.write_text(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>'
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}</main>{made_by}</body></html>\n'
     )
     return path
+
+
+def _keep_smaller(data: dict[str, Any], alt: str) -> None:
+    """Keep the smaller of a PNG and an SVG, in place; an SVG gets its description for screen readers."""
+    if not {"image/png", "image/svg+xml"} <= data.keys():
+        return
+    if len(data["image/svg+xml"]) >= len(data["image/png"]):
+        del data["image/svg+xml"]
+        return
+    del data["image/png"]
+    label = html.escape(alt, quote=True)
+    data["image/svg+xml"] = re.sub(
+        r"\A.*?<svg ", f'<svg role="img" aria-label="{label}" ', data["image/svg+xml"], count=1, flags=re.DOTALL
+    )

@@ -239,8 +239,8 @@ def _accuracy(evidence: Evidence) -> str | None:
     if found.p > LEVEL:
         return (
             f"Whether the student is more or less accurate than its base cannot be told from these images: the "
-            f"difference is {_points(found)} (p {_p(found.p)}). About {100 * detectable(found):.1f} points or more would "
-            f"have been found{_needed(found)}."
+            f"difference is {_points(found)} (p {_p(found.p)}). About {100 * detectable(found):.1f} points or more "
+            f"would have been found{_needed(found)}."
         )
     word = "more" if found.difference > 0 else "less"
     text = f"The student is {word} accurate than its base, by {_points(found)} (p {_p(found.p)})"
@@ -248,8 +248,10 @@ def _accuracy(evidence: Evidence) -> str | None:
         return f"{text}; without a second base, it cannot be told whether another seed would have done the same."
     other = ledger.against(SECOND)
     if other.p <= LEVEL and other.difference * found.difference > 0:
-        return f"{text}, and than a second base from another seed, by {_points(other)} (p {_p(other.p)}): more than the seed."
-    return f"{text}, but not than a second base from another seed ({_points(other)}, p {_p(other.p)}): this may be the seed."
+        return (
+            f"{text}, and than a second base, by {_points(other)} (p {_p(other.p)}): more than another seed explains."
+        )
+    return f"{text}, but not clearly than a second base ({_points(other)}, p {_p(other.p)}): this may be the seed."
 
 
 def _flips(evidence: Evidence) -> str | None:
@@ -257,10 +259,10 @@ def _flips(evidence: Evidence) -> str | None:
         return None
     rates = ledger.rates().set_index(["network", "quantity"])
     lost, gained = rates.loc[(STUDENT, "lost")], rates.loc[(STUDENT, "gained")]
-    kept = ledger.right(BASE).sum() - lost["images"]
+    found, right = ledger.against(BASE), int(ledger.right(BASE).sum())
     text = (
-        f"The student preserves {kept:,} of {ledger.right(BASE).sum():,} right answers of its base, loses "
-        f"{lost['images']:,} ({_share(lost)} of all images) and gains {gained['images']:,} ({_share(gained)})"
+        f"The student preserves {right - found.lost:,} of {right:,} right answers of its base, loses {found.lost:,} "
+        f"({_share(lost)} of all images) and gains {found.gained:,} ({_share(gained)})"
     )
     if not evidence.second:
         return f"{text}."
@@ -269,7 +271,7 @@ def _flips(evidence: Evidence) -> str | None:
         row = rates.loc[(SECOND, quantity)]
         more = "more than the student" if row["difference"] < 0 else "fewer than the student"
         unlike = f"{more}, p {_p(row['p'])}" if row["p"] <= LEVEL else "no clear difference from the student"
-        told.append(f"{word} {row['images']:,} ({unlike})")
+        told.append(f"{word} {row['images']:,.0f} ({unlike})")
     return f"{text}; a second base in its place {' and '.join(told)}."
 
 
@@ -288,7 +290,8 @@ def _classes(evidence: Evidence) -> str | None:
     if not told:
         return None
     against = "its base and a second base" if evidence.second else "its base; whether by the seed cannot be told"
-    return f"By class{'' if evidence.slices is None else ' and slice'}, the student is {'; '.join(told)} (against {against})."
+    what = "By class" if evidence.slices is None else "By class and slice"
+    return f"{what}, the student is {'; '.join(told)} (against {against})."
 
 
 def _confusions(evidence: Evidence) -> str | None:
@@ -312,15 +315,15 @@ def _errors(evidence: Evidence) -> str | None:
     rates = ledger.rates().set_index(["network", "quantity"])
     inherited, own = (rates.loc[(STUDENT, quantity)] for quantity in ("inherited", "own errors"))
     text = (
-        f"Of its {inherited['images'] + own['images']:,} errors, {inherited['images']:,} are the same as the teacher's "
-        f"({_share(inherited)} of all images)"
+        f"Of its {inherited['images'] + own['images']:,.0f} errors, {inherited['images']:,.0f} are the teacher's as "
+        f"well ({_share(inherited)} of all images)"
     )
     if not evidence.second:
         return f"{text}; a second base would tell how many of these any network shares with it."
     row = rates.loc[(SECOND, "inherited")]
     more = "more" if row["difference"] > 0 else "fewer"
     unlike = f"the student shares {more} (p {_p(row['p'])})" if row["p"] <= LEVEL else "no clear difference"
-    return f"{text}; a second base, which had no teacher, shares {row['images']:,}: {unlike}."
+    return f"{text}; a second base, which had no teacher, shares {row['images']:,.0f}: {unlike}."
 
 
 def _trust(evidence: Evidence) -> str | None:
@@ -446,4 +449,5 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of plain values; NaN is null."""
     return json.loads(table.to_json(orient="records", double_precision=6))
