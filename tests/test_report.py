@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import pandas as pd
 import pytest
 import torch
@@ -11,30 +12,22 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kdx.cli import app
-from kdx.data.own_images import read_pictures
-from kdx.networks.own_networks import find_builder, load_own, network_input
-from kdx.pages import build, report
+from kdx.networks.own_networks import find_builder
+from kdx.pages import build, report, statement
 from tests.checkout import asked_for
 
-MOBILENET = "torchvision.models:mobilenet_v2(num_classes=3)"
+MOBILENET = "torchvision.models:mobilenet_v3_small(num_classes=3)"
 CONVNEXT = "timm:create_model('convnext_atto', num_classes=3)"
 TRANSFORMER = "timm:create_model('vit_tiny_patch16_224', num_classes=3)"
+MODULE = "own_networks_of_a_test"
 OWN = '''
 from torch import nn
 
-class Network(nn.Module):
-    """A convolutional network that returns a dict."""
+class Perceptron(nn.Sequential):
+    """Takes grey images of 48 x 48 pixels, and has no places."""
 
-    def __init__(self, channels=8):
-        super().__init__()
-        self.one = nn.Conv2d(3, channels, 3, padding=1)
-        self.two = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.three = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.head = nn.Linear(channels, 3)
-
-    def forward(self, x):
-        x = self.three(self.two(self.one(x).relu()).relu()).relu()
-        return {"features": x, "logits": 20 * self.head(x.mean((2, 3)))}
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(48 * 48, 8), nn.ReLU(), nn.Linear(8, 3))
 '''
 
 
@@ -69,7 +62,7 @@ def here(tmp_path, monkeypatch):
     """A working directory with a module of networks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own_networks_of_a_test.py").write_text(OWN)
+    (tmp_path / f"{MODULE}.py").write_text(OWN)
     return tmp_path
 
 
@@ -77,43 +70,61 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["explain", *map(str, arguments)])
 
 
-QUICK = ["-p", "batches=2", "-p", "permutations=19", "-p", "shown=2"]
+QUICK = ["-p", "permutations=19", "-p", "shown=2", "-p", "sample=4"]
+
+
+FILES = {"report.html", "report.ipynb", "report.json", "statement.json", "images.csv"}
+OF_FEATURES = {"scores.csv", "shares.csv", "deletion.csv", "maps.safetensors", "report_maps.png", "report_grad_cam.png"}
 
 
 def check(folder, browser, stages, skipped=("sand/notes.txt", "water/broken.jpg")):
     """What every report holds; its text."""
-    names = {path.name for path in folder.iterdir()}
-    assert {"report.html", "report.ipynb", "report.json", "scores.csv", "images.csv", "maps.safetensors"} <= names
-    assert sum(name.endswith(".png") for name in names) == 4
+    assert {path.name for path in folder.iterdir()} == FILES | (OF_FEATURES if stages else set())
     page = (folder / "report.html").read_text()
     browser.get("about:blank")
     asked_for(browser)
     browser.get(address := (folder / "report.html").as_uri())
     assert [url for url in asked_for(browser) if not url.startswith("data:")] == [address]
     pictures = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
-    assert pictures[0][0].startswith("Images beside Grad-CAM maps")
-    assert all(width for _, width in pictures)
-    scores = pd.read_csv(folder / "scores.csv")
-    assert list(scores["stage"].unique()) == stages
+    assert all(width and alt and "No description" not in alt for alt, width in pictures)
+    headings = browser.execute_script("return [...document.querySelectorAll('h1, h2')].map(h => h.innerText)")
+    assert headings[1].startswith("What was found")
+    links = browser.execute_script("return [...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))")
+    assert all(browser.execute_script("return document.getElementById(arguments[0]) !== null", name) for name in links)
+    browser.set_window_size(400, 800)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+    browser.set_window_size(1200, 900)
     facts = json.loads((folder / "report.json").read_text())
     assert set(facts["skipped"]) <= set(skipped)
     assert skipped == () or facts["skipped"]
-    maps = load_file(folder / "maps.safetensors")
-    assert {name.rpartition(".")[2] for name in maps} == set(stages)
-    assert all(m.isfinite().all() and m.ndim == 3 for m in maps.values())
-    return page
+    said = json.loads((folder / "statement.json").read_text())
+    jsonschema.validate(said, statement.schema())
+    text = browser.execute_script("return document.body.innerText").replace("\xa0", " ")
+    assert all(line in text for line in said["sentences"])
+    if stages:
+        assert list(pd.read_csv(folder / "scores.csv")["stage"].unique()) == stages
+        maps = load_file(folder / "maps.safetensors")
+        assert all(m.isfinite().all() and m.ndim == 3 for name, m in maps.items() if name != "rows")
+    return page, said
 
 
 @pytest.mark.book
 def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, browser):
     student, base, base2 = (checkpoint(MOBILENET, seed, name) for seed, name in enumerate(("s", "b", "b2")))
     given = ["--student", student, "--base", base, "--base2", base2, "--build", MOBILENET, "--data", images]
-    result = invoke(*given, "--size", 64, "--limit", 24, "--out", "report", *QUICK)
-    assert result.exit_code == 0, result.output
-    page = check(here / "report", browser, ["L1", "L2", "L3", "L4"])
-    assert "24 images" in page
+    given += ["--teacher", checkpoint(CONVNEXT, 5, "t"), "--build-teacher", CONVNEXT, "--size", 64]
+    gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 200%"]
+    result = invoke(*given, "--limit", 24, "--out", "report", *gates, *QUICK)
+    assert result.exit_code == 3, result.output
+    assert "failed: accuracy < 99%: accuracy is" in result.output
+    page, said = check(here / "report", browser, ["L1", "L2", "L3", "L4"])
+    assert "<strong>24 images</strong>" in page
     assert "broken.jpg" in page
-    assert "than a second base (disjoint" in page
+    assert "kdx" in said["command"]
+    assert any("a second base" in line for line in said["sentences"])
+    assert any("hardly better than chance" in caveat.lower() for caveat in said["caveats"])
+    assert any("normalisation" in caveat for caveat in said["caveats"])
+    assert "handed_over" in said["metrics"]
     table = pd.read_csv(here / "report" / "images.csv")
     assert len(table) == 24
     assert set(table["label"]) == {"moss", "sand", "water"}
@@ -125,54 +136,77 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
 @pytest.mark.book
 def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, images, checkpoint, browser):
     given = ["--student", checkpoint(TRANSFORMER, 0, "s"), "--base", checkpoint(CONVNEXT, 1, "b"), "--data", images]
-    given += ["--build", TRANSFORMER, "--build-base", CONVNEXT, "--limit", 24, "--out", "deep/report", *QUICK]
-    result = invoke(*given)
+    given += ["--build", TRANSFORMER, "--build-base", CONVNEXT, "--limit", 24, "--size", 224, "--out", "deep/report"]
+    result = invoke(*given, *QUICK, "-p", "method=unicam")
     assert result.exit_code == 0, result.output
-    page = check(here / "deep" / "report", browser, ["L1", "L2", "L3", "L4"])
+    page, said = check(here / "deep" / "report", browser, ["L1", "L2", "L3", "L4"])
     assert "blocks.11" in page
-    assert "No second base was given" in page
+    assert "for want of a second base" in said["sentences"][-1]
     maps = load_file(here / "deep" / "report" / "maps.safetensors")
-    assert maps["distilled.L2"].shape == (24, 14, 14)
+    assert maps["distilled"].shape == (12, 14, 14)
 
 
 @pytest.mark.book
-def test_explain_a_network_of_ones_own_on_a_flat_folder(here, images, checkpoint, browser):
-    build = "own_networks_of_a_test:Network"
-    flat = here / "flat"
-    flat.mkdir()
+def test_explain_networks_without_places_on_a_flat_folder_of_grey_images(here, images, checkpoint, browser):
+    """Multilayer perceptrons: no maps, and no labels, but what changed."""
+    build = f"{MODULE}:Perceptron"
+    (here / "flat").mkdir()
     for path in images.glob("*/*.png"):
-        (flat / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
-    pictures = read_pictures(images, 32)
-    for seed, name in enumerate(("s", "b")):
-        model = load_own(build, checkpoint(build, seed, name))
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for _ in range(40):
-            logits = model(network_input(model, pictures.images))["logits"]
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(logits, pictures.labels).backward()
-            optimizer.step()
-        torch.save(model.state_dict(), here / f"{name}.pt")
-    given = ["--student", "s.pt", "--base", "b.pt", "--data", "flat", "--build", build, "--size", 32]
-    given += ["--out", "report", "-p", "classes=[moss, sand, water]"]
-    result = invoke(*given, *QUICK)
+        (here / "flat" / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
+    given = ["--student", checkpoint(build, 0, "s"), "--base", checkpoint(build, 1, "b"), "--build", build]
+    result = invoke(*given, "--data", "flat", "--out", "report", *QUICK)
     assert result.exit_code == 0, result.output
-    page = check(here / "report", browser, ["L1", "L2", "L3"], skipped=())
-    assert "about the classes that the student <em>predicts</em>, right or wrong" in page
-    assert "accuracy" not in page.partition("Settings")[0].partition("Their answers")[2].partition("Where they")[0]
+    _, said = check(here / "report", browser, [], skipped=())
+    assert any("has no stages with places" in caveat for caveat in said["caveats"])
+    assert any("48 x 48 pixels, the size of the images" in caveat for caveat in said["caveats"])
+    assert set(said["metrics"]) == {"answers_changed"}
+    labelled = invoke(*given, "--data", images, "--json-only", "--out", "json")
+    assert labelled.exit_code == 0, labelled.output
+    assert [path.name for path in (here / "json").iterdir()] == ["statement.json"]
+    assert "negative_flips" in json.loads((here / "json" / "statement.json").read_text())["metrics"]
 
 
-@pytest.mark.book
-def test_explain_says_in_one_line_what_is_wrong(here, images, tmp_path):
+def test_explain_says_in_one_line_what_is_wrong_before_a_kernel_starts(here, images, checkpoint, monkeypatch):
+    monkeypatch.setattr(build, "execute", lambda *_: pytest.fail("a kernel was started"))
     torch.save({"weights": nn.Linear(2, 2)}, "pickled.pt")
-    given = ["--student", "pickled.pt", "--base", "pickled.pt", "--build", MOBILENET, "--data", images]
-    result = invoke(*given, "--out", "report")
-    assert result.exit_code == 2
-    assert "pickled.pt: holds more than tensors" in result.output
-    assert "Traceback" not in result.output
+    student, base = checkpoint(MOBILENET, 0, "s"), checkpoint(MOBILENET, 1, "b")
+    given = {"--student": student, "--base": base, "--build": MOBILENET, "--data": images, "--out": "report"}
+    for changed, message in (
+        ({"--student": "nowhere.pt"}, "student: no file or folder nowhere.pt"),
+        ({"--data": "nowhere"}, "data: no file or folder nowhere"),
+        ({"--base": "pickled.pt"}, "pickled.pt: holds more than tensors"),
+        ({"--base": student}, "base and student are the same network"),
+        ({"--base2": base}, "second base and base are the same network"),
+        ({"--build": CONVNEXT}, "not the weights of this ConvNeXt"),
+        ({"--fail-on": "flips > 2%"}, "unknown metric 'flips'"),
+        ({"--normalisation": "cifar"}, "normalisation: expected imagenet, cifar10, half, none"),
+        ({"--labels": "pickled.pt"}, "labels: expected a text file"),
+        ({"-p": "sizes=3"}, "unknown parameters sizes"),
+        ({"-p": "out=x"}, "the folder is given with --out"),
+        ({"--out": "pickled.pt"}, "pickled.pt is there already"),
+    ):
+        result = invoke(*(part for pair in (given | changed).items() for part in pair))
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        assert "Traceback" not in result.output
     assert not (here / "report").exists()
     assert not list(here.glob(".partial-*"))
-    assert invoke(*given, "-p", "sizes=3").exit_code == 2
-    assert invoke(*given, "--out", "pickled.pt").exit_code == 2
+
+
+@pytest.mark.book
+def test_what_only_the_images_show_leaves_nothing_behind(here, images, checkpoint):
+    given = ["--student", checkpoint(MOBILENET, 0, "s"), "--base", checkpoint(MOBILENET, 1, "b"), "--build", MOBILENET]
+    (here / "few" / "moss").mkdir(parents=True)
+    (here / "few" / "moss" / "0.png").write_bytes((images / "moss" / "0.png").read_bytes())
+    result = invoke(*given, "--data", "few", "--out", "report")
+    assert result.exit_code == 2
+    assert "data: expected 20 images or more, got 1" in result.output
+    assert {path.name for path in here.iterdir()} == {
+        "few",
+        "s.safetensors",
+        "b.safetensors",
+        "own_networks_of_a_test.py",
+    }
 
 
 def test_debug_shows_where_an_error_came_from(here, monkeypatch):
@@ -180,6 +214,9 @@ def test_debug_shows_where_an_error_came_from(here, monkeypatch):
         raise build.BookError("what went wrong")
 
     monkeypatch.setattr(build, "execute", fail)
+    monkeypatch.setattr(report, "check", lambda given: None)
+    for name in "abc":
+        (here / name).touch()
     given = ["--student", "a", "--base", "b", "--data", "c"]
     assert isinstance(invoke(*given, "--debug").exception, build.BookError)
     result = invoke(*given)

@@ -8,6 +8,7 @@ Two networks that differ in their seed alone differ in much, so what the base le
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,12 @@ class Transferred:
 
 
 def transferred_share(
-    reference: Reference, images: Tensor | tuple[Tensor, ...] | None = None, *, folds: int = 10, seed: int = 0
+    reference: Reference,
+    images: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    folds: int = 10,
+    seed: int = 0,
+    of: Collection[str] = tuple(PARTS),
 ) -> pd.DataFrame:
     r"""The parts of the variance of a student's answers, and of its features at each stage: what the base can express,
     what beyond that the teacher can (*handed over*), and what neither can (*own*).
@@ -73,6 +79,7 @@ def transferred_share(
         images: (n, c, h, w), or a tuple of three; None takes the reference's. All the more images, the better.
         folds: At least 3.
         seed: Draws the folds.
+        of: ``student``, ``teacher`` or both.
 
     Returns:
         of (student or teacher), stage (those that all three have, and ``answer``), part, value, low, high, n (images),
@@ -101,11 +108,12 @@ def transferred_share(
     parts = reference.parts(all_three, folds, seed)
     warn_if_few_answered(n - n // folds, len(parts[0]["student"][ANSWER].x), 3)
     table = []
-    for of, names in PARTS.items():
-        for stage in parts[0][of]:
+    for whose in of:
+        for stage in parts[0][whose]:
             k = len(parts[0]["student"][stage].x) - len(parts[0]["teacher"][stage].y)
-            for name, (interval, values) in zip(names, _shares([part[of][stage] for part in parts], k), strict=True):
-                table.append((of, stage, name, *interval[:3], n, folds, values))
+            found = _shares([part[whose][stage] for part in parts], k)
+            for name, (interval, values) in zip(PARTS[whose], found, strict=True):
+                table.append((whose, stage, name, *interval[:3], n, folds, values))
     return pd.DataFrame(table, columns=["of", "stage", "part", "value", "low", "high", "n", "folds", "parts"])
 
 

@@ -261,8 +261,10 @@ def publish_pictures(executed: Path) -> None:
     for cell in nbformat.read(executed, as_version=4).cells:
         if name := cell.metadata.get("kdx", {}).get("publish"):
             pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
-            if len(pictures) != 1:
+            if len(pictures) > 1:
                 raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
+            if not pictures:
+                continue
             (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -118,8 +119,8 @@ def write_html(executed: Path, command: str = "") -> Path:
     for cell in notebook.cells:
         if "remove-cell" in cell.metadata.get("tags", []):
             cell.outputs = []
-        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-        cell.metadata["alt"] = alt
+        if alt := cell.metadata.get("mystnb", {}).get("image", {}).get("alt", ""):
+            cell.metadata["alt"] = alt
         for output in cell.get("outputs", []):
             _keep_smaller(output.get("data", {}), alt)
     cells = notebook.cells
@@ -143,14 +144,10 @@ def write_html(executed: Path, command: str = "") -> Path:
 
 
 def _keep_smaller(data: dict[str, Any], alt: str) -> None:
-    """Keep the smaller of a PNG and an SVG, in place; an SVG gets its description for screen readers."""
+    """Keep the smaller of a PNG and an SVG, in place; nbconvert gives an SVG no description, so it is written here."""
     if not {"image/png", "image/svg+xml"} <= data.keys():
         return
-    if len(data["image/svg+xml"]) >= len(data["image/png"]):
-        del data["image/svg+xml"]
-        return
-    del data["image/png"]
-    label = html.escape(alt, quote=True)
-    data["image/svg+xml"] = re.sub(
-        r"\A.*?<svg ", f'<svg role="img" aria-label="{label}" ', data["image/svg+xml"], count=1, flags=re.DOTALL
-    )
+    svg = base64.b64encode(data.pop("image/svg+xml").encode()).decode()
+    if len(svg) < len(data["image/png"]):
+        del data["image/png"]
+        data["text/html"] = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{svg}">'

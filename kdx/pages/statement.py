@@ -280,7 +280,7 @@ def _classes(evidence: Evidence) -> str | None:
     for what, table in (("class", evidence.classes), ("slice", evidence.slices)):
         if table is None or table.empty:
             continue
-        better, worse = _beyond_seed(table, 1)["group"], _beyond_seed(table, -1)["group"]
+        better, worse = changed_groups(table, 1)["group"], changed_groups(table, -1)["group"]
         if len(better):
             told.append(f"better on {_names(better)}")
         if len(worse):
@@ -299,7 +299,7 @@ def _confusions(evidence: Evidence) -> str | None:
         return None
     told = []
     for word, sign in (("more", 1), ("less", -1)):
-        rows = _beyond_seed(table, sign)
+        rows = changed_groups(table, sign)
         pairs = [f"{true} for {answer}" for true, answer in zip(rows["class"], rows["answer"], strict=True)]
         if pairs:
             told.append(f"takes {word} often {_names(pairs)}")
@@ -314,6 +314,8 @@ def _errors(evidence: Evidence) -> str | None:
         return None
     rates = ledger.rates().set_index(["network", "quantity"])
     inherited, own = (rates.loc[(STUDENT, quantity)] for quantity in ("inherited", "own errors"))
+    if not inherited["images"] + own["images"]:
+        return "The student makes no error on these images."
     text = (
         f"Of its {inherited['images'] + own['images']:,.0f} errors, {inherited['images']:,.0f} are the teacher's as "
         f"well ({_share(inherited)} of all images)"
@@ -412,7 +414,7 @@ def _unsaid(evidence: Evidence) -> str:
     return f"Not to be told from what was given: {'; '.join(told)}."
 
 
-def _beyond_seed(table: pd.DataFrame, sign: int) -> pd.DataFrame:
+def changed_groups(table: pd.DataFrame, sign: int) -> pd.DataFrame:
     """Rows with a change in one direction that holds over all rows, and beyond the seed where that is known."""
     p = table["beyond seed"] if "beyond seed" in table else table["p adjusted"]
     return table[(p <= LEVEL) & (sign * table["difference"] > 0)]
