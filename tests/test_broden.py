@@ -134,7 +134,7 @@ def test_a_probe_in_memory_and_its_parts_are_the_same(folder):
     assert [parts.categories[i] for i in parts.category_of] == ["color", "color", "part", "part"]
     whole = carried(probe, 0)
     assert carried(parts, 1) == {name: whole[name] for name in ("red-c", "window", "tail")}
-    for wrong in ([], ["colour"]):
+    for wrong in ([], ["colour"], ["part", "part"]):
         with pytest.raises(ValueError, match="categories: expected some of color, object, part, scene, got"):
             probe.only(wrong)
 

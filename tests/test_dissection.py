@@ -105,11 +105,23 @@ def test_totals_count_resampled_images_as_often_as_they_are_drawn():
     found = kdx.dissect(network, probe, "L1", 0.1, normalize=as_given, layers=network.layers, permutations=0)
     counts = [2, 0, 1, 3, 0, 0]
     _, expected = dissect_literally(table, probe, 0.1, counts=counts)
-    concept, iou = found._best(("L1", 0.1), np.array([counts], dtype=np.float32))
-    np.testing.assert_allclose(iou[0], [max(row) for row in expected], rtol=1e-6)
+    concept, iou = found._best(("L1", 0.1), np.array([counts], dtype=float))
+    np.testing.assert_allclose(iou[0], [max(row) for row in expected], rtol=1e-12)
     assert concept[0].tolist() == [row.index(max(row)) for row in expected]
     assert found.units["p"].isna().all()
     assert found.totals(resamples=5)["by_chance"].isna().all()
+
+
+def test_totals_count_an_iou_that_is_exactly_the_threshold():
+    masks = torch.zeros(4, 1, 2, 5, dtype=torch.int16)
+    masks[:, 0, :, :] = 1
+    masks[0, 0, 0, 0] = 0
+    table = torch.arange(40.0).view(4, 1, 2, 5)
+    network = Given(table)
+    probe = make_probe(masks, {"object": ("cat",)})
+    found = kdx.dissect(network, probe, None, 0.7, 28 / 39, normalize=as_given, layers=network.layers)
+    assert found.units["iou"].tolist() == [28 / 39]
+    assert found.totals(resamples=2)["total"].tolist() == [1, 1]
 
 
 def test_totals_at_several_thresholds():
@@ -222,6 +234,28 @@ def test_actual_detectors_are_beyond_chance():
     assert (found.units["iou"] > found.units["null"]).mean() > 0.8
     totals = found.totals(resamples=20).iloc[0]
     assert totals["total"] > totals["by_chance"]
+
+
+@pytest.mark.parametrize("union", dissection.UNIONS)
+def test_exchanged_masks_are_counted_as_the_actual_ones(union, monkeypatch):
+    monkeypatch.setattr(dissection, "_exchanges", lambda *_: orders)
+    probe, table = draw_probe(12), torch.randn(12, 5, 4, 3)
+    orders = torch.stack([torch.arange(12), *(torch.randperm(12) for _ in range(2))])
+    network = Given(table)
+    settings = dict(union=union, normalize=as_given, layers=network.layers, permutations=2)
+    found = kdx.dissect(network, probe, None, 0.1, **settings)
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))  # the order of the images
+    concepts, best = found.chance["L1", 0.1]
+    for i, order in enumerate(orders[1:]):
+        source = torch.empty(12, dtype=torch.long)
+        source[rows] = rows[order]
+        exchanged = make_probe(probe.read_masks(source), CATEGORIES, probe.annotated[source])
+        _, expected = dissect_literally(table, exchanged, 0.1, union)
+        np.testing.assert_allclose(best[i], [max(row) for row in expected], rtol=1e-12)
+        assert concepts[i].tolist() == [row.index(max(row)) for row in expected]
+    actual = found.units["iou"].values
+    np.testing.assert_allclose(found.units["p"], (1 + (best >= actual).sum(0)) / 3)
+    np.testing.assert_allclose(found.units["null"], np.quantile(best, 0.95, axis=0))
 
 
 def test_masks_are_exchanged_among_images_annotated_alike():

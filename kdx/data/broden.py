@@ -72,9 +72,9 @@ class Probe:
         """The probe with some of its categories, and all of its images.
 
         Raises:
-            ValueError: A category is unknown, or there is none.
+            ValueError: A category is unknown or repeated, or there is none.
         """
-        if not categories or not set(categories) <= set(self.categories):
+        if not categories or len(set(categories) & set(self.categories)) < len(categories):
             raise ValueError(f"categories: expected some of {', '.join(self.categories)}, got {list(categories)}")
         keep = torch.tensor([self.categories.index(name) for name in categories])
         place = torch.full((len(self.categories),), -1)
@@ -125,7 +125,8 @@ def load_probe(
             its index (None: all images).
         limit: Number of random images; None: all.
         seed: Draws these, and the images of a generated probe.
-        size: Pixels per side, to which the images are resized; None leaves them as they are. Masks keep their size.
+        size: Pixels per side, to which the images are resized; None leaves them as they are. The masks of a folder
+            keep their size, those of generated images follow.
         least: Concepts that occur in fewer images, by the tables of the whole folder, are left out.
 
     Returns:
@@ -138,7 +139,7 @@ def load_probe(
 
     Examples:
         >>> import kdx, torch
-        >>> probe = kdx.load_probe("planted", limit=20)
+        >>> probe = kdx.load_probe("planted", limit=30)
         >>> probe.categories, probe.concepts[:3]
         (('gratings', 'shapes', 'dots', 'colour'), ('upright grating', 'tilted grating', 'slanted grating'))
         >>> rows = torch.arange(5)

@@ -29,6 +29,7 @@ from kdx.measure.overlaps import Maps, Segments, Tally, exceeding, segment, thre
 UNIONS = ("dataset", "lite")
 BATCH = 256  # images among which masks are exchanged
 STEP = 16  # images whose pixels are counted at the same time
+AT_ONCE = 2**22  # IoU of resampled images in memory
 Settings = float | Sequence[float]
 Counts = tuple[sparse.csr_array, sparse.csr_array]  # of each image: intersections and areas, see Tally.images
 
@@ -86,12 +87,13 @@ class Dissection:
         if resamples < 2:
             raise ValueError(f"resamples: expected at least 2, got {resamples}")
         generator, n = np.random.default_rng(seed), self._shown.shape[0]
-        weights = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(np.float32)
+        weights = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
         rows: list[dict] = []
         for (stage, quantile), found in self.units.groupby(["stage", "quantile"], sort=False):
             at, dead = (stage, quantile), int(found["iou"].isna().sum())
-            best = self._best(at, np.ones((1, n), dtype=np.float32))
-            drawn = [self._best(at, part) for part in np.array_split(weights, math.ceil(resamples / 16))]
+            best = self._best(at, np.ones((1, n)))
+            parts = np.array_split(weights, math.ceil(resamples * len(found) * len(self.concepts) / AT_ONCE))
+            drawn = [self._best(at, part) for part in parts if len(part)]
             replicates = np.concatenate([each[0] for each in drawn]), np.concatenate([each[1] for each in drawn])
             for threshold in chosen:
                 numbers = [self._numbers(each, threshold) for each in (best, replicates, self.chance[at])]
@@ -209,10 +211,8 @@ def dissect(
         for name, shape in network.shapes.items()
         for q in quantiles
     }
-    shown, generator = (
-        sparse.csr_array((len(probe), len(probe.concepts)), dtype=np.float32),
-        np.random.default_rng(seed),
-    )
+    shown = sparse.csr_array((len(probe), len(probe.concepts)), dtype=np.float32)
+    generator = np.random.default_rng(seed)
     height, width = probe.read_masks(order[0][:1]).shape[2:]
     for i, rows in enumerate(order):
         maps = network.of(rows) if held is None else held.pop(i)
@@ -221,15 +221,16 @@ def dissect(
         for name, of in maps.items():
             for some in torch.arange(len(rows)).split(STEP):
                 hits = exceeding(of[some], limits[name, max(quantiles)], (height, width))
-                for q in quantiles:
-                    tallies[name, q].add(hits.beyond(limits[name, q]), segments, orders[:, some], rows[some])
+                for q in sorted(quantiles, reverse=True):
+                    hits = hits if q == max(quantiles) else hits.beyond(limits[name, q])
+                    tallies[name, q].add(hits, segments, orders[:, some], rows[some])
         shown += _shown(segments, rows, probe)
     return _result(probe, limits, tallies, shown, thresholds, union)
 
 
 def _several(name: str, values: Settings, closed: bool = False) -> tuple[float, ...]:
     """Different settings in (0, 1), or in (0, 1]."""
-    found = tuple(map(float, values if isinstance(values, Sequence) else [values]))
+    found = tuple(np.atleast_1d(np.asarray(values, dtype=float)).tolist())
     if not found or not all(0 < v < 1 or (closed and v == 1) for v in found) or len(set(found)) < len(found):
         raise ValueError(f"{name}: expected different values in (0, 1{']' if closed else ')'}, got {values}")
     return found

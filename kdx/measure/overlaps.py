@@ -23,7 +23,7 @@ from kdx.networks.capture import activations
 from kdx.networks.stages import stages
 from kdx.networks.vision_transformers import to_grid
 
-AT_ONCE = 2**22  # interpolated values in memory
+AT_ONCE = 2**20  # interpolated values in memory
 
 
 class Maps:
@@ -167,14 +167,17 @@ def exceeding(maps: Tensor, thresholds: Tensor, shape: tuple[int, int]) -> Hits:
     rows, columns = padded.shape[2:]
     corner = ((image * maps.shape[1] + unit) * rows + y) * columns + x
     found = []
-    for part in torch.arange(len(corner)).split(max(1, AT_ONCE // (down.shape[1] * across.shape[1]))):
-        i, j = y[part], x[part]
+    for part in torch.arange(len(corner)).split(max(1, AT_ONCE // down.shape[1])):
         a, b, c, d = (padded.flatten()[corner[part] + step][:, None] for step in (0, 1, columns, columns + 1))
-        start, end = a + (c - a) * down[i], b + (d - b) * down[i]
-        values = start[:, :, None] + (end - start)[:, :, None] * across[j][:, None, :]
-        at, row, column = (values > thresholds[unit[part], None, None]).nonzero(as_tuple=True)
-        pixel = (top[i[at]] + row) * shape[1] + left[j[at]] + column
-        found.append(Hits(image[part][at], unit[part][at], pixel, values[at, row, column]))
+        ends = torch.stack([torch.addcmul(u, v - u, down[y[part]]) for u, v in ((a, c), (b, d))])
+        limit = thresholds[unit[part], None]
+        at, row = (ends.amax(0) > limit).nonzero(as_tuple=True)
+        start, end = ends[:, at, row, None]
+        values = torch.addcmul(start, end - start, across[x[part][at]])
+        line, column = (values > limit[at]).nonzero(as_tuple=True)
+        row, at = row[line], part[at[line]]
+        pixel = (top[y[at]] + row) * shape[1] + left[x[at]] + column
+        found.append(Hits(image[at], unit[at], pixel, values[line, column]))
     return Hits(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -254,14 +257,13 @@ def segment(masks: Tensor, annotated: Tensor, concepts: int, shape: Sequence[int
 
 def _segment(layers: Tensor, concepts: int) -> tuple[Tensor, Tensor]:
     """Of layers (l, pixels): the segment of each pixel (pixels,), and the numbers in each segment (segments, l)."""
-    of_pixel, count = torch.zeros(layers.shape[1], dtype=torch.long), 1
+    of_pixel, kinds = torch.zeros(layers.shape[1], dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)
     for layer in layers:
         of_pixel = of_pixel * (concepts + 1) + layer
-        there = torch.zeros(count * (concepts + 1), dtype=torch.long)
-        there[of_pixel] = 1
-        of_pixel, count = (there.cumsum(0) - 1)[of_pixel], int(there.sum())
-    kinds = torch.zeros(count, len(layers), dtype=torch.long)
-    kinds[of_pixel] = layers.T
+        there = torch.zeros(len(kinds) * (concepts + 1), dtype=torch.long).scatter_(0, of_pixel, 1)
+        of_pixel = (there.cumsum(0) - 1).gather(0, of_pixel)
+        found = there.nonzero()
+        kinds = torch.cat([kinds[found[:, 0] // (concepts + 1)], found % (concepts + 1)], 1)
     return of_pixel, kinds
 
 
