@@ -67,7 +67,7 @@ class Dissection:
 
         Intervals are over images: the probe's images are drawn anew with replacement, at the same thresholds of the
         units. Resampling favours concepts that fit by chance, so numbers rise in it; their 95 % range is therefore
-        laid around the number found.
+        moved by as much as their median differs from the number found.
 
         Args:
             iou: IoU from which a unit is a detector, or several; None takes ``iou_thresholds``.
@@ -124,8 +124,8 @@ def _rows(
     head: dict, categories: list[str], units: int, dead: int, found: NDArray, drawn: NDArray, chance: NDArray
 ) -> Iterator[dict]:
     """The rows of :meth:`Dissection.totals` for one threshold, from (2, categories, b) each."""
-    ends = np.quantile(drawn - drawn.mean(2, keepdims=True), (0.025, 0.975), axis=2) + found[:, :, 0]
-    low, high = ends.clip(0, units)
+    low, middle, high = np.quantile(drawn, (0.025, 0.5, 0.975), axis=2)
+    low, high = ((end - middle + found[:, :, 0]).clip(0, units) for end in (low, high))
     by_chance = chance[0].mean(1) if chance.shape[2] else np.full(len(categories), np.nan)
     for i, category in enumerate(categories):
         row = head | {"category": category, "units": units, "dead": dead}
@@ -154,7 +154,8 @@ def dissect(
 
     The network runs once over the probe if the activations of the stages fit into ``memory``, otherwise twice. Beyond
     the larger of ``memory`` and a batch of 256 images, what is held is the share of the largest quantile of all
-    activations, and 12 bytes for each pair of unit and concept that meet in an image.
+    activations, 12 bytes for each pair of unit and concept that meet in an image, and 8 bytes for each unit, concept
+    and permutation.
 
     Args:
         model: Any CNN or plain vision transformer.
