@@ -1,3 +1,4 @@
+from .data.broden import load_probe as load_probe
 from .data.dataset import Dataset as Dataset
 from .data.dataset import folds as folds
 from .data.dataset import load_dataset as load_dataset
@@ -36,6 +37,7 @@ from .measure.background import background_control as background_control
 from .measure.background import explained_share as explained_share
 from .measure.calibration import calibration as calibration
 from .measure.corruptions import robustness as robustness
+from .measure.dissection import dissect as dissect
 from .measure.ledger import Ledger as Ledger
 from .measure.localisation import mass_on as mass_on
 from .measure.scorer import Scorer as Scorer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdx import Recipe, cross_chains, cross_fit
-from kdx.distil.cross_validation import announce
+from kdx.distil.cross_validation import announce, plan_fit
 from kdx.distil.fit import Job
 from kdx.distil.run_store import find_run
 from kdx.progress import TERMINAL
@@ -57,11 +57,19 @@ def test_cross_fit_has_a_teacher_where_its_architecture_differs(small, shared_ho
     assert runs["self-distilled", 1].manifest["spec"]["teacher"] == runs["base", 1].key
 
 
+def test_smoothed_labels_have_no_teacher_and_no_part_in_controls():
+    plans = plan_fit("resnet10", "resnet10", ["smoothing", "response"], 2, 1, 0)
+    assert {plan.teacher for (role, _), plan in plans.items() if role == "smoothing"} == {None}
+    assert plans["response", 1].teacher == plans["base", 1]
+    assert {plans[role, 1].technique for role in ("second student", "random teacher")} == {"response"}
+
+
 def test_cross_fit_names_what_is_wrong(small):
     cases = {
         "controls: expected 0 to 2 folds, got 3": {"controls": 3},
         "expected different ways to learn from a teacher, got \\[\\]": {"techniques": []},
         "got \\['label'\\]": {"techniques": ["label"]},
+        "got \\['smoothing'\\]": {"techniques": ["smoothing"]},
         "settings: no technique has beta": {"settings": {"attention_weight": 1.0, "beta": 1.0}},
         "unknown technique 'hint'": {"techniques": ["hint"]},
         "got \\[1\\]": {"techniques": [1]},

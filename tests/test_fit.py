@@ -117,7 +117,7 @@ def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tin
 def test_fit_names_the_choices(tiny_shapes):
     teacher = train(tiny_shapes)
     cases = {
-        "unknown technique 'hint'; choose from: label, response, attention": {"technique": "hint"},
+        "unknown technique 'hint'; choose from: label, smoothing, response, attention": {"technique": "hint"},
         "unknown settings of 'response': beta; choose from: alpha, temperature": {
             "technique": "response", "teacher": teacher, "beta": 1,
         },

@@ -11,6 +11,7 @@ from torchvision import models as torchvision_models
 
 from kdx import Recipe, capture, fit, stages
 from kdx.distil.techniques import TECHNIQUES, Seen, find_techniques, margin, partial_l2
+from kdx.distil.training import _Objective
 from kdx.networks import models
 from kdx.networks.stages import Tap, pre_activations
 
@@ -71,6 +72,32 @@ def test_response_is_torchdistills():
     peer = KDLoss("z", "output", "z", "output", temperature=3.0, alpha=0.4)
     expected = peer({"z": {"output": student}}, {"z": {"output": teacher}}, labels)
     torch.testing.assert_close(response(student, teacher, labels, alpha=0.6, temperature=3.0), expected)
+
+
+# --- smoothing --------------------------------------------------------------------------------
+
+
+def test_smoothing_is_torchs_label_smoothing(shapes16):
+    network = models.build("resnet10", 10, "small", 0.125, seed=0)
+    images, labels = shapes16["train"].card.normalize(shapes16["train"].images[:8]), torch.arange(8)
+    for alpha in (0.0, 0.3):
+        parts = find_techniques("smoothing", {"label_smoothing": alpha})
+        logits, loss = _Objective(parts, network, None, images, 0)(images, labels)
+        uniform = -logits.log_softmax(1).mean(1)
+        expected = (1 - alpha) * F.cross_entropy(logits, labels) + alpha * uniform.mean()
+        torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match=r"smoothing: expected 0 <= label_smoothing < 1, got 1\.0"):
+        TECHNIQUES["smoothing"](label_smoothing=1.0)
+
+
+def test_smoothing_needs_no_teacher_and_teaches(shapes16):
+    plain, smooth = train(shapes16), train(shapes16, technique="smoothing")
+    strong = train(shapes16, technique="smoothing", label_smoothing=0.5)
+    assert len({run.key for run in (plain, smooth, strong)}) == 3
+    assert not torch.equal(next(plain.model.parameters()), next(smooth.model.parameters()))
+    assert train(shapes16, technique="response", teacher=smooth).manifest["spec"]["teacher"] == smooth.key
+    with pytest.raises(ValueError, match="technique 'smoothing' expects no teacher"):
+        train(shapes16, technique="smoothing", teacher=plain)
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -239,9 +266,13 @@ def test_student_of_another_width_depth_or_family(shapes16, name, teacher, stude
 
 def test_find_techniques_names_the_choices():
     cases = {
-        "unknown technique 'hint'; choose from: label, response, attention, overhaul, alp": ("response+hint", {}),
+        "unknown technique 'hint'; choose from: label, smoothing, response, attention, overhaul, alp": (
+            "response+hint",
+            {},
+        ),
         "different techniques joined by": ("response+response", {}),
         "'label' only by itself": ("label+response", {}),
+        "'smoothing' only by itself": ("response+smoothing", {}),
         "unknown settings of 'response\\+attention': beta; choose from: alpha, temperature, attention_weight": (
             "response+attention",
             {"beta": 1},

@@ -18,7 +18,7 @@ from kdx.data.dataset import Dataset, folds
 from kdx.distil.chains import check_chain
 from kdx.distil.fit import Job
 from kdx.distil.run_store import Run
-from kdx.distil.techniques import TECHNIQUES, settings_of
+from kdx.distil.techniques import TECHNIQUES, needs_teacher, settings_of
 from kdx.distil.training import Recipe
 from kdx.networks import models
 from kdx.networks.devices import pick_device
@@ -67,7 +67,8 @@ def cross_fit(
         train: Training images.
         teacher: Name of a model as for :func:`kdx.fit`.
         student: Name of a model, also of the base.
-        techniques: Names as for :func:`kdx.fit`; one student is trained with each.
+        techniques: Names as for :func:`kdx.fit`; one student is trained with each. ``"smoothing"`` is without the
+            teacher, and not the first technique of the controls.
         settings: Parameters of any technique; each gets those that it has.
         k: Number of folds. The networks of a fold are trained on all the others, from seeds of their own.
         watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
@@ -111,7 +112,8 @@ def plan_fit(
     """The networks of :func:`cross_fit`, whose arguments these are: (role, fold from 1) -> plan."""
     _check_controls(controls, k)
     named = all(isinstance(name, str) for name in techniques)
-    if not techniques or not named or len(set(techniques)) < len(techniques) or "label" in techniques:
+    learning = [name for name in techniques if needs_teacher(name)] if named else []
+    if not learning or len(set(techniques)) < len(techniques) or "label" in techniques:
         raise ValueError(f"techniques: expected different ways to learn from a teacher, got {list(techniques)}")
     recipe = recipe or Recipe()
     teacher, student = (_full_name(name, training) for name in (teacher, student))
@@ -123,9 +125,9 @@ def plan_fit(
             plans["teacher", fold] = guide
         plans["base", fold] = Plan(student, fold, one, recipe.epochs)
         for name in techniques:
-            plans[name, fold] = Plan(student, fold, one, recipe.epochs, name, guide)
+            plans[name, fold] = Plan(student, fold, one, recipe.epochs, name, guide if name in learning else None)
         if fold <= controls:
-            base, first = plans["base", fold], plans[techniques[0], fold]
+            base, first = plans["base", fold], plans[learning[0], fold]
             plans["second base", fold] = replace(base, seed=two)
             plans["reordered base", fold] = replace(base, batch_seed=two)
             plans["second student", fold] = replace(first, seed=two)

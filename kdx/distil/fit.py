@@ -60,8 +60,8 @@ def fit(
         train: Training images.
         validation: Images on which the network is evaluated after each epoch.
         technique: A name from ``TECHNIQUES``, or several as in ``"response+attention"``, in any order.
-        teacher: The run to learn from, for every technique but ``"label"``. It may be of another width, depth or
-            family.
+        teacher: The run to learn from, for every technique but ``"label"`` and ``"smoothing"``. It may be of another
+            width, depth or family.
         recipe: How to train; None takes the defaults of :class:`kdx.Recipe`.
         seed: Of the initial weights.
         batch_seed: Of the order of the batches and the augmentation; None takes ``seed``.

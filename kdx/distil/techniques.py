@@ -41,6 +41,11 @@ class Technique:
         """Factor on the cross-entropy with the labels."""
         return 1.0
 
+    @property
+    def label_smoothing(self) -> float:
+        """Weight of all classes alike in the labels, as torch's."""
+        return 0.0
+
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
         """Where in a network the features of each stage are taken; {} if logits are enough."""
         return {}
@@ -70,6 +75,11 @@ def settings_of(name: str) -> list[str]:
     return [field.name for part in _classes(name) for field in fields(part)]
 
 
+def needs_teacher(name: str) -> bool:
+    """Whether a technique, or several joined by +, learns from a teacher."""
+    return any(part.needs_teacher for part in _classes(name))
+
+
 def _classes(name: str) -> list[type[Technique]]:
     """The classes of techniques joined by +, in the order of the registry."""
     names = name.split("+")
@@ -77,8 +87,12 @@ def _classes(name: str) -> list[type[Technique]]:
         raise ValueError(
             f"unknown technique {unknown[0]!r}; choose from: {', '.join(TECHNIQUES)}, or several joined by +"
         )
-    if len(set(names)) < len(names) or ("label" in names and len(names) > 1):
-        raise ValueError(f"technique {name!r}: expected different techniques joined by +, and 'label' only by itself")
+    alone = [part for part in names if not TECHNIQUES[part].needs_teacher]
+    if len(set(names)) < len(names) or (alone and len(names) > 1):
+        raise ValueError(
+            f"technique {name!r}: expected different techniques joined by +, and "
+            f"{repr(alone[0]) if alone else 'one without a teacher'} only by itself"
+        )
     return [cls for known, cls in TECHNIQUES.items() if known in names]
 
 
@@ -109,6 +123,27 @@ class Label(Technique):
     """Cross-entropy with the labels: how teachers and bases are trained."""
 
     needs_teacher = False
+
+
+@technique("smoothing")
+@dataclass(frozen=True)
+class Smoothing(Technique):
+    r"""Label smoothing (Szegedy et al. 2016), without a teacher.
+
+    .. math:: (1-\alpha)\,\mathrm{CE}(z, y) + \alpha\,\mathrm{CE}(z, u)
+
+    with u uniform over all classes, the true one among them.
+
+    Attributes:
+        label_smoothing: :math:`\alpha`, in [0, 1).
+    """
+
+    needs_teacher = False
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"smoothing: expected 0 <= label_smoothing < 1, got {self.label_smoothing}")
 
 
 @technique("response")

@@ -143,6 +143,7 @@ class _Objective:
         self.parts = parts
         self.networks = [network for network in (student, teacher) if network is not None]
         self.label_weight = math.prod(part.label_weight for part in parts)
+        self.label_smoothing = max(part.label_smoothing for part in parts)
         self.taps = find_taps(parts, self.networks, images)
         self.captured: list[list[dict[str, Tensor]]] = []
         self.copy = False  # unless layers that work in place follow a tap
@@ -205,7 +206,7 @@ class _Objective:
             logits = [student(resize(x, scale)).float()]
             with torch.no_grad():  # what inference mode gives could not enter the loss without a copy
                 logits += [network(resize(x, 1.0)).float() for network in teacher]
-        loss = F.cross_entropy(logits[0], labels) * self.label_weight
+        loss = F.cross_entropy(logits[0], labels, label_smoothing=self.label_smoothing) * self.label_weight
         if teacher:
             for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
                 loss = loss + part.guidance(*self._seen(i, logits), adapter)

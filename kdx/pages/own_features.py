@@ -21,7 +21,7 @@ from kdx.pages.own_pair import OwnPair
 Layers = Mapping[str, Mapping[str, str]]  # role -> stage -> module name
 METHODS = ("unexplained", "unicam")
 GRAD_CAM = "Grad-CAM of the student"
-FEWEST_BATCHES = 4  # where there are images enough
+BATCHES = (4, 2)  # at least; two where there are too few images for four
 FOLDS = 5  # of cross-fitting: twice as fast as with ten, and nearly as sharp
 
 
@@ -156,11 +156,14 @@ def score(pair: OwnPair, layers: Layers, encoder: str, permutations: int, seed: 
         The columns of :class:`kdx.Scorer`'s tables, with score and network.
     """
     y = pair.truth.labels
-    try:
-        rows, size = scorable(y, 2)
-        rows, size = scorable(y, FEWEST_BATCHES) if len(rows) >= 8 * FEWEST_BATCHES else (rows, size)
-    except ValueError as error:
-        pair.caveats.append(f"No scores: {error}.")
+    for least in BATCHES:
+        try:
+            rows, size = scorable(y, least)
+            break
+        except ValueError as error:
+            why = error
+    else:
+        pair.caveats.append(f"No scores: {why}.")
         return None
     kinds, counts = y[rows].unique(return_counts=True)
     batches = int(counts.min()) * len(kinds) // size
