@@ -143,7 +143,7 @@ def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, imag
     assert "blocks.11" in page
     assert "for want of a second base" in said["sentences"][-1]
     maps = load_file(here / "deep" / "report" / "maps.safetensors")
-    assert maps["distilled"].shape == (12, 14, 14)
+    assert maps["distilled"].shape == (4, 14, 14)
 
 
 @pytest.mark.book
