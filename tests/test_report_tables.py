@@ -1,0 +1,65 @@
+"""Tables of a report, from a ledger that is known."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+import kdx
+from kdx.intervals import share_interval
+from kdx.pages import report_tables
+
+LABELS = torch.arange(60) % 3
+ANSWERS = {
+    "student": torch.where(torch.arange(60) < 50, LABELS, (LABELS + 1) % 3),
+    "base": torch.where(torch.arange(60) >= 20, LABELS, (LABELS + 1) % 3),
+    "second base": torch.where(torch.arange(60) >= 10, LABELS, (LABELS + 1) % 3),
+    "teacher": LABELS,
+}
+LEDGER = kdx.Ledger(LABELS, ANSWERS, ("ant", "bee", "a very long name of a class of insects"))
+
+
+def text(styler):
+    return styler.data.to_string()
+
+
+def test_tables_tell_counts_intervals_and_p():
+    class Pair:
+        ledger = LEDGER
+
+    changed = {role: share_interval(a != ANSWERS["base"], method="exact") for role, a in ANSWERS.items()}
+    shown = report_tables.accuracies(Pair, changed).data
+    assert shown.loc["student", "right answers"].startswith("83.3% [")
+    assert shown.loc["base", "another answer than the base's"] == ""
+    rates = text(report_tables.rates(LEDGER.rates()))
+    assert "20 images" in rates
+    assert "student minus this: +16.7 points" in rates
+    groups = text(report_tables.groups(LEDGER.by_class(), LEDGER.confusions()))
+    assert "ant taken for bee" in groups
+    nothing = report_tables.groups(None, LEDGER.confusions().iloc[:0]).data
+    assert nothing.index.tolist() == ["no confusion changed for six images or more"]
+    scores = {role: torch.eye(3)[a] * 0.9 + 0.1 / 3 for role, a in ANSWERS.items() if role != "teacher"}
+    calibration = text(report_tables.calibration(kdx.calibration(scores, LABELS)))
+    assert "minus the base" in calibration
+    assert report_tables.interval({"value": np.nan, "low": 0, "high": 0}) == ""
+    assert report_tables.p_of(0.0001) == "p < 0.001"
+
+
+def test_areas_shares_and_differences_have_intervals():
+    areas = pd.DataFrame([("mine", 0.2, 0.1, 0.3, 9)], columns=["map", "value", "low", "high", "n"])
+    assert "+0.200 [+0.100, +0.300]" in text(report_tables.areas(areas))
+    shares = pd.DataFrame(
+        [("student", "unexplained", "answer", 0.2, 0.1, 0.3), ("student", "handed over", "answer", 0.5, 0.4, 0.6)],
+        columns=["network", "quantity", "stage", "value", "low", "high"],
+    )
+    assert report_tables.shares(shares).data.loc["student, of that, explained by the teacher", "answer"] == (
+        "0.50\n[0.40, 0.60]"
+    )
+    differences = pd.DataFrame(
+        [("base", "blur", 1, 0.1, 0.0, 0.2, 0.04), ("base", "", 0, 0.1, 0.05, 0.15, 0.0001)],
+        columns=["network", "corruption", "strength", "difference", "low", "high", "p"],
+    )
+    shown = report_tables.robustness(differences, 12).data["student minus base"]
+    assert shown.to_dict() == {
+        "blur, strength 1": "+10.0% [+0.0%, +20.0%], p = 0.040",
+        "over all": "+10.0% [+5.0%, +15.0%], p < 0.001",
+    }
