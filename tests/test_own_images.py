@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdx.data.own_images import as_dataset, label, read_pictures
+from kdx.data.own_images import LARGEST, as_dataset, common_size, label, read_labels, read_pictures, read_slices
 from kdx.paths import DataError
 
 
@@ -106,3 +106,42 @@ def read_pictures_of_one_class(folder):
     one.mkdir(parents=True)
     Image.new("RGB", (20, 16)).save(one / "a.png")
     return read_pictures(one.parent, 8)
+
+
+def test_slices_and_labels_are_read(tmp_path):
+    table = tmp_path / "slices.csv"
+    table.write_text("file,light,camera\nred/1.png,day,\n2.png,night,7\n")
+    found = read_slices(table, ["red/1.png", "blue/2.png", "red/3.png"])
+    assert found["light"].tolist()[:2] == ["day", "night"]
+    assert found["camera"].isna().tolist() == [True, False, True]
+    for text, message in (
+        ("name,light\na,b\n", "expected a column file and others in .*, got name, light"),
+        ("file\na\n", "expected a column file and others"),
+        ("file,light\na,1\na,2\n", "a is listed twice"),
+        ("file,light\nz,1\n", "lists none of the images, such as red/1.png"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_slices(table, ["red/1.png"])
+    with pytest.raises(ValueError, match="expected a CSV file with a column file"):
+        read_slices(tmp_path / "nowhere.csv", ["a"])
+    names = tmp_path / "names.txt"
+    names.write_text("cat\n dog \n\n")
+    assert read_labels(names) == ["cat", "dog"]
+    names.write_text("\n")
+    with pytest.raises(ValueError, match="is empty; expected a name in each line"):
+        read_labels(names)
+    with pytest.raises(ValueError, match="expected a text file"):
+        read_labels(tmp_path)
+
+
+def test_images_of_one_size_say_it(tmp_path):
+    for i, size in enumerate([(20, 16), (20, 16)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert common_size(tmp_path) == 16
+    Image.new("RGB", (LARGEST + 1, LARGEST + 1)).save(tmp_path / "large.png")
+    assert common_size(tmp_path) is None
+    for path in tmp_path.glob("?.png"):
+        path.unlink()
+    assert common_size(tmp_path) is None  # of a camera, not of a network's input

@@ -9,13 +9,16 @@ from torch import nn
 from kdx import build, save_checkpoint
 from kdx.distil.run_store import shipped_table
 from kdx.networks.own_networks import (
+    NORMALISATIONS,
     answers,
+    channels_of,
     check_answers,
     check_class_order,
     check_headers,
     find_builder,
     header_of,
     load_own,
+    named_normalisation,
     network_input,
 )
 from kdx.paths import CHECKOUT, networks_home
@@ -179,9 +182,9 @@ def test_answers_are_probabilities_or_an_error_that_names_the_network():
         def forward(self, x):
             return {"logits": self.linear(x.flatten(1)) * self.scale}
 
-    p = answers(Head(1.0), torch.rand(5, 3, 2, 2), "student", batch_size=2)
-    assert p.shape == (5, 3)
-    torch.testing.assert_close(p.sum(1), torch.ones(5))
+    z = answers(Head(1.0), torch.rand(5, 3, 2, 2), "student", batch_size=2)
+    assert z.shape == (5, 3)
+    assert z.dtype == torch.float32
     with pytest.raises(ValueError, match=r"the base does not take images of 3 x 4 x 4: .* must take the same images"):
         answers(Head(1.0), torch.rand(5, 3, 4, 4), "base")
     with pytest.raises(ValueError, match="the student answers with NaN or infinity"):
@@ -189,7 +192,7 @@ def test_answers_are_probabilities_or_an_error_that_names_the_network():
     with pytest.raises(ValueError, match="the base has one output; expected logits of two classes or more"):
         answers(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.rand(5, 3, 2, 2), "base")
     with pytest.raises(ValueError, match=r"the same question, got outputs for classes: {'student': 3, 'base': 4}"):
-        check_answers({"student": p, "base": torch.rand(5, 4)})
+        check_answers({"student": z, "base": torch.rand(5, 4)})
 
 
 def test_another_class_order_is_refused_and_confusion_is_not():
@@ -233,3 +236,14 @@ def test_the_header_of_a_shipped_network_tells_its_input_size(monkeypatch):
     row = shipped_table().iloc[0]
     header = header_of(networks_home() / row["file"])
     assert header["size"] == {"cifar10": 32, "petimages": 96, "plantvillage": 96, "planted": 32}[row["dataset"]]
+
+
+def test_grey_and_flat_networks_get_what_they_take():
+    assert channels_of(nn.Sequential(nn.Conv2d(1, 4, 3)), 784) == 1
+    assert channels_of(nn.Sequential(nn.Flatten(), nn.Linear(784, 4)), 784) == 1
+    assert channels_of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 784, 4)), 784) == 3
+    assert channels_of(build("resnet10", 3, "small", 0.125), 1024) == 3
+    assert named_normalisation("half", 1) == NORMALISATIONS["half"][1]
+    assert named_normalisation("0.1,0.2,0.3/1,1,1", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="expected 3 means"):
+        named_normalisation("0.1/1", 3)

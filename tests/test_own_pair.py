@@ -1,23 +1,12 @@
 """Networks and images of a report, checked against each other."""
 
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import kdx
-from kdx.pages.own_pair import (
-    digest,
-    facts,
-    networks_given,
-    per_image,
-    read_labels,
-    read_networks,
-    read_pair,
-    read_slices,
-)
+from kdx.pages.own_pair import digest, facts, networks_given, per_image, read_networks, read_pair
 from tests.networks import state
 
 NAMES = ("blue", "green", "red")
@@ -170,44 +159,3 @@ def test_roles_have_parameters():
     paths, builds = networks_given(given)
     assert paths == {"student": "s", "base": "b", "teacher": "t"}
     assert builds == {"student": "f", "base": "f", "teacher": "g"}
-
-
-def test_slices_and_labels_are_read(tmp_path):
-    table = tmp_path / "slices.csv"
-    table.write_text("file,light,camera\nred/1.png,day,\n2.png,night,7\n")
-    found = read_slices(table, ["red/1.png", "blue/2.png", "red/3.png"])
-    assert found["light"].tolist()[:2] == ["day", "night"]
-    assert found["camera"].isna().tolist() == [True, False, True]
-    assert isinstance(found, pd.DataFrame)
-    for text, message in (
-        ("name,light\na,b\n", "expected a column file and others in .*, got name, light"),
-        ("file\na\n", "expected a column file and others"),
-        ("file,light\na,1\na,2\n", "a is listed twice"),
-        ("file,light\nz,1\n", "lists none of the images, such as red/1.png"),
-    ):
-        table.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_slices(table, ["red/1.png"])
-    with pytest.raises(ValueError, match="expected a CSV file with a column file"):
-        read_slices(tmp_path / "nowhere.csv", ["a"])
-    names = tmp_path / "names.txt"
-    names.write_text("cat\n dog \n\n")
-    assert read_labels(names) == ["cat", "dog"]
-    names.write_text("\n")
-    with pytest.raises(ValueError, match="is empty; expected a name in each line"):
-        read_labels(names)
-    with pytest.raises(ValueError, match="expected a text file"):
-        read_labels(tmp_path)
-
-
-def test_grey_and_flat_networks_get_what_they_take():
-    from kdx.networks.own_networks import NORMALISATIONS, channels_of, named_normalisation
-
-    assert channels_of(nn.Sequential(nn.Conv2d(1, 4, 3)), 784) == 1
-    assert channels_of(nn.Sequential(nn.Flatten(), nn.Linear(784, 4)), 784) == 1
-    assert channels_of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 784, 4)), 784) == 3
-    assert channels_of(kdx.build("resnet10", 3, "small", 0.125), 1024) == 3
-    assert named_normalisation("half", 1) == NORMALISATIONS["half"][1]
-    assert named_normalisation("0.1,0.2,0.3/1,1,1", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="expected 3 means"):
-        named_normalisation("0.1/1", 3)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,7 @@ from kdx.data.dataset import Dataset
 from kdx.data.decoding import prepare_image
 from kdx.data.folders import WORKERS, Item, RefusedError, list_files, printable
 from kdx.data.registry import Card
-from kdx.paths import DataError
+from kdx.paths import DataError, one_line
 
 SHOWN = 3  # most names in a message
 LARGEST = 512  # pixels a side
@@ -190,3 +191,46 @@ def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()
         origin = f"the folders; the matching ones of the {n_outputs} outputs are not known (parameter classes)"
     assert pictures.labels is not None
     return Labels(pictures.labels, names, outputs, True, origin)
+
+
+def read_slices(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
+    """Columns of a CSV file for images, one row per image; empty where the file does not list an image.
+
+    Args:
+        path: With a column ``file`` (as in the folder of images, or the name alone) and others.
+        files: Of the images.
+
+    Raises:
+        ValueError: No such file, no column ``file`` or no other, an image listed twice, or no image listed.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"slices: expected a CSV file with a column file, got {path} ({one_line(error)})") from error
+    if "file" not in table or len(table.columns) < 2:
+        raise ValueError(f"slices: expected a column file and others in {path}, got {', '.join(table.columns)}")
+    if (twice := table["file"][table["file"].duplicated()]).any():
+        raise ValueError(f"slices: {twice.iloc[0]} is listed twice in {path}")
+    table = table.set_index("file")
+    listed = [file if file in table.index else Path(file).name for file in files]
+    found = table.reindex(listed).reset_index(drop=True)
+    if found.isna().all(None):
+        raise ValueError(f"slices: {path} lists none of the images, such as {files[0]}")
+    return found
+
+
+def read_labels(path: str | Path) -> list[str]:
+    """Names of the outputs in order, from the lines of a text file.
+
+    Raises:
+        ValueError: No such file, or no lines.
+    """
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"labels: expected a text file with a name in each line, got {path} ({one_line(error)})"
+        ) from error
+    if not names:
+        raise ValueError(f"labels: {path} is empty; expected a name in each line")
+    return names

@@ -21,7 +21,7 @@ from kdx.intervals import share_interval
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, paired
 from kdx.networks import own_networks as own
 from kdx.networks.devices import pick_device
-from kdx.paths import one_line, sha256_of
+from kdx.paths import sha256_of
 from kdx.version import __version__
 
 FEWEST = 20  # images of a report
@@ -328,49 +328,6 @@ def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
                     f"{better.n} images right: is it the one that it was trained with (--normalisation {name})?"
                 )
     return found
-
-
-def read_slices(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
-    """Columns of a CSV file for images, one row per image; empty where the file does not list an image.
-
-    Args:
-        path: With a column ``file`` (as in the folder of images, or the name alone) and others.
-        files: Of the images.
-
-    Raises:
-        ValueError: No such file, no column ``file`` or no other, an image listed twice, or no image listed.
-    """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"slices: expected a CSV file with a column file, got {path} ({one_line(error)})") from error
-    if "file" not in table or len(table.columns) < 2:
-        raise ValueError(f"slices: expected a column file and others in {path}, got {', '.join(table.columns)}")
-    if (twice := table["file"][table["file"].duplicated()]).any():
-        raise ValueError(f"slices: {twice.iloc[0]} is listed twice in {path}")
-    table = table.set_index("file")
-    listed = [file if file in table.index else Path(file).name for file in files]
-    found = table.reindex(listed).reset_index(drop=True)
-    if found.isna().all(None):
-        raise ValueError(f"slices: {path} lists none of the images, such as {files[0]}")
-    return found
-
-
-def read_labels(path: str | Path) -> list[str]:
-    """Names of the outputs in order, from the lines of a text file.
-
-    Raises:
-        ValueError: No such file, or no lines.
-    """
-    try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"labels: expected a text file with a name in each line, got {path} ({one_line(error)})"
-        ) from error
-    if not names:
-        raise ValueError(f"labels: {path} is empty; expected a name in each line")
-    return names
 
 
 def digest(pair: OwnPair) -> str:

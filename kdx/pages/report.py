@@ -14,6 +14,7 @@ import nbformat
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
+from kdx.data.own_images import read_labels
 from kdx.networks.own_networks import named_normalisation
 from kdx.pages import build, own_pair
 from kdx.pages.statement import Gate
@@ -104,7 +105,7 @@ def check(parameters: Mapping[str, Any]) -> None:
     """
     own_pair.read_networks(*own_pair.networks_given(parameters))
     if parameters.get("labels"):
-        own_pair.read_labels(parameters["labels"])
+        read_labels(parameters["labels"])
     if normalisation := parameters.get("normalisation"):
         named_normalisation(normalisation, normalisation.count(",") // 2 + 1 if "/" in normalisation else 3)
 

@@ -15,7 +15,7 @@ import kdx
 from kdx.data.cues import Scene
 from kdx.explain.regression import FitWarning
 from kdx.intervals import Interval
-from kdx.pages.statement import LEVEL, Evidence, changed_groups, sentences
+from kdx.pages.sentences import LEVEL, Evidence, changed_groups, sentences
 from kdx.planted.plantings import FRESH, images_of, plant
 
 SEEDS = (99, 100, 101, *range(600, 607))
