@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from kdx.intervals import Interval, mean_interval, mean_of_known, over_folds
+from kdx.intervals import Interval, mean_interval, mean_of_known, over_folds, share_interval
 
 
 def test_mean_interval_by_hand():
@@ -33,3 +34,10 @@ def test_mean_of_known_leaves_nan_out_and_says_how_many_are_left():
     assert mean_of_known([1.0, math.nan, 3.0, 5.0]) == mean_interval([1.0, 3.0, 5.0])
     assert math.isnan(mean_of_known([1.0, math.nan]).mean)
     assert mean_of_known([1.0, math.nan]).n == 1
+
+
+def test_exact_share_interval_is_clopper_pearsons():
+    found = share_interval([True] * 3 + [False] * 7, method="exact")
+    assert (found.low, found.high) == pytest.approx((stats.beta.ppf(0.025, 3, 8), stats.beta.ppf(0.975, 4, 7)))
+    assert share_interval([False] * 10, method="exact").low == 0
+    assert np.isnan(share_interval([], method="exact").mean)

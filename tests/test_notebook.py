@@ -1,10 +1,15 @@
+import warnings
+
 import pandas as pd
 import pytest
 
+from kdx.explain.regression import FitWarning
 from kdx.intervals import mean_interval
 from kdx.pages.notebook import (
+    chapters,
     check_parameters,
     environment,
+    gather_warnings,
     interval_cell,
     naming_rates,
     paper_table,
@@ -12,6 +17,7 @@ from kdx.pages.notebook import (
     rank_cell,
     score_cell,
 )
+from kdx.progress import TERMINAL
 
 
 def namespace(**values):
@@ -108,3 +114,28 @@ def test_naming_rates_count_right_names_and_false_alarms():
     without = naming_rates(table[~table["teacher"]])
     assert (without["named"], without["found"]) == ("", "")
     assert naming_rates(table[table["p"].isna()])["found"] == "no p"
+
+
+def test_chapters_are_told_on_the_terminal_alone(tmp_path, monkeypatch, capsys):
+    screen = tmp_path / "terminal"
+    screen.touch()
+    monkeypatch.setenv(TERMINAL, str(screen))
+    tell = chapters(61.7)
+    tell("chapter 1 of 2")
+    assert screen.read_text() == "0 s of about 62 s: chapter 1 of 2\n"
+    monkeypatch.setenv(TERMINAL, str(tmp_path / "nowhere" / "terminal"))
+    tell("chapter 2 of 2")
+    assert capsys.readouterr().out == ""
+
+
+def test_warnings_of_the_package_are_gathered_once_and_others_are_shown():
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = []
+        warnings.showwarning = lambda message, *_: shown.append(str(message))
+        found = gather_warnings()
+        for _ in range(2):
+            warnings.warn("too few", FitWarning, stacklevel=1)
+        warnings.warn("other", UserWarning, stacklevel=1)
+    assert found == ["too few"]
+    assert shown == ["other"]
