@@ -48,6 +48,9 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
         extra = "; install the extra: pip install 'kdx[book]'" if isinstance(error, ModuleNotFoundError) else ""
         typer.secho(f"error: {error}{extra}", fg="red", err=True)
         raise typer.Exit(code) from error
+    except KeyboardInterrupt as error:
+        typer.secho("stopped; nothing is left half-written", fg="red", err=True)
+        raise typer.Exit(130) from error
 
 
 @data.command("list")
@@ -252,17 +255,23 @@ def explain(
         for name, path in paths.items():
             if path and not path.exists():
                 raise ValueError(f"{name}: no file or folder {path}")
-        from kdx.pages import build as book
-        from kdx.pages import report
+        from kdx.pages.gates import Gate
+
+        gates = [Gate.parse(text) for text in fail_on or []]
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is there already; give another folder with --out, or delete it")
+        from kdx.pages import own_pair
 
         given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
         given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
         given |= {"normalisation": normalisation, "limit": limit, "sample": limit if thorough else 0}
+        own_pair.check_given(given)
+        from kdx.pages import build as book
+        from kdx.pages import report
+
         given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
         if taken := {"out", "command"} & set(given):
             raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
-        gates = [report.Gate.parse(text) for text in fail_on or []]
-        report.check(given)
         failures = report.explain(given, out, shlex.join(["kdx", *sys.argv[1:]]), gates, json_only)
         typer.echo(out / ("statement.json" if json_only else "report.html"))
     if failures:

@@ -39,11 +39,11 @@ def test_equal_mass_bins_written_out():
 def test_a_calibrated_network_beats_an_overconfident_one_and_itself_it_does_not():
     p, y = drawn()
     sure, _ = drawn(temperature=0.4)
-    table = kdx.calibration({"base": p, "student": sure, "twin": p}, y).set_index(["network", "score"])
+    table = kdx.calibration({"student": sure, "base": p, "twin": sure}, y).set_index(["network", "score"])
     for score in ("ECE", "Brier", "NLL"):
-        assert table.loc[("student", score), "difference low"] > 0
+        assert table.loc[("base", score), "difference low"] > 0
         assert table.loc[("twin", score), "difference":].tolist() == [0, 0, 0]
-        assert np.isnan(table.loc[("base", score), "difference"])
+        assert np.isnan(table.loc[("student", score), "difference"])
     inside = []
     for seed in range(20):
         p, y = drawn(500, seed=seed)
@@ -64,3 +64,14 @@ def test_degenerate_and_wrong_input():
         kdx.calibration({"one": p[1:]}, y)
     with pytest.raises(ValueError, match="of the one"):
         kdx.calibration({"one": p[:, :2]}, y + 3)
+
+
+def test_intervals_hold_the_value_and_the_ece_errs_to_the_high_side():
+    above = []
+    for seed in range(30):
+        p, y = drawn(200, seed=seed)
+        table = kdx.calibration({"one": p}, y, draws=199)
+        assert (table["low"] <= table["value"]).all()
+        assert (table["value"] <= table["high"]).all()
+        above.append(table.set_index("score").loc["ECE", "high"])
+    assert min(above) > 0.02  # calibrated: the true error is 0

@@ -92,10 +92,10 @@ def test_labels_are_those_of_folders_or_of_the_student(folder):
     assert as_dataset(pictures, known.labels, known.names).classes == ("ants", "bees")
     for message, arguments in {
         "expected a name for each of 2 outputs, got 3": (pictures, p, ["x", "y", "z"]),
-        "classes: no name for the folders ants among bees, wasps": (pictures, p, ["bees", "wasps"]),
+        "labels: no name for the folders ants among bees, wasps": (pictures, p, ["bees", "wasps"]),
         "the student predicts output 0 for all 6 images": (flat, torch.eye(2)[torch.zeros(6, dtype=torch.long)]),
-        "classes: expected names as text, got \\[0, 1\\]; put them in quotes": (pictures, p, [0, 1]),
-        "of at least two classes, got only test": (read_pictures_of_one_class(folder), p),
+        "labels: expected names as text, got \\[0, 1\\]; put them in quotes": (pictures, p, [0, 1]),
+        "of at least two classes, got only 'test'": (read_pictures_of_one_class(folder), p),
     }.items():
         with pytest.raises(ValueError, match=message):
             label(*arguments)
@@ -117,12 +117,21 @@ def test_slices_and_labels_are_read(tmp_path):
     for text, message in (
         ("name,light\na,b\n", "expected a column file and others in .*, got name, light"),
         ("file\na\n", "expected a column file and others"),
-        ("file,light\na,1\na,2\n", "a is listed twice"),
+        ("file,light\na,1\n./a,2\n", "a is listed twice"),
         ("file,light\nz,1\n", "lists none of the images, such as red/1.png"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_slices(table, ["red/1.png"])
+    table.write_text("file,light\n,x\n,y\nred\\\\1.png,day\n")
+    assert read_slices(table, ["red/1.png"])["light"].tolist() == ["day"]
+    table.write_text("file,light\n1.png,day\n")
+    with pytest.raises(ValueError, match=r"1.png in .* is the name of several images"):
+        read_slices(table, ["red/1.png", "blue/1.png"])
+    files = [f"{i}.png" for i in range(60)]
+    table.write_text("file,light\n" + "".join(f"{file},{i}\n" for i, file in enumerate(files)))
+    with pytest.raises(ValueError, match="light has 60 values, but groups of images are expected, at most 50"):
+        read_slices(table, files)
     with pytest.raises(ValueError, match="expected a CSV file with a column file"):
         read_slices(tmp_path / "nowhere.csv", ["a"])
     names = tmp_path / "names.txt"

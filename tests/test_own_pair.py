@@ -73,6 +73,9 @@ def test_a_pair_is_read_and_says_what_was_assumed(read, folder):
     assert pair.answer("base")(pair.pictures.images[:4]).tolist() == pair.answers["base"][:4].tolist()
     given = pair_of(read, folder, normalisation="none", size=12)
     assert not [c for c in given.caveats if "assumed" in c or "12 x 12" in c]
+    single = read_pair(pair.own, folder, normalisation="none", limit=21)
+    single.truth.labels[:] = torch.arange(21)  # one image of each class
+    assert [len(half) for half in single.halves] == [11, 10] or [len(half) for half in single.halves] == [10, 11]
     table = per_image(pair)
     assert table["gained"].sum() == pair.ledger.against("base").gained
     assert facts(pair, "x")["data"]["sha256"] == digest(pair) == digest(given)

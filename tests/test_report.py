@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from kdx.cli import app
 from kdx.networks.own_networks import find_builder
-from kdx.pages import build, report, statement
+from kdx.pages import build, own_pair, report, statement
 from tests.checkout import asked_for
 
 MOBILENET = "torchvision.models:mobilenet_v3_small(num_classes=3)"
 CONVNEXT = "timm:create_model('convnext_atto', num_classes=3)"
 TRANSFORMER = "timm:create_model('vit_tiny_patch16_224', num_classes=3)"
+CLASSES = ("<b>*moss*", "sand", "water")
 MODULE = "own_networks_of_a_test"
 OWN = '''
 from torch import nn
@@ -36,7 +37,7 @@ def images(tmp_path_factory):
     """Ten textured images in each of three folders, and two files that are none."""
     folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
-    for i, name in enumerate(("moss", "sand", "water")):
+    for i, name in enumerate(CLASSES):
         (folder / name).mkdir()
         for j in range(10):
             pixels = torch.rand(48, 48, 3, generator=generator) * 120
@@ -100,7 +101,7 @@ def check(folder, browser, stages, skipped=("sand/notes.txt", "water/broken.jpg"
     said = json.loads((folder / "statement.json").read_text())
     jsonschema.validate(said, statement.schema())
     text = browser.execute_script("return document.body.innerText").replace("\xa0", " ")
-    assert all(line in text for line in said["sentences"])
+    assert all(line in text for line in said["sentences"] + said["caveats"])
     if stages:
         assert list(pd.read_csv(folder / "scores.csv")["stage"].unique()) == stages
         maps = load_file(folder / "maps.safetensors")
@@ -113,21 +114,25 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
     student, base, base2 = (checkpoint(MOBILENET, seed, name) for seed, name in enumerate(("s", "b", "b2")))
     given = ["--student", student, "--base", base, "--base2", base2, "--build", MOBILENET, "--data", images]
     given += ["--teacher", checkpoint(CONVNEXT, 5, "t"), "--build-teacher", CONVNEXT, "--size", 64]
-    gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 200%"]
+    gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 100%"]
     result = invoke(*given, "--limit", 24, "--out", "report", *gates, *QUICK)
     assert result.exit_code == 3, result.output
     assert "failed: accuracy < 99%: accuracy is" in result.output
     page, said = check(here / "report", browser, ["L1", "L2", "L3", "L4"])
-    assert "<strong>24 images</strong>" in page
+    assert "24 images of 32" in page
+    assert set(said["gates"]) == {"accuracy < 99%", "handed_over > 100%"}
+    assert "accuracy &lt; 99%: failed" in page
     assert "broken.jpg" in page
     assert "kdx" in said["command"]
-    assert any("a second base" in line for line in said["sentences"])
+    assert any("the second base" in line for line in said["sentences"])
     assert any("hardly better than chance" in caveat.lower() for caveat in said["caveats"])
     assert any("normalisation" in caveat for caveat in said["caveats"])
     assert "handed_over" in said["metrics"]
     table = pd.read_csv(here / "report" / "images.csv")
     assert len(table) == 24
-    assert set(table["label"]) == {"moss", "sand", "water"}
+    assert set(table["label"]) == set(CLASSES)
+    assert "<b>*moss*" not in page  # a name is no markup
+    assert "&lt;b&gt;*moss*" in page
     again = invoke(*given, "--out", "report")
     assert again.exit_code == 2
     assert "report is there already; give another folder" in again.output
@@ -196,8 +201,8 @@ def test_explain_says_in_one_line_what_is_wrong_before_a_kernel_starts(here, ima
 @pytest.mark.book
 def test_what_only_the_images_show_leaves_nothing_behind(here, images, checkpoint):
     given = ["--student", checkpoint(MOBILENET, 0, "s"), "--base", checkpoint(MOBILENET, 1, "b"), "--build", MOBILENET]
-    (here / "few" / "moss").mkdir(parents=True)
-    (here / "few" / "moss" / "0.png").write_bytes((images / "moss" / "0.png").read_bytes())
+    (here / "few" / "sand").mkdir(parents=True)
+    (here / "few" / "sand" / "0.png").write_bytes((images / "sand" / "0.png").read_bytes())
     result = invoke(*given, "--data", "few", "--out", "report")
     assert result.exit_code == 2
     assert "data: expected 20 images or more, got 1" in result.output
@@ -214,7 +219,7 @@ def test_debug_shows_where_an_error_came_from(here, monkeypatch):
         raise build.BookError("what went wrong")
 
     monkeypatch.setattr(build, "execute", fail)
-    monkeypatch.setattr(report, "check", lambda given: None)
+    monkeypatch.setattr(own_pair, "check_given", lambda given: None)
     for name in "abc":
         (here / name).touch()
     given = ["--student", "a", "--base", "b", "--data", "c"]

@@ -20,7 +20,7 @@ def test_stars_mark_the_classes_that_hold():
     table = LEDGER.by_class()
     figure = report_plots.flips(table)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    held = table.sort_values("difference")["beyond seed"] <= 0.05
+    held = table.sort_values("difference")["against both"] <= 0.05
     assert [label.endswith("*") for label in labels] == held.tolist()
 
 

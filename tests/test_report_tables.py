@@ -33,13 +33,16 @@ def test_tables_tell_counts_intervals_and_p():
     rates = text(report_tables.rates(LEDGER.rates()))
     assert "20 images" in rates
     assert "student minus this: +16.7 points" in rates
-    groups = text(report_tables.groups(LEDGER.by_class(), LEDGER.confusions()))
-    assert "ant taken for bee" in groups
-    nothing = report_tables.groups(None, LEDGER.confusions().iloc[:0]).data
-    assert nothing.index.tolist() == ["no confusion changed for six images or more"]
+    groups = report_tables.groups(LEDGER.by_class(), LEDGER.by_class(), LEDGER.confusions()).data
+    assert "confusion: ant called bee" in groups.index
+    assert {"class: ant", "slice: bee"} <= set(groups.index)
+    assert set(groups["holds over all"]) <= {"yes", "no"}
+    assert "<i>" in report_tables.multiline(pd.DataFrame({"<i>": ["<i>"]})).data.columns
+    assert "<i>" not in report_tables.multiline(pd.DataFrame({"<i>": ["<i>"]}, index=["<i>"])).to_html()
+    assert report_tables.listed(["<b>"], "ol") == "<ol><li>&lt;b&gt;</li></ol>"
     scores = {role: torch.eye(3)[a] * 0.9 + 0.1 / 3 for role, a in ANSWERS.items() if role != "teacher"}
     calibration = text(report_tables.calibration(kdx.calibration(scores, LABELS)))
-    assert "minus the base" in calibration
+    assert "student minus this" in calibration
     assert report_tables.interval({"value": np.nan, "low": 0, "high": 0}) == ""
     assert report_tables.p_of(0.0001) == "p < 0.001"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ from kdx.paths import DataError, one_line
 
 SHOWN = 3  # most names in a message
 LARGEST = 512  # pixels a side
+MOST_GROUPS = 50  # of a column of slices
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def common_size(folder: Path | str) -> int | None:
             sizes.add(picture.size)
         if len(sizes) > 1:
             return None
-    side = min(*sizes) if sizes else LARGEST + 1
+    side = min(next(iter(sizes))) if sizes else LARGEST + 1
     return side if side <= LARGEST else None
 
 
@@ -163,9 +165,9 @@ def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()
     """
     n_outputs, classes = probabilities.shape[1], tuple(classes)
     if not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"classes: expected names as text, got {list(classes)}; put them in quotes")
+        raise ValueError(f"labels: expected names as text, got {list(classes)}; put them in quotes")
     if classes and (len(classes) != n_outputs or len(set(classes)) < n_outputs):
-        raise ValueError(f"classes: expected a name for each of {n_outputs} outputs, got {len(set(classes))} names")
+        raise ValueError(f"labels: expected a name for each of {n_outputs} outputs, got {len(set(classes))} names")
     if pictures.labels is None:
         present, labels = probabilities.argmax(1).unique(return_inverse=True)
         names = tuple(classes[i] if classes else f"output {i}" for i in present.tolist())
@@ -178,17 +180,17 @@ def label(pictures: Pictures, probabilities: Tensor, classes: Sequence[str] = ()
     names = pictures.classes
     if len(names) < 2:
         raise ValueError(
-            f"expected images of at least two classes, got only {names[0]}; add a class, or give a flat folder"
+            f"expected images of at least two classes, got only {names[0]!r}; add a class, or give a flat folder"
         )
     if unknown := [name for name in names if classes and name not in classes]:
-        raise ValueError(f"classes: no name for the folders {', '.join(unknown[:SHOWN])} among {', '.join(classes)}")
+        raise ValueError(f"labels: no name for the folders {', '.join(unknown[:SHOWN])} among {', '.join(classes)}")
     if classes:
         outputs, origin = torch.tensor([classes.index(name) for name in names]), "the folders, by name"
     elif len(names) == n_outputs:
         outputs, origin = torch.arange(n_outputs), "the folders, in alphabetical order"
     else:
         outputs = None
-        origin = f"the folders; the matching ones of the {n_outputs} outputs are not known (parameter classes)"
+        origin = f"the folders; the matching ones of the {n_outputs} outputs are not known (labels)"
     assert pictures.labels is not None
     return Labels(pictures.labels, names, outputs, True, origin)
 
@@ -201,21 +203,30 @@ def read_slices(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
         files: Of the images.
 
     Raises:
-        ValueError: No such file, no column ``file`` or no other, an image listed twice, or no image listed.
+        ValueError: No such file, no column ``file`` or no other, an image listed twice or by a name that several have,
+            no image listed, or a column of more than ``MOST_GROUPS`` values.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=True)
+        table = pd.read_csv(path, dtype=str)
     except (OSError, ValueError) as error:
         raise ValueError(f"slices: expected a CSV file with a column file, got {path} ({one_line(error)})") from error
     if "file" not in table or len(table.columns) < 2:
         raise ValueError(f"slices: expected a column file and others in {path}, got {', '.join(table.columns)}")
-    if (twice := table["file"][table["file"].duplicated()]).any():
-        raise ValueError(f"slices: {twice.iloc[0]} is listed twice in {path}")
-    table = table.set_index("file")
-    listed = [file if file in table.index else Path(file).name for file in files]
-    found = table.reindex(listed).reset_index(drop=True)
-    if found.isna().all(None):
+    table = table.dropna(subset="file")
+    table.index = pd.Index([PurePosixPath(name.replace("\\", "/")).as_posix() for name in table.pop("file")])
+    if twice := table.index[table.index.duplicated()].tolist():
+        raise ValueError(f"slices: {twice[0]} is listed twice in {path}")
+    names = [file if file in table.index else PurePosixPath(file).name for file in files]
+    if several := [name for name, count in Counter(names).items() if count > 1 and name in table.index]:
+        raise ValueError(f"slices: {several[0]} in {path} is the name of several images; give it with its folder")
+    found = table.reindex(names).reset_index(drop=True)
+    if not any(name in table.index for name in names):
         raise ValueError(f"slices: {path} lists none of the images, such as {files[0]}")
+    if many := [column for column in found if found[column].nunique() > MOST_GROUPS]:
+        raise ValueError(
+            f"slices: {many[0]} has {found[many[0]].nunique()} values, but groups of images are expected, at most "
+            f"{MOST_GROUPS}; bin its values"
+        )
     return found
 
 

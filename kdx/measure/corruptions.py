@@ -87,9 +87,9 @@ def robustness(
 
     Returns:
         Two tables. The first: network, corruption, strength, value, low, high (exact 95 % interval), n. The second:
-        network, corruption, strength, difference, low, high, p: right answers of the student minus those of this
+        network, corruption, strength, difference, low, high, p, n: right answers of the student minus those of this
         network, paired by image. Its rows without a corruption are over all of them; their interval is a t interval of
-        the means of images, without width where all are alike.
+        the means of images.
 
     Examples:
         >>> images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
@@ -115,10 +115,14 @@ def robustness(
             if other == role:
                 student = right[STUDENT, corruption, strength]
                 found = paired(of.numpy(), student.numpy())
-                rows.append((role, corruption, strength, *found[:3], found.p))
+                rows.append((role, corruption, strength, *found[:3], found.p, found.n))
                 gains.append(student.double() - of.double())
         whole = two_factor(torch.stack(gains).mean(0)[None])
-        p = 1.0 if whole.certain else 2 * min(whole.p_above(), whole.p_below())
-        rows.append((role, "", 0, whole.mean, *whole.interval(), p))
-    columns = ["network", "corruption", "strength", "difference", "low", "high", "p"]
+        if whole.certain:  # all images alike
+            same = paired(labels < 0, labels < 0)
+            rows.append((role, "", 0, whole.mean, whole.mean + same.low, whole.mean + same.high, 1.0, same.n))
+        else:
+            p = 2 * min(whole.p_above(), whole.p_below())
+            rows.append((role, "", 0, whole.mean, *whole.interval(), p, len(labels)))
+    columns = ["network", "corruption", "strength", "difference", "low", "high", "p", "n"]
     return table, pd.DataFrame(rows, columns=columns)

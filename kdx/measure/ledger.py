@@ -176,7 +176,7 @@ class Ledger:
         Returns:
             group, n, base, student (shares of right answers), gained, lost, difference, low, high, p (McNemar, against
             the base), p adjusted (Holm, over the groups) and, with a second base, the share of its right answers, and
-            beyond seed: Holm's p for the larger p of base and second base, in one direction, 1 where they point in
+            against both: Holm's p for the larger p of base and second base, in one direction, 1 where they point in
             different directions. Groups without images are left out.
         """
         rows = []
@@ -196,7 +196,7 @@ class Ledger:
         table = pd.DataFrame(rows, columns=[*columns, *with_second])
         table.insert(len(columns), "p adjusted", holm(table["p"].to_numpy()))
         if with_second:
-            table["beyond seed"] = holm(table.pop("both").to_numpy())
+            table["against both"] = holm(table.pop("both").to_numpy())
         return table
 
     def by_class(self) -> pd.DataFrame:
@@ -222,7 +222,7 @@ class Ledger:
 
         Returns:
             class, answer, n (images of the class), base, student (images with this answer), difference, low, high,
-            p, p adjusted (Holm) and, with a second base, beyond seed, as for :meth:`by_group`; by p.
+            p, p adjusted (Holm) and, with a second base, against both, as for :meth:`by_group`; by p.
         """
         rows = []
         labels = self.labels.numpy()
@@ -242,7 +242,7 @@ class Ledger:
         table["p adjusted"] = holm(table["p"].to_numpy())
         both = table.pop("both")
         if SECOND in self.answers:
-            table["beyond seed"] = holm(both.to_numpy())
+            table["against both"] = holm(both.to_numpy())
         return table.sort_values("p", kind="stable", ignore_index=True)
 
     def _name(self, index: int) -> str:
@@ -262,9 +262,3 @@ def images_needed(found: Paired, power: float = 0.8) -> float:
         return np.inf
     quantiles = stats.norm.ppf(0.975) + stats.norm.ppf(power)
     return float(np.ceil(quantiles**2 * (found.gained + found.lost) / found.n / found.difference**2))
-
-
-def detectable(found: Paired, power: float = 0.8) -> float:
-    """The smallest difference, roughly, that so many images show with this power if as many answers change."""
-    changed = max(found.gained + found.lost, 1) / found.n
-    return float((stats.norm.ppf(0.975) + stats.norm.ppf(power)) * np.sqrt(changed / found.n))

@@ -269,7 +269,7 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; student "
-            "and base must take the same images, so set size to what both of them were trained with"
+            "and base must take the same images, so give the size that both of them were trained with (size)"
         ) from error
     logits = torch.cat(found).cpu()
     if logits.shape[1] < 2:
@@ -306,7 +306,7 @@ def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
         pairs = ", ".join(f"{c} there is {d} here" for c, d in list(moved.items())[:SHOWN])
         raise ValueError(
             f"{who[0]} and {who[1]} number the classes differently ({pairs}); bring them into one order, by permuting "
-            "the rows of the last layer, or by naming the outputs in order (classes)"
+            "the rows of the last layer, or by naming the outputs in order (labels)"
         )
     counts = one.unique(return_counts=True)[1]
     return bool((counts >= 2).double().mean() >= 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -105,14 +106,17 @@ def environment(parameters: Mapping[str, Any], device: str, **datasets: Dataset)
 
 
 def gather_warnings() -> list[str]:
-    """A list to which the package's warnings go from now on, once each, instead of into the page."""
+    """A list to which the package's warnings go from now on instead of into the page, once each, whatever their
+    numbers."""
     found: list[str] = []
+    known: set[str] = set()
     show = warnings.showwarning
 
     def keep(message: Any, category: type[Warning], *args: Any, **settings: Any) -> None:
         if not category.__module__.startswith("kdx."):
             show(message, category, *args, **settings)
-        elif str(message) not in found:
+        elif (kind := re.sub(r"\d+", "", str(message))) not in known:
+            known.add(kind)
             found.append(str(message))
 
     warnings.showwarning = keep
@@ -155,12 +159,15 @@ def rank_cell(row: Mapping[str, Any]) -> str:
 
 
 def multiline(table: pd.DataFrame) -> Styler:
-    """A table of text that keeps line breaks."""
+    """A table of text that keeps line breaks and shows names as they are, markup included."""
     narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
     cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
     heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
     caption = {"selector": "caption", "props": "white-space: normal"}
-    return table.style.set_table_styles([cell, heading, caption])
+    style = table.style.format(escape="html")
+    for axis in ("index", "columns"):
+        style = style.format_index(escape="html", axis=axis)
+    return style.set_table_styles([cell, heading, caption])
 
 
 def naming_rates(table: pd.DataFrame) -> dict[str, Any]:

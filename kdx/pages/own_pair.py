@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from kdx.data.batches import in_turns, rank_in_class
 from kdx.data.dataset import Dataset
-from kdx.data.own_images import Labels, Pictures, as_dataset, common_size, label, read_pictures
+from kdx.data.folders import list_files
+from kdx.data.own_images import (
+    Labels,
+    Pictures,
+    as_dataset,
+    common_size,
+    label,
+    read_labels,
+    read_pictures,
+    read_slices,
+)
 from kdx.intervals import share_interval
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, paired
 from kdx.networks import own_networks as own
@@ -42,6 +52,22 @@ def networks_given(parameters: Mapping[str, Any]) -> tuple[dict[str, str], dict[
     """Role -> checkpoint, and role -> what builds the network, from parameters of the page on own models."""
     paths = {role: parameters[name] for role, (name, _) in GIVEN.items() if parameters.get(name)}
     return paths, {role: parameters.get(GIVEN[role][1]) or parameters.get("build", "") for role in paths}
+
+
+def check_given(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for networks and lists that cannot be used, without running anything.
+
+    Args:
+        parameters: Of the page on own models.
+    """
+    networks = read_networks(*networks_given(parameters))
+    if labels := parameters.get("labels"):
+        read_labels(labels)
+    if slices := parameters.get("slices"):
+        read_slices(slices, [item.file for item in list_files(Path(parameters["data"]).expanduser())[0]])
+    if normalisation := parameters.get("normalisation"):
+        for network in networks.networks.values():
+            own.named_normalisation(normalisation, own.channels_of(network, int(parameters.get("size", 0)) ** 2))
 
 
 @dataclass(frozen=True)
@@ -165,8 +191,8 @@ class OwnPair:
     @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
         """Rows of a reference set, and of the images that are explained with it; of each class about as many."""
-        order = in_turns(self.truth.labels)
-        odd = rank_in_class(self.truth.labels) % 2 == 1
+        labels = self.truth.labels
+        order, odd = in_turns(labels), (rank_in_class(labels) + labels) % 2 == 1
         return order[odd[order]], order[~odd[order]]
 
     def caption(self, row: int) -> str:

@@ -14,10 +14,8 @@ import nbformat
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from kdx.data.own_images import read_labels
-from kdx.networks.own_networks import named_normalisation
-from kdx.pages import build, own_pair
-from kdx.pages.statement import Gate
+from kdx.pages import build
+from kdx.pages.gates import Gate
 from kdx.paths import CHECKOUT, written_whole
 
 NOTEBOOK = CHECKOUT / "notebooks" / "04_own_models.ipynb"
@@ -55,8 +53,8 @@ def explain(
 ) -> list[str]:
     """Execute the page on own models and write everything into the folder ``out``.
 
-    It holds report.html, report.ipynb, a PNG of every figure, and the files that the page writes (see its parameter
-    ``out``); or, with ``json_only``, statement.json alone.
+    It holds report.html, report.ipynb, the maps as PNG, and the files that the page writes (see its parameter ``out``);
+    or, with ``json_only``, statement.json alone.
 
     Args:
         parameters: Of the notebook ``04_own_models``.
@@ -81,6 +79,8 @@ def explain(
             given = {**parameters, "out": str(scratch), "command": command}
             build.execute(NOTEBOOK, executed, given, Path.cwd())
             found = json.loads((scratch / "statement.json").read_text())
+            failures = {gate.text: gate.failure(found["metrics"]) for gate in gates}
+            (scratch / "statement.json").write_text(json.dumps(found | {"gates": failures}, indent=2) + "\n")
             if json_only:
                 for path in scratch.iterdir():
                     if path.name != "statement.json":
@@ -88,33 +88,25 @@ def explain(
             else:
                 build.publish_pictures(executed)
                 executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
-                write_html(executed, command)
+                write_html(executed, command, failures)
     except build.BookError as error:
         cause = error.__cause__
         if not isinstance(cause, PapermillExecutionError):
             raise
         raise InputError(cause.evalue if cause.ename in EXPECTED else f"{cause.ename}: {cause.evalue}") from error
-    return [failure for gate in gates if (failure := gate.failure(found["metrics"]))]
+    return [failure for failure in failures.values() if failure]
 
 
-def check(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for networks and lists that cannot be used, without a kernel.
-
-    Args:
-        parameters: As for :func:`explain`.
-    """
-    own_pair.read_networks(*own_pair.networks_given(parameters))
-    if parameters.get("labels"):
-        read_labels(parameters["labels"])
-    if normalisation := parameters.get("normalisation"):
-        named_normalisation(normalisation, normalisation.count(",") // 2 + 1 if "/" in normalisation else 3)
-
-
-def write_html(executed: Path, command: str = "") -> Path:
+def write_html(executed: Path, command: str = "", failures: Mapping[str, str | None] | None = None) -> Path:
     """Write an executed notebook as one HTML file without code, which loads no other file; return its path.
 
     Cells tagged ``first-page``, with the heading above them, come right after the first cell. Of a figure that is there
     as PNG and as SVG, the smaller is kept.
+
+    Args:
+        executed: The notebook.
+        command: What is said to have made it.
+        failures: Condition of a gate -> why it failed, or None.
     """
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
@@ -133,13 +125,16 @@ def write_html(executed: Path, command: str = "") -> Path:
     title = html.escape(notebook.cells[0].source.splitlines()[0].lstrip("# "))
     headings = re.findall(r'<h2 id="([^"]+)">(.*?)<a ', body)
     contents = "".join(f'<li><a href="#{html.escape(name)}">{text}</a></li>' for name, text in headings)
+    lines = [f"{text}: {'failed, ' + why if why else 'passed'}" for text, why in (failures or {}).items()]
+    gates = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    gates = f"<section><h2>Gates</h2><ul>{gates}</ul></section>" if gates else ""
     made_by = f"<footer><p>Made by <code>{html.escape(command)}</code></p></footer>" if command else ""
     path = executed.with_suffix(".html")
     path.write_text(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>'
-        f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}</main>{made_by}</body></html>\n'
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}{gates}</main>{made_by}</body></html>\n'
     )
     return path
 

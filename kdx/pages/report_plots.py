@@ -31,7 +31,7 @@ def flips(table: pd.DataFrame) -> Figure:
     places = range(len(table))
     axes.barh(places, table["gained"], color=GAINED, height=0.72, label="gained")
     axes.barh(places, -table["lost"], color=LOST, height=0.72, label="lost")
-    p = table["beyond seed"] if "beyond seed" in table else table["p adjusted"]
+    p = table["against both"] if "against both" in table else table["p adjusted"]
     labels = [f"{name[:28]}{' *' if held <= 0.05 else ''}" for name, held in zip(table["group"], p, strict=True)]
     axes.set(yticks=list(places), yticklabels=labels, xlabel="images lost and gained")
     axes.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from pandas.io.formats.style import Styler
 from kdx.measure.ledger import BASE, STUDENT
 from kdx.pages.notebook import multiline, score_cell
 from kdx.pages.own_pair import OwnPair
+from kdx.pages.sentences import LEVEL
 
 SHOWN = 10  # rows of slices and confusions
 QUANTITIES = {
@@ -36,7 +38,13 @@ def interval(row: Mapping[str, Any], names: tuple[str, str, str] = ("value", "lo
 
 
 def p_of(p: float) -> str:
+    """As ``p = 0.012`` or ``p < 0.001``; empty where there is none."""
     return "" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def listed(lines: Sequence[str], kind: str = "ul") -> str:
+    """Lines as a list in HTML, as they are, markup included; ``kind`` is ``ul`` or ``ol``."""
+    return f"<{kind}>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</{kind}>" if lines else ""
 
 
 def accuracies(pair: OwnPair, changed: Mapping[str, Any]) -> Styler:
@@ -63,21 +71,26 @@ def rates(table: pd.DataFrame) -> Styler:
     return multiline(pd.DataFrame(cells).fillna(""))
 
 
-def groups(slices: pd.DataFrame | None, confusions: pd.DataFrame) -> Styler:
-    """Slices, if given, and the confusions that changed most."""
-    rows = []
-    for what, table in (("slice", slices), ("confusion", confusions)):
+def groups(classes: pd.DataFrame, slices: pd.DataFrame | None, confusions: pd.DataFrame) -> Styler:
+    """Classes and, if given, slices; and the confusions that changed most, all that hold among them."""
+    rows = {}
+    for what, table in (("class", classes), ("slice", slices), ("confusion", confusions)):
         if table is None:
             continue
-        for row in table.sort_values("p", kind="stable").head(SHOWN).to_dict("records"):
-            name = row.get("group") or f"{row['class']} taken for {row['answer']}"
-            held = row.get("beyond seed", row["p adjusted"])
-            change = "student minus base", interval(row, ("difference", "low", "high"), "+.1%")
-            rows.append({"": f"{what}: {name}", "images": row["n"], change[0]: change[1], "p": p_of(row["p"])[2:]})
-            rows[-1]["holds (Holm)"] = "yes" if held <= 0.05 else "no"
-    if not rows:
-        rows = [{"": "no confusion changed for six images or more"}]
-    return multiline(pd.DataFrame(rows).set_index(""))
+        held = table["against both"] if "against both" in table else table["p adjusted"]
+        most = table.assign(held=held).sort_values(["held", "p"], kind="stable")
+        most = most if what == "class" else most.head(max(SHOWN, int((held <= LEVEL).sum())))
+        for row in most.to_dict("records"):
+            name = row.get("group") or f"{row['class']} called {row['answer']}"
+            change = interval(row, ("difference", "low", "high"), "+.1%")
+            holds = "yes" if row["held"] <= LEVEL else "no"
+            rows[f"{what}: {name}"] = {
+                "images": row["n"],
+                "student minus base": change,
+                "p": p_of(row["p"]).removeprefix("p ").removeprefix("= "),
+            }
+            rows[f"{what}: {name}"]["holds over all"] = holds
+    return multiline(pd.DataFrame(rows).T)
 
 
 def calibration(table: pd.DataFrame) -> Styler:
@@ -87,7 +100,7 @@ def calibration(table: pd.DataFrame) -> Styler:
     for row in table.to_dict("records"):
         minus = interval(row, change, "+.3f")
         cells.setdefault(row["network"], {})[row["score"]] = interval(row, form=".3f") + (
-            f"\nminus the base: {minus}" if minus else ""
+            f"\nstudent minus this: {minus}" if minus else ""
         )
     return multiline(pd.DataFrame(cells).T)
 

@@ -51,7 +51,7 @@ def evidence(one, cue):
         shares = kdx.unexplained_share(reference, x).set_index(["direction", "stage"])
         row = shares.loc[("distilled", "answer")]
         unexplained[role] = Interval(row["value"], row["low"], row["high"], IMAGES)
-    scores = kdx.calibration({role: logits[role].softmax(1) for role in ("base", "student", "second base")}, labels)
+    scores = kdx.calibration({role: logits[role].softmax(1) for role in ("student", "base", "second base")}, labels)
     tables = {"classes": ledger.by_class(), "confusions": ledger.confusions(), "calibration": scores}
     return Evidence(IMAGES, ledger, unexplained=unexplained, replaced=replaced, **tables)
 
