@@ -155,3 +155,16 @@ def test_sentences_on_features_show_the_second_base():
     )  # fmt: skip
     told = " ".join(sentences(evidence(ledger(), replaced={"student": table, "second base": table})))
     assert "the second base in its place: 70% [10%, 90%]; so this tells what two networks differ in" in told
+
+
+def test_favourite_answers_of_guessers_are_no_gains():
+    labels = torch.arange(900) % 3
+    answers = {role: torch.full((900,), i) for i, role in enumerate(("base", "student"))}
+    answers["second base"] = answers["base"]
+    found = kdx.Ledger(labels, answers, ("a", "b", "c"))
+    assert (found.by_class()["against both"] <= 0.05).sum() == 2
+    told = " ".join(sentences(evidence(found)))
+    assert "not clearly different on any class of 3" in told
+    assert "No confusion" in told
+    knowing = kdx.Ledger(labels, answers | {"student": labels}, ("a", "b", "c"))
+    assert "better on b, c" in " ".join(sentences(evidence(knowing)))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kdx.explain.interventions import RANDOM
 from kdx.inference import holm
-from kdx.intervals import Interval
+from kdx.intervals import Interval, share_interval
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, Paired, images_needed
 
 LEVEL = 0.05
@@ -74,7 +74,7 @@ def _short(evidence: Evidence) -> str | None:
         other = ledger.against(BASE, of=SECOND)
         told.append(f"where another seed lost {other.lost:,} and gained {other.gained:,}")
     if evidence.classes is not None:
-        worse = changed_groups(evidence.classes, -1)["group"]
+        worse = changed_groups(evidence, evidence.classes, -1)["group"]
         told.append(f"clearly worse on {_names(worse)}" if len(worse) else "no class clearly worse")
     return f"In short: {', '.join(told[:3])}; {'; '.join(told[3:]) or 'see below'}."
 
@@ -150,7 +150,7 @@ def _classes(evidence: Evidence) -> str | None:
     for what, table in (("class", evidence.classes), ("slice", evidence.slices)):
         if table is None or table.empty:
             continue
-        better, worse = changed_groups(table, 1)["group"], changed_groups(table, -1)["group"]
+        better, worse = (changed_groups(evidence, table, sign)["group"] for sign in (1, -1))
         if len(better):
             told.append(f"better on {_names(better)}")
         if len(worse):
@@ -169,7 +169,7 @@ def _confusions(evidence: Evidence) -> str | None:
         return None
     told = []
     for word, sign in (("more", 1), ("less", -1)):
-        rows = changed_groups(table, sign)
+        rows = changed_groups(evidence, table, sign)
         pairs = [f"images of {true} {answer}" for true, answer in zip(rows["class"], rows["answer"], strict=True)]
         if pairs:
             told.append(f"{word} often it calls {_names(pairs)}")
@@ -299,8 +299,22 @@ def _unsaid(evidence: Evidence) -> str | None:
     return f"Not to be told from what was given: {'; '.join(told)}."
 
 
-def changed_groups(table: pd.DataFrame, sign: int) -> pd.DataFrame:
-    """Rows with a change in one direction that holds over all rows, and beyond the seed where that is known."""
+def changed_groups(evidence: Evidence, table: pd.DataFrame, sign: int) -> pd.DataFrame:
+    """Rows of classes, slices or confusions with a change in one direction that holds over all rows, against the second
+    base as well if there is one.
+
+    A network that guesses has favourite answers, which say nothing: there are no gains of a student, and no losses of a
+    base, that is not clearly better than chance.
+    """
+    assert evidence.ledger is not None
+    knows = [
+        role
+        for role in (STUDENT, BASE)
+        if share_interval(evidence.ledger.right(role), method="exact").low > 1 / len(evidence.ledger.names)
+    ]
+    meant = (STUDENT, BASE) if "answer" in table else (STUDENT,) if sign > 0 else (BASE,)
+    if not set(meant) & set(knows):
+        return table.iloc[:0]
     p = table["against both"] if "against both" in table else table["p adjusted"]
     return table[(p <= LEVEL) & (sign * table["difference"] > 0)]
 

@@ -64,7 +64,9 @@ def judged(found):
     both = len(signs) == 1 and all(paired.p <= LEVEL for paired in against)
     student, second = found.unexplained["student"], found.unexplained["second base"]
     row = {"accuracy": {1: "gained", -1: "lost"}[signs.pop()] if both else "no claim"}
-    row |= {"classes gained": len(changed_groups(classes, 1)), "classes lost": len(changed_groups(classes, -1))}
+    row |= {"classes gained": len(changed_groups(found, classes, 1))}
+    row["classes lost"] = len(changed_groups(found, classes, -1))
+
     row["beyond seed"] = "more" if student.low > second.high else "less" if student.high < second.low else "no more"
     for role, table in found.replaced.items():
         of = table[table["stage"] == "L4"].set_index(["replaced", "quantity"])["value"]
