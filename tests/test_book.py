@@ -49,6 +49,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/04_own_models",
         "executed/05_planted",
         "executed/06_handed_over",
+        "executed/07_dissection",
         "executed/explorer",
         "own_models",
         "glossary",
@@ -80,10 +81,10 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 12 + 3 * 57
+    assert len(stamps) == 13 + 3 * 66
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 8
+    assert done.stdout.count("unchanged") == 9
     written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
     assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
         path: stamp for path, stamp in stamps.items() if path not in written_anew
@@ -96,7 +97,7 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
     picture = root / "book" / "executed" / "01_gradcam_overview.png"
     content = picture.read_bytes()
     picture.unlink()
-    assert {execute_page(page) for page in load_pages(root, "smoke")[:6]} == {"unchanged"}
+    assert {execute_page(page) for page in load_pages(root, "smoke")[:7]} == {"unchanged"}
     assert picture.read_bytes() == content
 
 

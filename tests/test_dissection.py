@@ -105,7 +105,7 @@ def test_totals_count_resampled_images_as_often_as_they_are_drawn():
     found = kdx.dissect(network, probe, "L1", 0.1, normalize=as_given, layers=network.layers, permutations=0)
     counts = [2, 0, 1, 3, 0, 0]
     _, expected = dissect_literally(table, probe, 0.1, counts=counts)
-    concept, iou = found._best(("L1", 0.1), np.array([counts], dtype=float))
+    concept, iou = found.best(("L1", 0.1), np.array([counts], dtype=float))
     np.testing.assert_allclose(iou[0], [max(row) for row in expected], rtol=1e-12)
     assert concept[0].tolist() == [row.index(max(row)) for row in expected]
     assert found.units["p"].isna().all()

@@ -62,6 +62,11 @@ class Dissection:
     _counts: Mapping[tuple[str, float], Counts] = field(repr=False)
     _shown: sparse.csr_array = field(repr=False)  # (n, concepts): pixels of each concept
 
+    @property
+    def images(self) -> int:
+        """Number of images of the probe."""
+        return self._shown.shape[0]
+
     def totals(self, iou: Settings | None = None, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
         """Detectors in each category, and their distinct concepts.
 
@@ -86,14 +91,14 @@ class Dissection:
         chosen = self.iou_thresholds if iou is None else _several("iou", iou, closed=True)
         if resamples < 2:
             raise ValueError(f"resamples: expected at least 2, got {resamples}")
-        generator, n = np.random.default_rng(seed), self._shown.shape[0]
+        generator, n = np.random.default_rng(seed), self.images
         weights = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
         rows: list[dict] = []
         for (stage, quantile), found in self.units.groupby(["stage", "quantile"], sort=False):
             at, dead = (stage, quantile), int(found["iou"].isna().sum())
-            best = self._best(at, np.ones((1, n)))
+            best = self.best(at, np.ones((1, n)))
             parts = np.array_split(weights, math.ceil(resamples * len(found) * len(self.concepts) / AT_ONCE))
-            drawn = [self._best(at, part) for part in parts if len(part)]
+            drawn = [self.best(at, part) for part in parts if len(part)]
             replicates = np.concatenate([each[0] for each in drawn]), np.concatenate([each[1] for each in drawn])
             for threshold in chosen:
                 numbers = [self._numbers(each, threshold) for each in (best, replicates, self.chance[at])]
@@ -101,8 +106,16 @@ class Dissection:
                 rows += _rows(head, ["all", *self.concepts["category"].cat.categories], len(found), dead, *numbers)
         return pd.DataFrame(rows)
 
-    def _best(self, at: tuple[str, float], weights: NDArray) -> tuple[NDArray, NDArray]:
-        """Place of the best concept of each unit, and its IoU, for images weighted by each row (b, n): (b, k) both."""
+    def best(self, at: tuple[str, float], weights: NDArray) -> tuple[NDArray, NDArray]:
+        """The best concepts of the units if images had weights.
+
+        Args:
+            at: Stage and quantile.
+            weights: (b, images) of the probe, such as 0 for an image that is left out.
+
+        Returns:
+            Places in ``concepts`` and IoU, (b, units) both.
+        """
         kinds = self.concepts["category"].cat.codes.values
         inside, areas = ((counts.T @ weights.T).T for counts in self._counts[at])
         inside = inside.reshape(len(weights), len(kinds), -1)

@@ -83,14 +83,14 @@ class Verdict:
     """A claim and the values that decide it.
 
     Attributes:
-        number: Of the claim.
+        number: Of the claim; a text such as H1 for those of another paper.
         effect: What its effects are.
         values: As for :func:`effects`.
         margin: δ, in the unit of the values.
         form: How numbers are written.
     """
 
-    number: int
+    number: int | str
     effect: str
     values: Mapping[Any, ArrayLike]
     margin: float

@@ -196,7 +196,7 @@ def paper_table(name: str, dataset: str = "") -> pd.DataFrame:
 
     A table with a column ``dataset`` gives the rows of that dataset, perhaps none, by technique and stage.
     """
-    table = pd.read_csv(_checkout_file(f"paper/{name}.csv"))
+    table = pd.read_csv(checkout_file(f"paper/{name}.csv"))
     if "dataset" not in table:
         return table.set_index("stage")
     return table[table["dataset"] == dataset].drop(columns="dataset").set_index(["technique", "stage"])
@@ -209,14 +209,19 @@ def published(paper: pd.DataFrame, technique: str, column: str) -> pd.Series | s
     return "\npaper: " + paper.loc[technique][column].map("{:.4f}".format)
 
 
-def _checkout_file(name: str) -> Path:
+def checkout_file(name: str) -> Path:
+    """The path of a committed file in ``data``.
+
+    Raises:
+        ValueError: There is none, since the package is not in a checkout.
+    """
     path = CHECKOUT / "data" / name
     if not path.is_file():
         raise ValueError(f"no {path}: tables come with a checkout; install kdx from one, with pip install -e")
     return path
 
 
-def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int]) -> None:
+def glue_verdicts(verdicts: Sequence[Verdict], numbers: Sequence[int | str]) -> None:
     """Store verdicts in the executed notebook, where the board of claims reads them.
 
     Args:

@@ -1,0 +1,132 @@
+"""Numbers of detectors as scores that can be averaged and compared over folds *and* images.
+
+A number of detectors belongs to a whole probe, not to an image. The part of a block of images in it is what the
+jackknife gives: with T the number on all images, and :math:`T_{-b}` that without block b of B,
+
+.. math:: T_b = T + (B - 1) \\Big( \\frac 1B \\sum_j T_{-j} - T_{-b} \\Big).
+
+The mean of the parts is T, and their variance over B estimates its variance over images. Since numbers of detectors are
+steps, blocks have to hold more than the square root of the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import nn
+
+from kdx.data.broden import Probe
+from kdx.measure.dissection import Dissection, dissect
+
+ALL, BEYOND = "all", "beyond"
+Name = TypeVar("Name")
+
+
+def dissect_all(
+    models: Mapping[Name, nn.Module], probe: Probe, workers: int = 0, **settings: Any
+) -> dict[Name, Dissection]:
+    """Dissect several networks on one probe.
+
+    Args:
+        models: Name -> network. Networks that several names share are taken in turns.
+        probe: Images with masks, best :meth:`~kdx.data.broden.Probe.in_memory`.
+        workers: Networks that are dissected at the same time, each by one thread; 0: one per core.
+        **settings: Of :func:`kdx.dissect`.
+
+    Returns:
+        Name -> dissection.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 (one per core) or more, got {workers}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pool = joblib.Parallel(workers or joblib.cpu_count(), "threading")
+        found = pool(joblib.delayed(dissect)(model, probe, **settings) for model in models.values())
+    finally:
+        torch.set_num_threads(threads)
+    return dict(zip(models, found, strict=True))
+
+
+def detector_scores(
+    found: Dissection,
+    iou: Sequence[float] | None = None,
+    blocks: int = 10,
+    seed: int = 0,
+    base: Dissection | None = None,
+) -> pd.DataFrame:
+    """Detectors of a network, as a score table for :func:`kdx.intervals.over_folds`.
+
+    Args:
+        found: From :func:`kdx.dissect`.
+        iou: IoU in (0, 1] from which a unit is a detector; None takes those of ``found``.
+        blocks: Parts of about equal size into which the images are divided, at least 2.
+        seed: Draws them; equal for equal probes, so that networks can be compared block by block.
+        base: Of another network on the same probe. Adds the count *beyond*: units whose concept no unit of this network
+            detects, at the same stage.
+
+    Returns:
+        stage, quantile, threshold (of IoU), category (``"all"`` or one of the probe), count (*total*: detectors;
+        *unique*: distinct concepts; *beyond*), value (share of the stage's units), low, high (95 %, over images), parts
+        (blocks,), units, p and floor (NaN).
+
+    Raises:
+        ValueError: Fewer than 2 blocks, or more than images; networks that were dissected on different probes.
+    """
+    if not 2 <= blocks <= found.images:
+        raise ValueError(f"blocks: expected 2 to {found.images} (the images), got {blocks}")
+    if base is not None and not base.concepts.equals(found.concepts):
+        raise ValueError(
+            f"base: expected a dissection on the same images, {found.images} of {found.probe}, got {base.images} of "
+            f"{base.probe}"
+        )
+    weights = _weights(found.images, blocks, seed)
+    kinds = found.concepts["category"].cat.codes.to_numpy()
+    of = {ALL: kinds >= 0} | {name: kinds == i for i, name in enumerate(found.concepts["category"].cat.categories)}
+    rows = []
+    for at, units in found.units.groupby(["stage", "quantile"], sort=False):
+        best = found.best(at, weights)
+        others = None if base is None else base.best(at, weights)
+        for threshold in found.iou_thresholds if iou is None else iou:
+            counts = _counts(best, threshold, len(kinds))
+            numbers = {"total": counts, "unique": counts > 0}
+            if others is not None:
+                numbers[BEYOND] = counts * (_counts(others, threshold, len(kinds)) == 0)
+            for (category, among), (count, each) in ((a, b) for a in of.items() for b in numbers.items()):
+                parts = _parts(each[:, among].sum(1) / len(units))
+                rows.append([*at, threshold, category, count, parts, len(units)])
+    columns = ["stage", "quantile", "threshold", "category", "count", "parts", "units"]
+    table = pd.DataFrame(rows, columns=columns)
+    parts = np.stack(list(table["parts"]))
+    mean, half = parts.mean(1), stats.t.ppf(0.975, blocks - 1) * stats.sem(parts, axis=1)
+    return table.assign(value=mean, low=mean - half, high=mean + half, p=np.nan, floor=np.nan)
+
+
+def _weights(images: int, blocks: int, seed: int) -> NDArray[np.float64]:
+    """All images, and all but those of each block: (1 + blocks, images)."""
+    weights = np.ones((1 + blocks, images))
+    for row, out in enumerate(np.array_split(np.random.default_rng(seed).permutation(images), blocks), 1):
+        weights[row, out] = 0
+    return weights
+
+
+def _counts(best: tuple[NDArray, NDArray], threshold: float, concepts: int) -> NDArray[np.int64]:
+    """How many units detect each concept: (b, concepts)."""
+    concept, iou = best
+    counts = np.zeros((len(concept), concepts), dtype=int)
+    row, unit = (iou >= threshold).nonzero()
+    np.add.at(counts, (row, concept[row, unit]), 1)
+    return counts
+
+
+def _parts(numbers: NDArray) -> NDArray[np.float64]:
+    """The parts of blocks, (blocks,), from numbers with all images and without each block, (1 + blocks,)."""
+    whole, without = numbers[0], numbers[1:]
+    return whole + (len(without) - 1) * (without.mean() - without)
