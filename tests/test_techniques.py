@@ -11,15 +11,18 @@ pytestmark = pytest.mark.usefixtures("shared_home")
 TEACHING = [name for name, known in TECHNIQUES.items() if known.needs_teacher]
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [
-        (("resnet18", 0.25), ("resnet10", 0.125)),
-        (("mobilenet_v2", 0.25), ("resnet10", 0.125)),
-        (("resnet10", 0.125), ("mobilenet_v2", 0.25)),
-    ],
+DEEPER, OTHER, SMALLER = (  # teacher, student
+    (("resnet18", 0.25), ("resnet10", 0.125)),
+    (("mobilenet_v2", 0.25), ("resnet10", 0.125)),
+    (("resnet10", 0.125), ("mobilenet_v2", 0.25)),
 )
-@pytest.mark.parametrize("name", [*TEACHING, "response+attention", "dkd+inter-channel"])
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "student"),
+    [(name, *DEEPER) for name in (*TEACHING, "response+attention")]
+    + [(name, *pair) for name in ("overhaul", "alp", "dkd+attention+inter-channel") for pair in (OTHER, SMALLER)],
+)
 def test_student_of_another_width_depth_or_family(shapes16, name, teacher, student):
     guide = train(shapes16, *teacher)
     before = {k: v.clone() for k, v in guide.model.state_dict().items()}
