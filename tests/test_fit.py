@@ -117,8 +117,8 @@ def test_student_with_alpha_1_learns_its_teachers_answers_and_not_the_labels(tin
 def test_fit_names_the_choices(tiny_shapes):
     teacher = train(tiny_shapes)
     cases = {
-        "unknown technique 'hint'; choose from: label, smoothing, response, attention": {"technique": "hint"},
-        "unknown settings of 'response': beta; choose from: alpha, temperature": {
+        "unknown technique 'hint'; choose from: label, smoothing, response, dkd": {"technique": "hint"},
+        "unknown settings of 'response': beta; choose from: alpha, temperature, standardise": {
             "technique": "response", "teacher": teacher, "beta": 1,
         },
         "unknown settings of 'label': alpha; choose from: none": {"alpha": 1},

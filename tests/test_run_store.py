@@ -125,7 +125,7 @@ for package in sys.argv[1:]:
         class Teacher(kdx.Run):
             classes = data.classes
         teacher = Teacher("0" * 32, None, {}, None)
-        names = ("label", "response", "attention", "overhaul", "alp", "attention+response")
+        names = ("label", "response", "dkd", "attention", "overhaul", "alp", "inter-channel", "attention+response")
         jobs = {name: Job("resnet10", data, data, name, None if name == "label" else teacher) for name in names}
         jobs["mobilenet"] = Job("mobilenet_v2", data, data)
         with open(os.path.join(package, "keys.json"), "w") as file:
@@ -144,12 +144,17 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
             ("distil/training.py", "steps = len(train)", "# an epoch\n    steps = len(train)"),
             ("distil/training.py", "expected the same stages in student and teacher", "expected other stages"),
             ("distil/fit.py", "the training loss of", "the loss of"),
-            ("distil/techniques.py", "response: expected", "response: wrong alpha or temperature, expected"),
+            ("distil/logit_techniques.py", "response: expected", "response: wrong alpha or temperature, expected"),
+            ("distil/techniques.py", "def settings_of(", "def unused():\n    pass\n\n\ndef settings_of("),
             ("networks/devices.py", "{torch.get_num_threads()} threads", "{torch.get_num_threads()} of them"),
             ("networks/models.py", "classes: expected at least 2", "classes: expected 2 or more"),
             ("networks/models.py", "def save_checkpoint(", "def unused():\n    pass\n\n\ndef save_checkpoint("),
         ],
-        "attention": [("distil/techniques.py", "features.pow(2).mean(1)", "features.abs().mean(1)")],
+        "attention": [("distil/feature_techniques.py", "features.pow(2).mean(1)", "features.abs().mean(1)")],
+        "dkd": [("distil/logit_techniques.py", "others.logsumexp(1)", "others.amax(1)")],
+        "regression": [("distil/feature_techniques.py", "1, bias=False)", "1)")],
+        "outputs": [("networks/stages.py", "{stage: Tap(name) for", "{stage: Tap(name, False) for")],
+        "base class": [("distil/technique.py", "return 1.0", "return 1.5")],
         "mobilenet": [("networks/models.py", "width_mult=width, dropout=0.0", "width_mult=width, dropout=0.1")],
         "step": [("distil/training.py", "nesterov=True", "nesterov=False")],
     }
@@ -167,6 +172,10 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
     assert changed == {
         "harmless": set(),
         "attention": {"attention", "attention+response"},
+        "dkd": {"dkd"},
+        "regression": {"overhaul", "inter-channel"},
+        "outputs": {"attention", "alp", "inter-channel", "attention+response"},
+        "base class": set(original),
         "mobilenet": {"mobilenet"},
         "step": set(original),
     }

@@ -46,14 +46,15 @@ def test_guidance_moves_the_students_features(name):
     student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
     teacher.eval()
     x, part = torch.rand(16, 3, 32, 32), find_techniques(name, {})
-    objective = _Objective(part, student, teacher, x, seed=0)
+    labels = torch.arange(16) % 10
+    objective = _Objective(part, student, teacher, x, labels, seed=0)
     optimizer = torch.optim.Adam(student.parameters(), 0.01)  # the adapters stay as they are
     losses = []
     with objective.watching():
         for _ in range(20):
             with torch.no_grad():
                 answers = teacher(x)
-            loss = part[0].guidance(*objective._seen(0, [student(x), answers]), objective.adapters[0])
+            loss = part[0].guidance(*objective._seen(0, [student(x), answers], labels), objective.adapters[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -67,7 +68,7 @@ def test_joined_techniques_add_up(shapes16):
     x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
 
     def loss(name, **settings):
-        objective = _Objective(find_techniques(name, settings), student, teacher, x, seed=0)
+        objective = _Objective(find_techniques(name, settings), student, teacher, x, labels, seed=0)
         with objective.watching():
             return objective(x, labels)[1]
 
@@ -85,6 +86,7 @@ def test_techniques_that_compare_stages_refuse_networks_with_others():
             Small(),
             models.build("resnet10", 10, "small", 0.125),
             torch.rand(2, 3, 32, 32),
+            torch.arange(2),
             seed=0,
         )
 

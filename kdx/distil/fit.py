@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from kdx.data.augmentation import compose
 from kdx.data.dataset import Card, Dataset
 from kdx.distil.run_store import Run, code_digest, find_run, find_shipped, run_key, store_run
-from kdx.distil.techniques import TECHNIQUES, Technique, find_techniques
+from kdx.distil.technique import Technique
+from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
@@ -153,7 +154,12 @@ class Job:
             "model": self.architecture,
             "technique": {
                 "name": "+".join(part.name for part in self.parts),
-                **{name: value for part in self.parts for name, value in asdict(part).items()},
+                **{
+                    name: value
+                    for part in self.parts
+                    for name, value in asdict(part).items()
+                    if value is not None and value is not False  # an option that is off leaves no trace
+                },
             },
             "teacher": self.teacher.key if self.teacher else None,
             "recipe": asdict(self.recipe),

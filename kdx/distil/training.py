@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdx.data.augmentation import augment
 from kdx.data.dataset import Dataset
-from kdx.distil.techniques import Seen, Technique
+from kdx.distil.technique import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
 from kdx.networks.devices import autocast
 from kdx.networks.stages import Tap, evaluating
@@ -86,7 +86,7 @@ def train_epochs(
         Mean loss and accuracy (fraction) over the training images of each epoch, as they were augmented.
     """
     labels, images = train.labels.to(device), train.images.to(device)
-    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), seed)
+    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), labels[:2], seed)
     generator = torch.Generator().manual_seed(seed)
     steps = len(train) // recipe.batch_size
     total = steps * recipe.epochs
@@ -138,8 +138,9 @@ class _Objective:
     """The loss of a student: joined techniques, and the features that they need from both networks."""
 
     def __init__(
-        self, parts: Sequence[Technique], student: nn.Module, teacher: nn.Module | None, images: Tensor, seed: int
-    ) -> None:
+        self, parts: Sequence[Technique], student: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.parts = parts
         self.networks = [network for network in (student, teacher) if network is not None]
         self.label_weight = math.prod(part.label_weight for part in parts)
@@ -159,7 +160,7 @@ class _Objective:
             torch.manual_seed(seed)
             logits = self._answers(images)
             for i, part in enumerate(parts):
-                adapter = part.adapter(*self._seen(i, logits), self.taps[i][1])
+                adapter = part.adapter(*self._seen(i, logits, labels), self.taps[i][1])
                 self.adapters.append(adapter or nn.Identity())
         self.adapters.to(images.device)
 
@@ -191,10 +192,10 @@ class _Objective:
             ]
             yield
 
-    def _seen(self, i: int, logits: list[Tensor]) -> tuple[Seen, Seen]:
+    def _seen(self, i: int, logits: list[Tensor], labels: Tensor) -> tuple[Seen, Seen]:
         """Student's and teacher's view of the latest batch for technique i, in float32."""
         student, teacher = (
-            Seen(z, {stage: features[stage].float() for stage in taps})
+            Seen(z, {stage: features[stage].float() for stage in taps}, labels)
             for z, features, taps in zip(logits, self.captured[i], self.taps[i], strict=True)
         )
         return student, teacher
@@ -209,7 +210,7 @@ class _Objective:
         loss = F.cross_entropy(logits[0], labels, label_smoothing=self.label_smoothing) * self.label_weight
         if teacher:
             for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
-                loss = loss + part.guidance(*self._seen(i, logits), adapter)
+                loss = loss + part.guidance(*self._seen(i, logits, labels), adapter)
         return logits[0], loss
 
 
