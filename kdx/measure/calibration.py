@@ -51,8 +51,8 @@ def calibration(
     """
     y = class_indices(labels).numpy()
     n = len(y)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) if n else np.zeros((draws, 0))
-    weights = np.concatenate([np.ones((1, n)), weights])
+    drawn_images = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / max(n, 1)), draws)
+    weights = np.concatenate([np.ones((1, n)), drawn_images.astype(float)])
     found = {}
     for role, given in probabilities.items():
         p = given.double().numpy()

@@ -42,7 +42,7 @@ def find_stages(pair: OwnPair, given: Mapping[str, tuple[Sequence[str], str]]) -
     found: dict[str, dict[str, str]] = {}
     for role, network in pair.own.networks.items():
         named, shaped = given[role]
-        grid = own.find_builder(shaped) if shaped else None
+        grid: Any = own.find_builder(shaped) if shaped else None
         try:
             found[role] = kdx.stages(network, pair.inputs(role, pair.pictures.images[:1]), named or None, grid)
         except ValueError as error:
@@ -112,7 +112,7 @@ def make_maps(
     embeddings = kdx.label_embeddings(pair.truth.names, encoder)[pair.truth.labels]
     found: dict[str, Tensor] = {}
     for role, reference in references.items():
-        x = inputs_of(pair, (role, BASE), rows)
+        x: Any = inputs_of(pair, (role, BASE), rows)
         if method == "unicam":
             g = embeddings.to(x[0].device)
             of: Any = kdx.unicam(reference, g[known], x, g[rows])
@@ -204,7 +204,7 @@ def shares(pair: OwnPair, references: Mapping[str, Reference]) -> pd.DataFrame:
     """
     rows = []
     for role, reference in references.items():
-        x = inputs_of(pair, of_reference(pair, role), slice(None))
+        x: Any = inputs_of(pair, of_reference(pair, role), slice(None))
         table = kdx.unexplained_share(reference, x[:2], folds=FOLDS, directions=["distilled"])
         rows.append(table.assign(network=role, quantity="unexplained"))
         if TEACHER in pair.own.networks:

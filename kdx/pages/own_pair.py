@@ -31,6 +31,7 @@ from kdx.intervals import share_interval
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, paired
 from kdx.networks import own_networks as own
 from kdx.networks.devices import pick_device
+from kdx.networks.own_networks import Normalisation
 from kdx.paths import sha256_of
 from kdx.version import __version__
 
@@ -139,7 +140,7 @@ class OwnPair:
     own: OwnNetworks
     folder: Path
     pictures: Pictures
-    normalisations: Mapping[str, own.Normalisation]
+    normalisations: Mapping[str, Normalisation]
     size: int
     size_from: str
     logits: Mapping[str, Tensor]
@@ -224,7 +225,7 @@ def read_pair(
     data: str | Path,
     *,
     size: int = 0,
-    normalisation: own.Normalisation | str = "",
+    normalisation: Normalisation | str = "",
     classes: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
@@ -294,8 +295,8 @@ def read_pair(
 
 
 def _normalisations(
-    networks: OwnNetworks, given: own.Normalisation | str, size: int
-) -> tuple[dict[str, own.Normalisation], list[str]]:
+    networks: OwnNetworks, given: Normalisation | str, size: int
+) -> tuple[dict[str, Normalisation], list[str]]:
     """Of each role, and the roles for which it is assumed."""
     found, assumed = {}, []
     for role, network in networks.networks.items():

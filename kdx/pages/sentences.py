@@ -107,7 +107,9 @@ def _accuracy_sign(evidence: Evidence) -> tuple[int, str]:
             f"{100 * found.low:+.1f} and {100 * found.high:+.1f} points are possible ({100 * found.difference:+.1f} "
             f"observed, p {_p(found.p)}){_needed(found)}"
         )
-        against = f"; it is {word_other} accurate than the second base, by {_points(other)}" if sign_other else ""
+        against = (
+            f"; it is {word_other} accurate than the second base, by {_points(other)}" if other and sign_other else ""
+        )
         return 0, f"{text}{against}."
     text = f"The student is {word} accurate than its base, by {_points(found)} (p {_p(found.p)})"
     if other is None:

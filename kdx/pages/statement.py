@@ -63,7 +63,7 @@ def metrics(evidence: Evidence) -> dict[str, Metric]:
         row = overall(evidence.robustness, BASE)
         found["robustness_change"], n["robustness_change"] = row[["difference", "low", "high"]].tolist(), row["n"]
     known = [name for name in METRICS if name in found and not math.isnan(found[name][0])]
-    return {name: Metric(*map(float, found[name]), int(n[name])) for name in known}
+    return {name: Metric(*map(float, found[name][:3]), int(n[name])) for name in known}  # type: ignore[call-arg, arg-type]
 
 
 def statement(evidence: Evidence, **facts: Any) -> dict[str, Any]:
