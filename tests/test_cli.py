@@ -49,7 +49,7 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
         (["data", "prepare", "shapes"], "shapes needs no preparation"),
         (["data", "prepare", "petimages"], "petimages is not on this machine at 96 px: get it with `kdx data get"),
-        (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found table1.csv, table2.csv in"),
+        (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found han_table1.csv, "),
         (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, classes"),
         (["run", "01_gradcam", "-p", "epochs"], "-p epochs: expected name=value"),
         (["run", "01_gradcam", "-p", "lr=fast"], "-p lr=fast: expected float, got 'fast'"),

@@ -255,16 +255,16 @@ def _write_placeholder(page: Page, card: Card) -> None:
     nbformat.write(notebook, page.executed)
 
 
-def publish_pictures(executed: Path) -> None:
+def publish_pictures(executed: Path, optional: bool = False) -> None:
     """Save the PNG of each cell with metadata ``kdx: {publish: NAME}`` beside the notebook as ``<page>_NAME``, for use
-    in other pages."""
+    in other pages. Only where pictures are ``optional`` may a cell have none."""
     for cell in nbformat.read(executed, as_version=4).cells:
         if name := cell.metadata.get("kdx", {}).get("publish"):
             pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
-            if len(pictures) > 1:
-                raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
-            if not pictures:
+            if not pictures and optional:
                 continue
+            if len(pictures) != 1:
+                raise BookError(f"{executed.name}: expected one picture to publish as {name}, got {len(pictures)}")
             (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 

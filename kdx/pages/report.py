@@ -86,7 +86,7 @@ def explain(
                     if path.name != "statement.json":
                         path.unlink()
             else:
-                build.publish_pictures(executed)
+                build.publish_pictures(executed, optional=True)
                 executed.write_text(executed.read_text().replace(str(scratch), str(out.absolute())))
                 write_html(executed, command, failures)
     except build.BookError as error:
