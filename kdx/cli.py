@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdx.paths import data_home
+from kdx.paths import check_new, data_home
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
@@ -258,8 +258,7 @@ def explain(
         from kdx.pages.gates import Gate
 
         gates = [Gate.parse(text) for text in fail_on or []]
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is there already; give another folder with --out, or delete it")
+        check_new(out)
         from kdx.pages import own_pair
 
         given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}

@@ -102,6 +102,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """Raise ValueError if a folder to write is there already and not empty, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; expected a new folder, so give another one or delete it")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as file:

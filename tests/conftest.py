@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; bef
     # Code that one process caches while another does can crash every later one (numba issue 4807).
     os.environ["NUMBA_CACHE_DIR"] = os.path.abspath(f".pytest_cache/numba/{os.environ['PYTEST_XDIST_WORKER']}")
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ def fresh_home(tmp_path, monkeypatch, request):
         monkeypatch.setenv("KDX_NETWORKS", str(tmp_path / "networks"))
         monkeypatch.delenv("KDX_DATA", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def closed_figures():
+    """No figure outlives its test."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,12 @@
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
 from kdx.pages import dissection_plots
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def test_bars_have_a_panel_for_each_number_and_marks_of_chance():

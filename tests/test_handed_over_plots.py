@@ -1,6 +1,5 @@
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -8,11 +7,7 @@ import torch
 import kdx
 from kdx.pages import handed_over_plots
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def test_bars_reach_the_whole_variance():

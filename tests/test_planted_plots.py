@@ -1,4 +1,3 @@
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -7,11 +6,7 @@ from kdx.data.cues import Scene
 from kdx.pages import planted_plots
 from kdx.planted.plantings import images_of
 
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def test_cues_are_outlined_where_they_lie():

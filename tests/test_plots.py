@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -9,11 +8,7 @@ from kdx.data.folders import UNKNOWN
 from kdx.data.registry import DATASETS
 from kdx.pages import plots
 
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def dataset(n=3, side=12, classes=("one", "two", "three"), masks=None):

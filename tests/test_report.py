@@ -135,7 +135,7 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
     assert "&lt;b&gt;*moss*" in page
     again = invoke(*given, "--out", "report")
     assert again.exit_code == 2
-    assert "report is there already; give another folder" in again.output
+    assert "report is there already; expected a new folder" in again.output
 
 
 @pytest.mark.book
@@ -232,5 +232,5 @@ def test_debug_shows_where_an_error_came_from(here, monkeypatch):
 def test_a_report_is_refused_before_work_where_it_cannot_go(here):
     (here / "full").mkdir()
     (here / "full" / "x").touch()
-    with pytest.raises(report.InputError, match="full is there already"):
+    with pytest.raises(ValueError, match="full is there already"):
         report.explain({}, here / "full")

@@ -1,6 +1,5 @@
 """Figures of a report."""
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -9,11 +8,7 @@ from kdx.measure.calibration import reliability
 from kdx.pages import report_plots
 from tests.test_report_tables import ANSWERS, LABELS, LEDGER
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def test_stars_mark_the_classes_that_hold():

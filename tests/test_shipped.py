@@ -150,13 +150,3 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone():
         assert wanted <= set(study.plans(study.recipe).values())
         asked += 1
     assert asked == 9
-
-
-def test_runs_beside_have_the_architecture_and_the_images_of_the_base(monkeypatch):
-    monkeypatch.delenv("KDX_NETWORKS")
-    table = shipped_table()
-    files = table[table["dataset"] == "cifar10"].set_index(["role", "fold"])["sha256"].str[:32]
-    runs = {("base", 1): find_run(files["base", 1]), ("base", 2): find_run(files["teacher", 2])}
-    assert list(shipped.runs_beside(runs, "cifar10", "second base")) == [("second base", 1)]
-    assert shipped.runs_beside(runs, "shapes", "second base") == {}
-    assert shipped.runs_beside(runs, "cifar10", "no such role") == {}

@@ -190,31 +190,6 @@ def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Netw
     return load_network(dataset, role, fold), load_network(dataset, "base", fold)
 
 
-def runs_beside(runs: Mapping[Place, Run], dataset: str, role: str, beside: str = "base") -> dict[Place, Run]:
-    """Shipped networks of one role, of the architecture, the training images and the fold of networks at hand.
-
-    Args:
-        runs: From :func:`kdx.cross_fit`.
-        dataset: A name in ``DATASETS``; others have no shipped networks.
-        role: Of the shipped networks.
-        beside: Role in ``runs`` with which they are compared.
-
-    Returns:
-        (role, fold) -> run, of those folds for which there is one.
-    """
-    table = shipped_table()
-    rows = table[(table["dataset"] == dataset) & (table["role"] == role)]
-    found = {(role, int(row["fold"])): find_run(row["sha256"][:32]) for row in rows.to_dict("records")}
-    facts = ("model", "train")
-    return {
-        place: run
-        for place, run in sorted(found.items())
-        if run is not None
-        and (other := runs.get((beside, place[1])))
-        and all(run.manifest["spec"][fact] == other.manifest["spec"][fact] for fact in facts)
-    }
-
-
 def _open(dataset: str, role: str, fold: int) -> Run:
     table = shipped_table()
     for column, value in (("dataset", dataset), ("role", role), ("fold", fold)):

@@ -16,7 +16,6 @@ from kdx.explain.road import perturb
 from kdx.intervals import share_interval
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.4)
-REPLACED = ("unexplained", "exchanged", "handed over")
 RANDOM = "random"
 CELLS = 8  # a side of a random map
 
@@ -63,37 +62,43 @@ def replacement(
     x = inputs_of(images, len(reference.networks))
     if (n := len(x[0])) < 2:
         raise ValueError(f"images: expected 2 or more, to exchange features, got {n}")
+    before: list[Tensor] = []  # whether the answer is the base's
+    after: dict[tuple[str, str], list[Tensor]] = {}
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode(False), torch.no_grad():
-        before, of_base = (z.argmax(1) for z in reference.answers_of(*x[:2]))
-        after: dict[tuple[str, str], list[Tensor]] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for rows in torch.randperm(n, generator=generator).tensor_split(-(-n // batch_size)):
+        for rows in order.tensor_split(-(-n // batch_size)):
             part = tuple(of[rows] for of in x)
-            for key, change in _changes(reference, part).items():
-                after.setdefault(key, []).append(patched(reference, 0, key[0], part[0], change).argmax(1))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    before, of_base = before[order], of_base[order]
+            outputs = reference.outputs_of(*part)
+            of_student, of_base = (z.argmax(1) for z in outputs.pop(ANSWER)[:2])
+            before.append(of_student == of_base)
+            if missing := set(reference.stages) - set(outputs):  # those that the teacher does not have
+                two = reference.features_of(*part[:2])
+                outputs |= {stage: two[stage] for stage in missing}
+            for key, change in _changes(reference, outputs).items():
+                answer = patched(reference, 0, key[0], part[0], change).argmax(1)
+                after.setdefault(key, []).append(answer == of_base)
+    agree = torch.cat(before).cpu().numpy()
     table = []
     for (stage, replaced), parts in after.items():
-        turned = (torch.cat(parts) == of_base).cpu().numpy()
-        agree = (before == of_base).cpu().numpy()
+        turned = torch.cat(parts).cpu().numpy()
         for quantity, members in (("disagreements turned", ~agree), ("agreements kept", agree)):
             table.append((stage, replaced, quantity, *share_interval(turned[members], method="exact")))
     return pd.DataFrame(table, columns=["stage", "replaced", "quantity", "value", "low", "high", "n"])
 
 
-def _changes(reference: Reference, x: tuple[Tensor, ...]) -> dict[tuple[str, str], Tensor]:
-    """(stage, what is replaced) -> what is added to the student's features (n, k, h, w)."""
-    fitted, features = reference.regressions["distilled"], reference.features_of(*x[:2])
+def _changes(reference: Reference, features: Mapping[str, tuple[Tensor, ...]]) -> dict[tuple[str, str], Tensor]:
+    """(stage, what is replaced) -> what is added to the student's features (n, k, h, w), from those of student, base
+    and, at stages that it shares, the teacher."""
+    fitted = reference.regressions["distilled"]
     found = {}
-    for stage, (of, base) in features.items():
+    for stage in reference.stages:
+        of, base, *teacher = features[stage]
         left = fitted[stage].left_over(of, base)
         found[stage, "unexplained"] = -left
         found[stage, "exchanged"] = -left.roll(1, 0)
-    if len(x) > 2:
-        for stage, (of, base, teacher) in reference.features_of(*x).items():
+        if teacher:
             beyond = reference.features_beyond[stage]
-            found[stage, "handed over"] = -beyond(resample(base, of), resample(teacher, of))
+            found[stage, "handed over"] = -beyond(resample(base, of), resample(teacher[0], of))
     return found
 
 

@@ -23,7 +23,7 @@ from scipy import stats
 from torch import nn
 
 from kdx.data.broden import Probe
-from kdx.measure.dissection import Dissection, dissect
+from kdx.measure.dissection import Dissection, detections, dissect
 
 ALL, BEYOND = "all", "beyond"
 Name = TypeVar("Name")
@@ -95,10 +95,10 @@ def detector_scores(
         best = found.best(at, weights)
         others = None if base is None else base.best(at, weights)
         for threshold in found.iou_thresholds if iou is None else iou:
-            counts = _counts(best, threshold, len(kinds))
+            counts = detections(best, threshold, len(kinds))
             numbers = {"total": counts, "unique": counts > 0}
             if others is not None:
-                numbers[BEYOND] = counts * (_counts(others, threshold, len(kinds)) == 0)
+                numbers[BEYOND] = counts * (detections(others, threshold, len(kinds)) == 0)
             for (category, among), (count, each) in ((a, b) for a in of.items() for b in numbers.items()):
                 parts = _parts(each[:, among].sum(1) / len(units))
                 rows.append([*at, threshold, category, count, parts, len(units)])
@@ -115,15 +115,6 @@ def _weights(images: int, blocks: int, seed: int) -> NDArray[np.float64]:
     for row, out in enumerate(np.array_split(np.random.default_rng(seed).permutation(images), blocks), 1):
         weights[row, out] = 0
     return weights
-
-
-def _counts(best: tuple[NDArray, NDArray], threshold: float, concepts: int) -> NDArray[np.int64]:
-    """How many units detect each concept: (b, concepts)."""
-    concept, iou = best
-    counts = np.zeros((len(concept), concepts), dtype=int)
-    row, unit = (iou >= threshold).nonzero()
-    np.add.at(counts, (row, concept[row, unit]), 1)
-    return counts
 
 
 def _parts(numbers: NDArray) -> NDArray[np.float64]:

@@ -124,13 +124,19 @@ class Dissection:
 
     def _numbers(self, best: tuple[NDArray, NDArray], threshold: float) -> NDArray:
         """Detectors and distinct concepts, of all categories and of each: (2, categories + 1, b)."""
-        concept, iou = best
         kinds = self.concepts["category"].cat.codes.values
-        detected = np.zeros((len(concept), len(kinds)), dtype=int)
-        row, unit = (iou >= threshold).nonzero()
-        np.add.at(detected, (row, concept[row, unit]), 1)
+        detected = detections(best, threshold, len(kinds))
         of = np.stack([kinds >= 0, *(kinds == i for i in range(kinds.max() + 1))]).astype(int)
         return np.stack([of @ detected.T, of @ (detected > 0).T])
+
+
+def detections(best: tuple[NDArray, NDArray], threshold: float, concepts: int) -> NDArray[np.int64]:
+    """How many units detect each concept, (b, concepts), from the best concepts and their IoU, (b, units) both."""
+    concept, iou = best
+    counts = np.zeros((len(concept), concepts), dtype=int)
+    row, unit = (iou >= threshold).nonzero()
+    np.add.at(counts, (row, concept[row, unit]), 1)
+    return counts
 
 
 def _rows(

@@ -66,8 +66,13 @@ def of_reference(pair: OwnPair, role: str) -> tuple[str, ...]:
 
 
 def inputs_of(pair: OwnPair, roles: Sequence[str], rows: Tensor | slice) -> tuple[Tensor, ...]:
-    """Images as input of each network."""
-    return tuple(pair.inputs(role, pair.pictures.images[rows]) for role in roles)
+    """Images as input of each network; one tensor for all that take the same."""
+    found: dict[str, Tensor] = {}
+    for role in roles:
+        channels = own.channels_of(pair.own.networks[role], pair.size**2)
+        key = str((channels, pair.normalisations[role]))
+        found[role] = found[key] = found[key] if key in found else pair.inputs(role, pair.pictures.images[rows])
+    return tuple(found[role] for role in roles)
 
 
 def make_references(pair: OwnPair, layers: Layers, rows: Tensor) -> dict[str, Reference]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,18 @@ def read_networks(paths: Mapping[str, str | Path], builds: Mapping[str, str], de
     networks = {role: own.load_own(builds.get(role, ""), path).to(pick_device(device)) for role, path in paths.items()}
     headers = {role: own.header_of(path) for role, path in paths.items()}
     own.check_headers({role: header for role, header in headers.items() if role != TEACHER})
-    known: dict[str, str] = {}
-    for role, network in networks.items():
-        mark = str([(k, tuple(w.shape), w.double().sum().item()) for k, w in network.state_dict().items()])
-        if same := known.get(mark):
-            raise ValueError(f"{role} and {same} are the same network ({paths[role]}): there is nothing to compare")
-        known[mark] = role
+    for one, other in combinations(networks, 2):
+        if _same(networks[one], networks[other]):
+            raise ValueError(
+                f"{other} and {one} are the same network ({paths[other]}), expected two that differ; give another file"
+            )
     return OwnNetworks(networks, headers, {role: Path(path) for role, path in paths.items()})
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same weights."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @dataclass(frozen=True)
@@ -248,12 +253,14 @@ def read_pair(
             than ``FEWEST`` images; and as for :func:`kdx.data.own_images.label`.
     """
     header = networks.headers[STUDENT]
-    origins = {
-        "given": size,
-        "of the checkpoint": header.get("size"),
-        "of the images": None if size else common_size(data),
-    }
-    size_from, size = next(((k, v) for k, v in origins.items() if v), ("by default", 224))
+    if size:
+        size_from = "given"
+    elif "size" in header:
+        size_from, size = "of the checkpoint", header["size"]
+    elif shared := common_size(data):
+        size_from, size = "of the images", shared
+    else:
+        size_from, size = "by default", 224
     pictures = read_pictures(data, size, limit, seed)
     if len(pictures.images) < FEWEST:
         raise ValueError(
@@ -287,7 +294,7 @@ def read_pair(
         caveats.append(
             f"The normalisation of ImageNet was assumed for the {' and the '.join(assumed)} (--normalisation)."
         )
-    if size_from != "given" and not header.get("size"):
+    if size_from in ("of the images", "by default"):
         caveats.append(f"The networks were given {size} x {size} pixels, the size {size_from} (--size).")
     if pair.labelled:
         caveats += _doubts(pair, assumed)
@@ -346,6 +353,8 @@ def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
             continue
         channels = own.channels_of(pair.own.networks[role], pair.size**2)
         for name, normalisation in own.NORMALISATIONS.items():
+            if normalisation[channels] == pair.normalisations[role]:
+                continue
             other = replace(pair, normalisations={**pair.normalisations, role: normalisation[channels]})
             answers = other.answer(role)(pair.pictures.images[few])
             better = paired(right[role][few], (answers == pair.targets[few]).numpy())
@@ -357,16 +366,9 @@ def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
     return found
 
 
-def digest(pair: OwnPair) -> str:
-    """SHA-256 (hex) of the images and labels that were used."""
-    found = hashlib.sha256(pair.pictures.images.numpy().tobytes())
-    found.update(pair.truth.labels.numpy().tobytes() if pair.truth.given else b"")
-    return found.hexdigest()
-
-
 def facts(pair: OwnPair, command: str) -> dict[str, Any]:
     """What a statement says about its origin."""
-    data = {"sha256": digest(pair), "size": pair.size, "normalisation": pair.normalisations[STUDENT]}
+    data = {"sha256": pair.dataset.fingerprint, "size": pair.size, "normalisation": pair.normalisations[STUDENT]}
     return {
         "command": command,
         "version": __version__,

@@ -16,7 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdx.pages import build
 from kdx.pages.gates import Gate
-from kdx.paths import CHECKOUT, written_whole
+from kdx.paths import CHECKOUT, check_new, written_whole
 
 NOTEBOOK = CHECKOUT / "notebooks" / "04_own_models.ipynb"
 EXPECTED = ("ValueError", "DataError", "TypeError")  # raised by the notebook where its input is at fault
@@ -67,12 +67,12 @@ def explain(
         Why a release fails, for each gate that does.
 
     Raises:
-        InputError: Parameters that do not fit each other or the files; ``out`` is then not written.
+        ValueError: Parameters that do not fit each other or the files (:class:`InputError`), or a folder ``out`` that
+            is there; nothing is then written.
     """
     if not NOTEBOOK.is_file():
         raise ValueError(f"no {NOTEBOOK}: kdx explain needs a checkout; install kdx from one, with pip install -e")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; give another folder with --out, or delete it")
+    check_new(out)
     try:
         with written_whole(out.absolute()) as scratch:
             executed = scratch / "report.ipynb"

@@ -63,7 +63,11 @@ def metrics(evidence: Evidence) -> dict[str, Metric]:
         row = overall(evidence.robustness, BASE)
         found["robustness_change"], n["robustness_change"] = row[["difference", "low", "high"]].tolist(), row["n"]
     known = [name for name in METRICS if name in found and not math.isnan(found[name][0])]
-    return {name: Metric(*map(float, found[name][:3]), int(n[name])) for name in known}  # type: ignore[call-arg, arg-type]
+    measured = {}
+    for name in known:
+        value, low, high = map(float, found[name])
+        measured[name] = Metric(value, low, high, int(n[name]))
+    return measured
 
 
 def statement(evidence: Evidence, **facts: Any) -> dict[str, Any]:

@@ -90,7 +90,6 @@ if __name__ == "__main__":
             if one.seed == seeds[0] and role != "other":
                 print(*sentences(found), sep="\n")
     table = pd.DataFrame(rows)
-    table.to_csv("statements.csv", index=False)
     keys = ["planting", "role"]
     print(table.groupby([*keys, "accuracy", "beyond seed"]).size().to_string())
     print(table.groupby(keys)[["classes gained", "classes lost"]].agg(["mean", "max"]).to_string())
