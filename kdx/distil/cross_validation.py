@@ -305,6 +305,8 @@ def fit_all(jobs: Mapping[Any, Job], workers: int) -> Iterator[tuple[Any, Run]]:
     for name, job in jobs.items():
         if run := job.find():
             yield name, run
+        elif not job.steps:  # no training is worth a process
+            yield name, job.run()
         else:
             missing[name] = job
     if not workers:

@@ -162,12 +162,17 @@ def deletion(
         if of.ndim != 3 or len(of) != n:
             raise ValueError(f"maps: expected ({n}, h, w), one per image, got {tuple(of.shape)} of {name!r}")
     drawn = torch.rand(n, CELLS, CELLS, generator=torch.Generator().manual_seed(seed)).to(x[0].device)
+    whose = {id(of): of for of in x}  # one tensor where both networks take the same
     with torch.inference_mode(False), torch.no_grad():
         whole = _left_over(reference, x, direction, batch_size)
         left = {}
         for name, of in {**maps, RANDOM: drawn}.items():
             for fraction in fractions:
-                damaged = tuple(perturb(of_one, -of.to(of_one.device), 1 - fraction, seed=seed) for of_one in x)
+                perturbed = {
+                    key: perturb(images, -of.to(images.device), 1 - fraction, seed=seed)
+                    for key, images in whose.items()
+                }
+                damaged = tuple(perturbed[id(images)] for images in x)
                 left[name, fraction] = (_left_over(reference, damaged, direction, batch_size) * whole).sum(1)
     energy = whole.square().sum(1).double().cpu().numpy()
     products = {key: of.double().cpu().numpy() for key, of in left.items()}

@@ -169,8 +169,7 @@ class Reference:
             for stage, of in self.outputs_of(*x).items():
                 if len(images) > 2:
                     of = tuple(resample(f, of[0]) for f in of)
-                for name, (explained, *given) in questions.items():
-                    new = Moments.of(of[explained], torch.cat([of[i] for i in given], 1))
+                for name, new in Moments.among(of, questions).items():
                     known = found[name].get(stage)
                     found[name][stage] = new if known is None else known + new
         return found

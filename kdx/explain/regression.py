@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from typing import NamedTuple
 
@@ -53,8 +54,31 @@ class Moments:
     @classmethod
     def of(cls, of: Tensor, given: Tensor) -> Moments:
         """Of features or logits (n, k, ...); ``given`` is brought to the grid of ``of``."""
-        y, x = (t.transpose(1, -1).flatten(0, -2).double() for t in (of, resample(given, of)))
-        return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum())
+        return cls.among((of, given), {"": (0, 1)})[""]
+
+    @classmethod
+    def among(cls, features: Sequence[Tensor], questions: Mapping[str, Sequence[int]]) -> dict[str, Moments]:
+        """Name -> moments, from one pass over the features or logits (n, k, ...) of several networks.
+
+        Args:
+            features: Of each network.
+            questions: Name -> the network that is explained, to whose grid the others are brought, and those that are
+                given.
+        """
+        ends = list(accumulate(f.shape[1] for f in features))
+        channels = [torch.arange(end - f.shape[1], end) for f, end in zip(features, ends, strict=True)]
+        grids: dict[torch.Size, tuple[int, Tensor, Tensor]] = {}
+        found = {}
+        for name, (explained, *given) in questions.items():
+            target = features[explained]
+            if (grid := target.shape[2:]) not in grids:
+                rows = torch.cat([resample(f, target) for f in features], 1).movedim(1, -1).flatten(0, -2).double()
+                grids[grid] = len(rows), rows.sum(0), rows.T @ rows
+            n, total, products = grids[grid]
+            x, y = torch.cat([channels[i] for i in given]), channels[explained]
+            of_x = products[x]
+            found[name] = cls(n, total[x], total[y], of_x[:, x], of_x[:, y], products.diagonal()[y].sum())
+        return found
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

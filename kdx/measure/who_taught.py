@@ -159,7 +159,7 @@ class _Joint:
             start += z.shape[1]
         both = torch.cat(list(answers.values()), 1)
         order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).to(both.device)
-        self.folds = [Moments.of(both[rows], both[rows]) for rows in order.tensor_split(FOLDS)]
+        self.folds = [Moments.among([both[rows]], {"": (0, 0)})[""] for rows in order.tensor_split(FOLDS)]
 
     def share(self, of: str, candidate: str, known: Sequence[str]) -> tuple[Interval, NDArray[np.float64]]:
         """Of what the known networks leave unexplained of a network's answers, what the candidate explains."""
