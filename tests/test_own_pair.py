@@ -6,6 +6,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import kdx
+from kdx.networks.models import save_checkpoint
 from kdx.pages.own_pair import facts, networks_given, per_image, read_networks, read_pair
 from tests.networks import state
 
@@ -162,3 +164,12 @@ def test_roles_have_parameters():
     paths, builds = networks_given(given)
     assert paths == {"student": "s", "base": "b", "teacher": "t"}
     assert builds == {"student": "f", "base": "f", "teacher": "g"}
+
+
+def test_a_checkpoint_of_kdx_needs_no_builder(tmp_path):
+    teacher, other = tmp_path / "teacher.safetensors", tmp_path / "other.safetensors"
+    network = kdx.build("resnet10", 3, "small", 0.125, seed=0)
+    save_checkpoint(teacher, network, {"classes": list(NAMES), "mean": [0.5] * 3, "std": [0.5] * 3})
+    save_file(network.state_dict(), other)
+    given = {"student": str(other), "base": str(other), "teacher": str(teacher), "build": "f"}
+    assert networks_given(given)[1] == {"student": "f", "base": "f", "teacher": ""}

@@ -50,9 +50,13 @@ GIVEN = {  # role -> the parameters that name its checkpoint and what builds it
 
 
 def networks_given(parameters: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Role -> checkpoint, and role -> what builds the network, from parameters of the page on own models."""
+    """Role -> checkpoint, and role -> what builds the network, from parameters of the page on own models.
+
+    What builds the student builds all that have no builder of their own and are no checkpoints of kdx.
+    """
     paths = {role: parameters[name] for role, (name, _) in GIVEN.items() if parameters.get(name)}
-    return paths, {role: parameters.get(GIVEN[role][1]) or parameters.get("build", "") for role in paths}
+    common = {role: "" if own.header_of(path) else parameters.get("build", "") for role, path in paths.items()}
+    return paths, {role: parameters.get(GIVEN[role][1]) or build for role, build in common.items()}
 
 
 def check_given(parameters: Mapping[str, Any]) -> None:
