@@ -60,7 +60,7 @@ def test_a_copy_that_is_not_whole_is_refused_and_leaves_nothing(folder, home, tm
     (folder / "c_part.csv").unlink()
     with pytest.raises(DataError, match=r"found no c_part\.csv"):
         module.adopt_broden(folder)
-    with pytest.raises(DataError, match="found no index.csv in it or one below"):
+    with pytest.raises(DataError, match=r"found no index\.csv in it or one below"):
         module.adopt_broden(folder / "images")
     with pytest.raises(DataError, match="found nothing at"):
         module.adopt_broden(tmp_path / "nowhere.zip")

@@ -157,7 +157,8 @@ def load_probe(
     if not folders:
         raise ValueError(
             f"unknown probe {str(name)!r}; choose from: {', '.join(GENERATED)}; or give the path of a folder in "
-            f"Broden's layout (there is none at {Path(name).absolute()}; `kdx data get broden` says where the original is)"
+            f"Broden's layout (there is none at {Path(name).absolute()}; `kdx data get broden` says where the "
+            "original is)"
         )
     probe, splits = _open(folders[0], size, least)
     rows = torch.arange(len(probe))

@@ -60,9 +60,9 @@ BRODEN = ProbeCard(
     name="broden",
     title="Broden 1",
     description=(
-        "The broadly and densely labelled data set: some 63,000 images with masks of colours, objects, parts, materials, "
-        "scenes and textures, compiled from ADE20K, Pascal-Context, Pascal-Part, OpenSurfaces and the Describable "
-        "Textures Dataset; 1,197 concepts."
+        "The broadly and densely labelled data set: some 63,000 images with masks of colours, objects, parts, "
+        "materials, scenes and textures, compiled from ADE20K, Pascal-Context, Pascal-Part, OpenSurfaces and the "
+        "Describable Textures Dataset; 1,197 concepts."
     ),
     licence=(
         "none of its own is stated; images and masks are under the terms of the five sources, most of them for "

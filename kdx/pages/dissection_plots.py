@@ -41,7 +41,12 @@ def detectors(table: pd.DataFrame, panels: Sequence[str], chance: Mapping[tuple[
         for i, name in enumerate(names):
             if not np.isnan(share := chance.get((name, panel), np.nan)):
                 axes.plot([share] * 2, [i - 0.36, i + 0.36], color=INK, lw=1.6)
-        axes.set(title=panel, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axes.set(
+            title=panel,
+            yticks=range(len(names)),
+            yticklabels=[textwrap.fill(name, 22) for name in names],
+            ylim=(len(names) - 0.5, -0.5),
+        )
         axes.set_xlim(0, 1.05 * max(rows["high"].max(), 0.04))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_locator(plt.MaxNLocator(3, steps=[1, 2, 5, 10]))
