@@ -272,6 +272,7 @@ def explain(
 
         gates = [Gate.parse(text) for text in fail_on or []]
         check_new(out)
+        from kdx.data.broden import GENERATED
         from kdx.pages import own_detectors, own_pair
 
         given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
@@ -284,7 +285,7 @@ def explain(
         given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
         if taken := {"out", "command"} & set(given):
             raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
-        if given["probe"]:
+        if given["probe"] not in ("", *GENERATED):
             own_detectors.read_probe(given["probe"], given.get("probed", own_detectors.FEWEST))
         failures = report.explain(given, out, shlex.join(["kdx", *sys.argv[1:]]), gates, json_only)
         typer.echo(out / ("statement.json" if json_only else "report.html"))

@@ -196,7 +196,7 @@ def jackknife(whole: ArrayLike, without: ArrayLike) -> NDArray[np.float64]:
         [1.0, 2.0, 3.0]
     """
     x = np.asarray(without, dtype=float)
-    return whole + (len(x) - 1) * (x.mean(0) - x)
+    return np.asarray(whole, dtype=float) + (len(x) - 1) * (x.mean(0) - x)
 
 
 def _image_error(x: NDArray[np.float64]) -> tuple[float, int]:
