@@ -55,7 +55,8 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
 
 @data.command("list")
 def data_list() -> None:
-    """Show the datasets of the registry."""
+    """Show the datasets of the registry, and the probe set Broden."""
+    from kdx.data.broden_copy import BRODEN, find_broden
     from kdx.data.registry import DATASETS
     from kdx.data.sources import find_source
 
@@ -64,15 +65,20 @@ def data_list() -> None:
         here = f"in {find_source(card)}" if find_source(card) else "not on this machine"
         images = f"{counts} images" if card.counts else f"images in folders, {here}"
         typer.echo(f"{card.name:12} {card.title}: {len(card.classes)} classes, {images}")
+    here = f"in {find_broden()}" if find_broden() else "not on this machine"
+    typer.echo(f"{BRODEN.name:12} {BRODEN.title}: a probe, images with concept masks, {here}; {BRODEN.licence}")
 
 
 @data.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`")]) -> None:
     """Download a dataset into data/raw and verify it; a verified one is not downloaded again."""
     with _errors():
+        from kdx.data.broden_copy import BRODEN
         from kdx.data.registry import find_card
         from kdx.data.sources import fetch
 
+        if name == BRODEN.name:
+            raise ValueError(f"{name} is not downloaded, since no checksum of it is published: {BRODEN.how_to_get}")
         if find_card(name).source:
             raise ValueError(f"{name} is a folder of your own; `kdx data prepare {name}` checks and decodes it")
         folder = fetch(name)
@@ -82,15 +88,19 @@ def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`
 
 @data.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="petimages, plantvillage, or a folder with a subfolder for each class")],
+    name: Annotated[str, typer.Argument(help="petimages, plantvillage, broden, or a folder of class folders")],
     origin: Annotated[Path | None, typer.Option("--from", help="a folder or an archive that you have")] = None,
     size: Annotated[int | None, typer.Option(help="pixels a side; default: the card's")] = None,
 ) -> None:
     """Decode the images of a dataset into a compact cache; list the files that cannot be used."""
     with _errors():
+        from kdx.data import broden_copy
         from kdx.data.dataset import prepare
         from kdx.data.sources import adopt
 
+        if name == broden_copy.BRODEN.name:
+            typer.echo(broden_copy.prepare_broden(origin))
+            return
         if origin is not None:
             adopt(name, origin)
         prepared = prepare(name, size)
@@ -236,6 +246,9 @@ def explain(
     ] = "",
     labels: Annotated[Path | None, typer.Option(help="text file: names of the outputs in order, one per line")] = None,
     slices: Annotated[Path | None, typer.Option(help="CSV file: file, and any columns that group the images")] = None,
+    probe: Annotated[
+        str, typer.Option(help="images with concept masks: planted, shapes, or a folder in Broden's layout")
+    ] = "",
     limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="corrupt and delete from all images, not from 256 (64 above 64 pixels)")
@@ -259,11 +272,12 @@ def explain(
 
         gates = [Gate.parse(text) for text in fail_on or []]
         check_new(out)
-        from kdx.pages import own_pair
+        from kdx.data.broden import GENERATED
+        from kdx.pages import own_detectors, own_pair
 
         given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
         given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
-        given |= {"normalisation": normalisation, "limit": limit, "sample": limit if thorough else 0}
+        given |= {"normalisation": normalisation, "limit": limit, "sample": limit if thorough else 0, "probe": probe}
         own_pair.check_given(given)
         from kdx.pages import build as book
         from kdx.pages import report
@@ -271,6 +285,8 @@ def explain(
         given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
         if taken := {"out", "command"} & set(given):
             raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
+        if given["probe"] not in ("", *GENERATED):
+            own_detectors.read_probe(given["probe"], given.get("probed", own_detectors.FEWEST))
         failures = report.explain(given, out, shlex.join(["kdx", *sys.argv[1:]]), gates, json_only)
         typer.echo(out / ("statement.json" if json_only else "report.html"))
     if failures:

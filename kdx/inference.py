@@ -175,6 +175,30 @@ def ratio_values(above: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     return ratio + (x - ratio * y) / scale
 
 
+def jackknife(whole: ArrayLike, without: ArrayLike) -> NDArray[np.float64]:
+    r"""The parts of blocks, or of folds, in a statistic: what the jackknife calls pseudo-values (Tukey 1958).
+
+    With T the statistic of all and :math:`T_{-b}` that without block b of B, the part of a block is
+
+    .. math:: T_b = T + (B - 1) \Big( \frac 1B \sum_j T_{-j} - T_{-b} \Big).
+
+    The mean of the parts is T, and their variance over B estimates its variance.
+
+    Args:
+        whole: (...), of all blocks.
+        without: (blocks, ...), without each.
+
+    Returns:
+        (blocks, ...).
+
+    Examples:
+        >>> jackknife(2.0, [2.5, 2.0, 1.5]).tolist()  # the mean of 1, 2 and 3
+        [1.0, 2.0, 3.0]
+    """
+    x = np.asarray(without, dtype=float)
+    return np.asarray(whole, dtype=float) + (len(x) - 1) * (x.mean(0) - x)
+
+
 def _image_error(x: NDArray[np.float64]) -> tuple[float, int]:
     """Standard error of images in a mean over (n, folds, images), with its degrees of freedom; the n, if several, sum
     to 0, and their components are pooled."""

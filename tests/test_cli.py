@@ -25,6 +25,7 @@ def test_cli_helps_and_lists(cli):
         assert result.exit_code == 0
         assert "Usage" in result.output
     assert "50,000 train + 10,000 test" in cli("data", "list").output
+    assert "Broden 1: a probe, images with concept masks, not on this machine" in cli("data", "list").output
     assert cli("data", "get", "shapes").output == "shapes: generated when loaded\n"
 
 
@@ -48,6 +49,9 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
         (["data", "get", "mnist"], "unknown dataset 'mnist'; choose from: cifar10, shapes"),
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
         (["data", "prepare", "shapes"], "shapes needs no preparation"),
+        (["data", "get", "broden"], "no checksum of it is published: download http://netdissect.csail.mit.edu"),
+        (["data", "prepare", "broden"], "broden is not on this machine: download"),
+        (["data", "prepare", "broden", "--from", "tests"], "found no index.csv in it or one below"),
         (["data", "prepare", "petimages"], "petimages is not on this machine at 96 px: get it with `kdx data get"),
         (["data", "prepare", "data/paper"], "expected images as <class>/<image>, found han_table1.csv, "),
         (["run", "01_gradcam", "-p", "epoch=2"], "unknown parameters epoch; choose from: dataset, classes"),

@@ -64,8 +64,35 @@ def test_smoothed_labels_have_no_teacher_and_no_part_in_controls():
     assert {plans[role, 1].technique for role in ("second student", "random teacher")} == {"response"}
 
 
+SMOOTHED = {"teacher": "resnet18", "temperatures": [1.0, 4.0], "only_stored": ["smoothed teacher", "smoothing"]}
+
+
+def test_students_of_a_smoothed_teacher_differ_in_their_temperature(small, shared_home):
+    names = {f"response from smoothed teacher, T {t}" for t in (1, 4)}
+    settings = {"techniques": ["response", "smoothing"], "settings": {"alpha": 0.25}}
+    without = cross_fit(small, **PAIR | SMOOTHED | settings)
+    assert {role for role, _ in without} == {"teacher", "base", "response"}  # nothing was trained for the others
+    runs = cross_fit(small, **PAIR | SMOOTHED | settings | {"only_stored": []})
+    assert {role for role, fold in runs if fold == 1} - {role for role, fold in runs if fold == 2} == {
+        "smoothed teacher",
+        *names,
+    }
+    guide = runs["smoothed teacher", 1]
+    assert facts(guide)[:4] == ("smoothing", 0, None, 1)
+    assert guide.manifest["spec"]["model"] == runs["teacher", 1].manifest["spec"]["model"]
+    for t in (1, 4):
+        spec = runs[f"response from smoothed teacher, T {t}", 1].manifest["spec"]
+        assert spec["technique"] == {"name": "response", "alpha": 0.25, "temperature": t}
+        assert spec["teacher"] == guide.key
+    assert runs["response", 1].manifest["spec"]["technique"]["temperature"] == 4
+    assert runs["response", 1].manifest["spec"]["teacher"] == runs["teacher", 1].key
+    again = cross_fit(small, **PAIR | SMOOTHED | settings)
+    assert {place: run.key for place, run in again.items()} == {place: run.key for place, run in runs.items()}
+
+
 def test_cross_fit_names_what_is_wrong(small):
     cases = {
+        "only_stored: expected roles of these networks, got smoothing": {"only_stored": ["smoothing"]},
         "controls: expected 0 to 2 folds, got 3": {"controls": 3},
         "expected different ways to learn from a teacher, got \\[\\]": {"techniques": []},
         "got \\['label'\\]": {"techniques": ["label"]},

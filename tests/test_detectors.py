@@ -7,7 +7,7 @@ import kdx
 from kdx.data.broden import cue_probe
 from kdx.data.cues import Scene, draw
 from kdx.intervals import over_folds
-from kdx.measure.detectors import detector_scores, dissect_all
+from kdx.measure.detectors import at_equal_accuracy, detector_scores, dissect_all
 
 from .probes import Given, as_given, make_probe
 
@@ -90,6 +90,54 @@ def test_wrong_arguments_are_named(found):
         detector_scores(found, blocks=1)
     with pytest.raises(ValueError, match="the same images, 12 of"):
         detector_scores(dissect_units(["cat"]), base=found)
+
+
+def linear(accuracies, offset=0.0, noise=None, slope=2.0):
+    """Detectors that follow accuracy, fold x block, and the accuracies by fold."""
+    of = pd.Series(accuracies, index=pd.Index(range(1, len(accuracies) + 1), name="fold"))
+    blocks = pd.DataFrame({b: slope * of + 0.1 + offset for b in range(4)})
+    return (blocks if noise is None else blocks + noise), of
+
+
+def test_detectors_at_equal_accuracy_are_those_above_the_line():
+    given = {
+        "base": linear([0.5, 0.6, 0.7]),
+        "second base": linear([0.6, 0.5, 0.9]),
+        "one": linear([0.8, 0.9, 0.7], 0.3),
+    }
+    given["none"] = linear([0.95, 0.9, 0.8])
+    detectors, accuracy = ({name: pair[i] for name, pair in given.items()} for i in (0, 1))
+    of = {name: at_equal_accuracy(detectors, accuracy, name, ["base", "second base"]) for name in ("one", "none")}
+    assert of["one"].shape == (3, 4)
+    assert of["one"] == pytest.approx(np.full((3, 4), 0.3))
+    assert of["none"] == pytest.approx(np.zeros((3, 4)))  # more detectors by its accuracy alone
+
+
+def test_the_uncertainty_of_the_line_is_in_the_parts():
+    rng = np.random.default_rng(0)
+    found, spread = [], []
+    for _ in range(60):
+        noise = [rng.normal(0, 0.02, (10, 1)) for _ in range(3)]
+        levels = rng.uniform(0.5, 0.6, (2, 10))
+        given = {
+            name: linear(level, noise=n) for name, level, n in zip(("base", "second base"), levels, noise, strict=False)
+        }
+        given["far"] = linear(np.full(10, 0.7), noise=noise[2])  # beyond the others, so the slope matters
+        detectors, accuracy = ({name: pair[i] for name, pair in given.items()} for i in (0, 1))
+        parts = at_equal_accuracy(detectors, accuracy, "far", ["base", "second base"]).mean(1)
+        found.append(parts.mean())
+        spread.append(parts.std(ddof=1) / np.sqrt(10))
+    assert np.mean(spread) == pytest.approx(np.std(found), rel=0.35)
+    assert np.mean(spread) > 2 * 0.02 / np.sqrt(10)  # more than the network's own
+
+
+def test_no_line_without_folds_or_spread():
+    same = {"base": linear([0.5, 0.5]), "one": linear([0.6, 0.7])}
+    detectors, accuracy = ({name: pair[i] for name, pair in same.items()} for i in (0, 1))
+    with pytest.raises(ValueError, match="expected reference networks that differ"):
+        at_equal_accuracy(detectors, accuracy, "one", ["base"])
+    with pytest.raises(ValueError, match="expected two folds or more of one, base, got 1"):
+        at_equal_accuracy(detectors, accuracy | {"base": accuracy["base"].loc[[1]]}, "one", ["base"])
 
 
 def test_networks_are_dissected_at_the_same_time_as_one_by_one():

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kdx.measure.similarity import Plane
 from kdx.pages import dissection_plots
 
 pytestmark = pytest.mark.usefixtures("closed_figures")
@@ -31,6 +32,26 @@ def test_sweeps_have_equal_steps():
     axes, other = dissection_plots.sweeps({"quantile": table, "IoU": table}, {"quantile": 0.01, "IoU": 0.02}).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.005", "0.01", "0.02"]
     assert [line.get_xdata()[0] for line in (axes.lines[0], other.lines[0])] == [1, 2]  # the marks
+
+
+def test_the_line_over_accuracy_is_that_of_the_reference():
+    rows = [("base", 0.5, 0.2), ("base", 0.6, 0.3), ("response", 0.7, 0.9)]
+    table = pd.DataFrame(rows, columns=["network", "accuracy", "value"])
+    axes = dissection_plots.against_accuracy(table, ["base"]).axes[0]
+    dashed, solid = axes.lines
+    assert list(solid.get_ydata()) == pytest.approx([0.2, 0.3])
+    assert list(dashed.get_ydata()) == pytest.approx([0.2, 0.4])
+    assert dashed.get_linestyle() == "--"
+
+
+def test_planes_show_points_and_templates_of_each_network():
+    points = torch.tensor([[0.0, 1], [2, 3], [4, 5]], dtype=torch.float64)
+    plane = Plane(points, torch.tensor([0, 2, 2]), torch.tensor([[0.0, 0], [1, 0], [0, 1]], dtype=torch.float64))
+    figure = dissection_plots.planes({"base": plane, "response": plane}, ["cat", "dog", "truck"])
+    axes = figure.axes[0]
+    assert [len(dots.get_offsets()) for dots in axes.collections] == [1, 1, 0, 1, 2, 1]
+    assert [a.get_title() for a in figure.axes] == ["base", "response"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cat", "dog", "truck"]
 
 
 def test_each_network_has_a_scale_of_its_own():

@@ -78,9 +78,13 @@ FILES = {"report.html", "report.ipynb", "report.json", "statement.json", "images
 OF_FEATURES = {"scores.csv", "shares.csv", "deletion.csv", "maps.safetensors", "report_maps.png", "report_grad_cam.png"}
 
 
-def check(folder, browser, stages, skipped=("sand/notes.txt", "water/broken.jpg")):
+OF_PROBES = {"detectors.csv", "concepts.csv"}
+
+
+def check(folder, browser, stages, skipped=("sand/notes.txt", "water/broken.jpg"), probe=False):
     """What every report holds; its text."""
-    assert {path.name for path in folder.iterdir()} == FILES | (OF_FEATURES if stages else set())
+    expected = FILES | (OF_FEATURES if stages else set()) | (OF_PROBES if probe else set())
+    assert {path.name for path in folder.iterdir()} == expected
     page = (folder / "report.html").read_text()
     browser.get("about:blank")
     asked_for(browser)
@@ -114,12 +118,16 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
     student, base, base2 = (checkpoint(MOBILENET, seed, name) for seed, name in enumerate(("s", "b", "b2")))
     given = ["--student", student, "--base", base, "--base2", base2, "--build", MOBILENET, "--data", images]
     given += ["--teacher", checkpoint(CONVNEXT, 5, "t"), "--build-teacher", CONVNEXT, "--size", 64]
+    given += ["--probe", "shapes", "-p", "probed=24", "-p", "quantile=0.05"]
     gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 100%"]
     result = invoke(*given, "--limit", 24, "--out", "report", *gates, *QUICK)
     assert result.exit_code == 3, result.output
     assert "failed: accuracy < 99%: accuracy is" in result.output
-    page, said = check(here / "report", browser, ["L1", "L2", "L3", "L4"])
+    page, said = check(here / "report", browser, ["L1", "L2", "L3", "L4"], probe=True)
     assert "24 images of 32" in page
+    assert (said["probe"]["name"], said["probe"]["images"]) == ("shapes", 24)
+    assert {"new_detectors", "second_base_new_detectors"} <= set(said["metrics"])
+    assert set(pd.read_csv(here / "report" / "detectors.csv")["network"]) == {"student", "base", "second base"}
     assert set(said["gates"]) == {"accuracy < 99%", "handed_over > 100%"}
     assert "accuracy &lt; 99%: failed" in page
     assert "broken.jpg" in page
@@ -186,6 +194,8 @@ def test_explain_says_in_one_line_what_is_wrong_before_a_kernel_starts(here, ima
         ({"--fail-on": "flips > 2%"}, "unknown metric 'flips'"),
         ({"--normalisation": "cifar"}, "normalisation: expected imagenet, cifar10, half, none"),
         ({"--labels": "pickled.pt"}, "labels: expected a text file"),
+        ({"--probe": "nowhere"}, "unknown probe 'nowhere'; choose from: planted, shapes"),
+        ({"--probe": images}, "expected a folder in Broden's layout, found no index.csv"),
         ({"-p": "sizes=3"}, "unknown parameters sizes"),
         ({"-p": "out=x"}, "the folder is given with --out"),
         ({"--out": "pickled.pt"}, "pickled.pt is there already"),

@@ -66,3 +66,19 @@ def test_areas_shares_and_differences_have_intervals():
         "blur, strength 1": "+10.0% [+0.0%, +20.0%], p = 0.040",
         "over all": "+10.0% [+5.0%, +15.0%], p < 0.001",
     }
+
+
+def test_new_detectors_and_their_concepts_are_told_by_stage():
+    rows = [
+        ("student", "L4", "total", 0.5, 0.4, 0.6, 8, 0.1, 40),
+        ("student", "L4", "beyond", 0.25, 0.1, 0.4, 8, np.nan, 40),
+    ]
+    columns = ["network", "stage", "count", "value", "low", "high", "units", "by chance", "n"]
+    shown = report_tables.detectors(pd.DataFrame(rows, columns=columns)).data["L4"]
+    assert shown["student, detectors"] == "50.0%\n[40.0%, 60.0%]\nby chance 10.0%"
+    assert shown["student, detectors of a concept that no unit of the base detects"] == "25.0%\n[10.0%, 40.0%]"
+    fixed = {"stage": "L4", "concept": "cat", "category": "object", "images": 3, "unit": 1, "iou": 0.123}
+    style = report_tables.concepts(pd.DataFrame([fixed | {"student": 2, "second base": 1}] * 12))
+    assert len(style.data) == report_tables.SHOWN
+    assert "2 more in concepts.csv" in style.caption
+    assert style.data.iloc[0][["its IoU", "units, student", "units, second base"]].tolist() == ["0.12", "2", "1"]

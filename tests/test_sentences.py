@@ -105,6 +105,32 @@ def test_what_the_teacher_and_features_tell():
     assert any("70% [10%, 90%] of the 12 answers that differ become the base's" in line for line in told)
 
 
+def detectors(**of):
+    """``new_detectors`` of one earlier stage and the deepest, where networks have these shares of new detectors."""
+    rows = [
+        (role.replace("_", " "), stage, "beyond", share, share - 0.05, share + 0.05, 300)
+        for role, found in of.items()
+        for stage, share in (("L3", 0.9), ("L4", found))
+    ]
+    return pd.DataFrame(rows, columns=["network", "stage", "count", "value", "low", "high", "n"])
+
+
+def test_new_detectors_are_told_with_their_floor():
+    table = detectors(student=0.3, second_base=0.1)
+    told = sentences(evidence(ledger(), detectors=table))
+    line = next(line for line in told if "units at L4" in line)
+    assert line.startswith("30% [25%, 35%] of the student's units at L4 detect a concept of the probe that no unit")
+    assert line.endswith("more than the second base's (10% [5%, 15%]).")
+    same = " ".join(sentences(evidence(ledger(), detectors=detectors(student=0.3, second_base=0.28))))
+    assert "not clearly unlike the second base's" in same
+    alone = " ".join(sentences(evidence(ledger(second=False), detectors=detectors(student=0.3))))
+    assert "how much of this is the seed cannot be told without a second base" in alone
+    assert "units at" not in " ".join(sentences(evidence(ledger())))
+    found = metrics(evidence(ledger(), detectors=table))
+    assert (found["new_detectors"].value, found["new_detectors"].n) == (0.3, 300)
+    assert found["second_base_new_detectors"].value == 0.1
+
+
 def test_without_labels_nothing_is_said_about_right_and_wrong():
     found = Evidence(40, changed={"student": Interval(0.1, 0.05, 0.2, 40)}, caveats=["Labels are not known."])
     told = sentences(found)

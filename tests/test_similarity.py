@@ -12,6 +12,7 @@ from kdx.data import shapes
 from kdx.measure import similarity
 from kdx.measure.similarity import (
     HIERARCHIES,
+    alike_parts,
     alike_ratio,
     categories_of,
     class_entropies,
@@ -157,6 +158,27 @@ def test_alike_ratio():
         alike_ratio(centres[:3].repeat(2, 1), torch.arange(3).repeat(2), torch.tensor([0, 0, 1, 1]))
     with pytest.raises(ValueError, match=r"two alike classes and one that is not, got \[0, 1, 2, 3\]"):
         alike_ratio(centres[labels], labels, torch.tensor([0, 1, 2, 3, -1]))
+
+
+def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
+    categories = torch.tensor([0, 0, 1])
+    labels = torch.arange(3).repeat(400)
+    noise = torch.randn(1200, 2, generator=torch.Generator().manual_seed(0))
+    features = torch.tensor([[0.0, 0], [0, 2], [10, 0]])[labels] + 3 * noise
+    parts = alike_parts(features, labels, categories, blocks=20)
+    whole = alike_ratio(features, labels, categories)
+    # nearly: the jackknife takes off the bias of a mean distance
+    assert parts.mean() == pytest.approx(whole.mean, rel=0.02)
+    half = 2.09 * parts.std(ddof=1) / math.sqrt(20)
+    assert 2 * half == pytest.approx(whole.high - whole.low, rel=0.4)
+    exact = alike_parts(features - 3 * noise, labels, categories, blocks=5)
+    assert exact == pytest.approx(np.full(5, 2 / ((10 + math.sqrt(104)) / 2)))
+    assert np.array_equal(alike_parts(7 * features, labels, categories), alike_parts(7 * features, labels, categories))
+    assert alike_parts(7 * features, labels, categories) == pytest.approx(alike_parts(features, labels, categories))
+    with pytest.raises(
+        ValueError, match=r"features: expected 500 images or more of each class .* fewer of \[0, 1, 2\]"
+    ):
+        alike_parts(features, labels, categories, blocks=500)
 
 
 def test_hierarchies_fit_their_classes():

@@ -3,13 +3,14 @@
 import json
 
 import jsonschema
+import pandas as pd
 import pytest
 
 from kdx.intervals import Interval
 from kdx.pages.gates import METRICS
 from kdx.pages.sentences import Evidence
 from kdx.pages.statement import metrics, schema, statement
-from tests.test_sentences import evidence, ledger
+from tests.test_sentences import detectors, evidence, ledger
 
 FACTS = {
     "command": "kdx explain",
@@ -29,6 +30,16 @@ def test_the_statement_follows_its_schema_and_holds_no_nan():
     for part in ("networks", "command"):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({k: v for k, v in found.items() if k != part}, schema())
+
+
+def test_a_probe_and_its_concepts_follow_the_schema():
+    concepts = pd.DataFrame({"stage": ["L4"], "concept": ["cat"], "category": ["object"], "student": [2]})
+    found = statement(evidence(ledger(), detectors=detectors(student=0.3), concepts=concepts), **FACTS)
+    probe = {"name": "shapes", "images": 300, "concepts": 9, "quantile": 0.005, "iou": 0.05}
+    jsonschema.validate(found | {"probe": probe}, schema())
+    assert found["groups"]["concepts"][0]["student"] == 2
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(found | {"probe": {"name": "shapes"}}, schema())
 
 
 def test_metrics_that_are_not_known_are_left_out():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
+import kdx
 from kdx.distil.run_store import manifests
 from kdx.distil.stored_pairs import stored_pairs
 
@@ -21,6 +22,17 @@ def test_pairs_are_students_with_the_base_of_their_fold():
         assert specs["base"]["train"] == specs["student"]["train"] == specs["second base"]["train"]
     with pytest.raises(ValueError, match=r"no student with its base of cifar10 and any technique .* 01_gradcam"):
         stored_pairs("cifar10")
+
+
+def test_students_of_a_smoothed_teacher_have_a_name_of_their_own(tiny_shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDX_HOME", str(tmp_path / "own"))
+    recipe = kdx.Recipe(epochs=1, batch_size=20, sizes=(0.5,))
+    kdx.cross_fit(
+        tiny_shapes["train"], teacher="resnet10@0.25", student="resnet10@0.125", k=2, temperatures=[4.0],
+        recipe=recipe, device="cpu",
+    )  # fmt: skip
+    networks = {pair.networks for pair in stored_pairs("shapes", "response")}
+    assert networks == {f"resnet10@0.125 from {smoothed}resnet10@0.25, 1 epochs" for smoothed in ("", "smoothed ")}
 
 
 def test_damaged_manifests_are_named(trained_home):

@@ -113,7 +113,7 @@ def load_probe(
     also have the colours of single pixels: the nearest of ``COLOURS``.
 
     A folder has ``category.csv``, ``label.csv``, ``c_<category>.csv``, ``index.csv`` and ``images/``, as the original
-    of Bau et al. (2017), https://github.com/CSAILVision/NetDissect (``script/dlbroden.sh``). Masks are PNG files with
+    of Bau et al. (2017), see :mod:`kdx.data.broden_copy`. Masks are PNG files with
     label = red + 256 green, in several layers if need be; a number instead of a file is the label of all pixels. A
     label that occurs in several categories belongs to that of its largest coverage, and its masks in the others are
     left out.
@@ -153,10 +153,12 @@ def load_probe(
             return shape_probe(data.images, data.labels, data.masks)
         return cue_probe(data.images, data.labels, data.masks, Scene())
     folders = [folder for place in (Path(), *places()) if (folder := place / Path(name).expanduser()).is_dir()]
+    folders.sort(key=lambda folder: not (folder / "index.csv").is_file())  # stable: those with tables first
     if not folders:
         raise ValueError(
             f"unknown probe {str(name)!r}; choose from: {', '.join(GENERATED)}; or give the path of a folder in "
-            f"Broden's layout (there is none at {Path(name).absolute()})"
+            f"Broden's layout (there is none at {Path(name).absolute()}; `kdx data get broden` says where the "
+            "original is)"
         )
     probe, splits = _open(folders[0], size, least)
     rows = torch.arange(len(probe))

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,29 @@ def adopt(name: str, origin: Path) -> Path:
     card = find_card(name)
     if card.layout is None or card.source:
         raise ValueError(f"{name}: only registered datasets of images in folders can use an own folder or archive")
+    layout = card.layout
+
+    def checked(place: Path) -> Path:
+        folders.scan(place, layout)  # is it laid out as the dataset?
+        return place
+
+    return place_copy(name, origin, checked)
+
+
+def place_copy(name: str, origin: Path, find: Callable[[Path], Path]) -> Path:
+    """Put an own folder (through a link) or archive (unpacked) into ``raw/`` under a name.
+
+    Args:
+        name: Of the folder or link.
+        origin: The path of the folder or archive.
+        find: Checks a folder, and returns the one to use, itself or one inside.
+
+    Returns:
+        The folder or link.
+
+    Raises:
+        DataError: There is nothing at ``origin``, ``find`` refuses it, or ``raw/`` has the name already.
+    """
     folder = data_home() / "raw" / name
     if folder.is_dir() and not folder.is_symlink():
         raise DataError(f"{folder} is there already; leave out --from to use it, or delete it to use another source")
@@ -91,12 +115,12 @@ def adopt(name: str, origin: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=folder.parent) as scratch:
         place = Path(scratch) / name
         if origin.is_dir():
-            place.symlink_to(origin.resolve(), target_is_directory=True)
+            place.symlink_to(find(origin.resolve()), target_is_directory=True)
         elif origin.is_file():
             unpack(origin, place)
+            place = find(place)
         else:
             raise DataError(f"expected a folder or an archive, found nothing at {origin}")
-        folders.scan(place, card.layout)  # is it laid out as the dataset?
         if folder.is_symlink():
             folder.unlink()
         os.replace(place, folder)

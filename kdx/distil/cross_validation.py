@@ -6,7 +6,7 @@ Networks are planned first, so that those that do not depend on each other can b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -39,6 +39,7 @@ class Plan:
     technique: str = "label"
     teacher: Plan | None = None
     batch_seed: int | None = None  # the seed
+    settings: tuple[tuple[str, Any], ...] = ()  # of the technique, beside those of all networks
 
     @property
     def line(self) -> list[Plan]:
@@ -56,6 +57,8 @@ def cross_fit(
     k: int = 3,
     watched: int = 0,
     controls: int = 0,
+    temperatures: Sequence[float] = (),
+    only_stored: Sequence[str] = (),
     seed: int = 0,
     recipe: Recipe | None = None,
     workers: int = 1,
@@ -83,6 +86,9 @@ def cross_fit(
               training, which knows nothing.
             - a *self-distilled* student: trained with the first technique, by the base; only if the teacher is another
               network.
+        temperatures: Adds to the first fold a *smoothed teacher*, trained with smoothed labels, and a student of it by
+            response at each of these temperatures: roles such as ``"response from smoothed teacher, T 2"``.
+        only_stored: Roles that are left out, and the students of these networks with them, where they are not stored.
         seed: First of the seeds of folds and networks.
         recipe: Of all networks.
         workers: Networks trained in parallel, each in a process of its own with its share of the cores. 0 means one
@@ -94,9 +100,14 @@ def cross_fit(
         (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
         the base is the teacher), base, the techniques, and the controls by their names above.
     """
-    plans = plan_fit(teacher, student, techniques, k, controls, seed, recipe, **training)
-    runs = carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, **training)
-    return {name: runs[plan] for name, plan in plans.items()}
+    plans = plan_fit(teacher, student, techniques, k, controls, seed, recipe, temperatures, **training)
+    if unknown := set(only_stored) - {role for role, _ in plans}:
+        raise ValueError(f"only_stored: expected roles of these networks, got {', '.join(sorted(unknown))}")
+    spared = {plan for (role, _), plan in plans.items() if role in only_stored}
+    runs = carry_out(
+        plans.values(), train, settings or {}, k, watched, seed, recipe, workers, only_stored=spared, **training
+    )
+    return {name: runs[plan] for name, plan in plans.items() if plan in runs}
 
 
 def plan_fit(
@@ -107,6 +118,7 @@ def plan_fit(
     controls: int,
     seed: int,
     recipe: Recipe | None = None,
+    temperatures: Sequence[float] = (),
     **training: Any,
 ) -> dict[tuple[str, int], Plan]:
     """The networks of :func:`cross_fit`, whose arguments these are: (role, fold from 1) -> plan."""
@@ -134,6 +146,11 @@ def plan_fit(
             plans["random teacher", fold] = replace(first, teacher=replace(guide, epochs=0))
             if teacher != student:
                 plans["self-distilled", fold] = replace(first, teacher=base)
+        if fold == 1 and temperatures:
+            smoothed = plans["smoothed teacher", fold] = replace(guide, technique="smoothing")
+            for t in temperatures:
+                pupil = Plan(student, fold, one, recipe.epochs, "response", smoothed, settings=(("temperature", t),))
+                plans[f"response from smoothed teacher, T {t:g}", fold] = pupil
     return plans
 
 
@@ -247,6 +264,7 @@ def carry_out(
     recipe: Recipe | None,
     workers: int,
     finished: Callable[[Plan, Run], Run] = lambda plan, run: run,
+    only_stored: Collection[Plan] = (),
     **training: Any,
 ) -> dict[Plan, Run]:
     """Train the networks of plans that are not stored, teachers before their students.
@@ -255,6 +273,7 @@ def carry_out(
         plans: The networks; their teachers are added.
         train: Training images; the other arguments are those of :func:`cross_fit`.
         finished: Called with every network as soon as it is there; students learn from the run that it returns.
+        only_stored: Those that are left out, and their students with them, where they are not stored.
     """
     recipe = recipe or Recipe()
     wanted = list(dict.fromkeys(ancestor for plan in plans for ancestor in plan.line))
@@ -272,13 +291,17 @@ def carry_out(
     for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
         jobs = {}
         for plan in (plan for plan in wanted if len(plan.line) == generation):
+            if plan.teacher and plan.teacher not in runs:
+                continue
             part, held_out = parts[plan.fold - 1]
             teacher = runs[plan.teacher] if plan.teacher else None
             epochs = replace(recipe, epochs=plan.epochs)
-            jobs[plan] = Job(
+            job = Job(
                 plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed, plan.batch_seed,
-                settings=own[plan.technique], **training,
+                settings=own[plan.technique] | dict(plan.settings), **training,
             )  # fmt: skip
+            if job.find() or not any(link in only_stored for link in plan.line):
+                jobs[plan] = job
         for plan, run in fit_all(jobs, workers):
             runs[plan] = finished(plan, run)
     return runs

@@ -104,12 +104,13 @@ class CrossValidated:
 
 LADDER = ("resnet10@0.125", "resnet10@0.1875", "resnet18@0.1875", "resnet18@0.25")
 ASSISTANT = "resnet10@0.1875"
+TEMPERATURES = (1.0, 2.0, 4.0)  # of the students of a teacher with smoothed labels
 
 
 def _students(recipe: Recipe) -> Plans:
     """The networks of the pages on Grad-CAM, UniCAM and dissection."""
-    techniques = ("response", "overhaul", "attention")
-    return plan_fit("resnet18@0.25", "resnet10@0.1875", techniques, 5, 5, 0, recipe)
+    techniques = ("response", "overhaul", "attention", "smoothing")
+    return plan_fit("resnet18@0.25", "resnet10@0.1875", techniques, 5, 5, 0, recipe, TEMPERATURES)
 
 
 def _ladder(recipe: Recipe) -> Plans:

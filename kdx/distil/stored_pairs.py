@@ -107,7 +107,7 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
         line = [key]
         while (above := stored[line[-1]]["spec"]["teacher"]) in stored:
             line.append(above)
-        names = ["its base" if k == keys["base"] else _name(stored[k]["spec"]["model"]) for k in line]
+        names = ["its base" if k == keys["base"] else _name(stored[k]["spec"]) for k in line]
         networks = f"{' from '.join(names)}, {spec['recipe']['epochs']} epochs"
         pair = Pair(manifest["dataset"], spec["technique"]["name"], networks, keys, spec)
         kind = (pair.dataset, networks, str(spec["technique"]), str(spec["recipe"]), str(spec["input"]))
@@ -132,5 +132,6 @@ def _twin(manifest: Mapping[str, Any]) -> str:
     return str([manifest["spec"][part] for part in TWIN])
 
 
-def _name(model: Mapping[str, Any]) -> str:
-    return f"{model['name']}@{model['width']:g}"
+def _name(spec: Mapping[str, Any]) -> str:
+    smoothed = "smoothed " if spec["technique"]["name"] == "smoothing" else ""
+    return f"{smoothed}{spec['model']['name']}@{spec['model']['width']:g}"

@@ -1,12 +1,8 @@
 """Numbers of detectors as scores that can be averaged and compared over folds *and* images.
 
 A number of detectors belongs to a whole probe, not to an image. The part of a block of images in it is what the
-jackknife gives: with T the number on all images, and :math:`T_{-b}` that without block b of B,
-
-.. math:: T_b = T + (B - 1) \\Big( \\frac 1B \\sum_j T_{-j} - T_{-b} \\Big).
-
-The mean of the parts is T, and their variance over B estimates its variance over images. Since numbers of detectors are
-steps, blocks have to hold more than the square root of the number of images.
+jackknife gives (:func:`kdx.inference.jackknife`). Since numbers of detectors are steps, blocks have to hold more than
+the square root of the number of images.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from scipy import stats
 from torch import nn
 
 from kdx.data.broden import Probe
+from kdx.inference import jackknife
 from kdx.measure.dissection import Dissection, detections, dissect
 
 ALL, BEYOND = "all", "beyond"
@@ -100,7 +97,8 @@ def detector_scores(
             if others is not None:
                 numbers[BEYOND] = counts * (detections(others, threshold, len(kinds)) == 0)
             for (category, among), (count, each) in ((a, b) for a in of.items() for b in numbers.items()):
-                parts = _parts(each[:, among].sum(1) / len(units))
+                shares = each[:, among].sum(1) / len(units)
+                parts = jackknife(shares[0], shares[1:])
                 rows.append([*at, threshold, category, count, parts, len(units)])
     columns = ["stage", "quantile", "threshold", "category", "count", "parts", "units"]
     table = pd.DataFrame(rows, columns=columns)
@@ -109,15 +107,50 @@ def detector_scores(
     return table.assign(value=mean, low=mean - half, high=mean + half, p=np.nan, floor=np.nan)
 
 
+def at_equal_accuracy(
+    detectors: Mapping[str, pd.DataFrame], accuracy: Mapping[str, pd.Series], network: str, reference: Sequence[str]
+) -> NDArray[np.float64]:
+    """Detectors of a network beyond those of networks without its teacher that are as accurate.
+
+    A straight line is fitted to detectors over accuracy of the reference networks, all folds together. What is returned
+    is how far above this line the network lies, on average over its folds. The parts of the folds are the jackknife's,
+    so they hold the uncertainty of the line as well. Beyond the accuracies of the reference, the line is extrapolated.
+    Errors in the accuracies make it too flat, which favours the more accurate network.
+
+    Args:
+        detectors: Network -> share of its units, fold x block, as :func:`kdx.intervals.by_fold` gives.
+        accuracy: Network -> accuracy in each fold.
+        network: Of which something is claimed.
+        reference: Networks that did not have its teacher.
+
+    Returns:
+        (folds, blocks), for :func:`kdx.inference.two_factor`; of the folds that all these networks have.
+
+    Raises:
+        ValueError: Fewer than two such folds, or reference networks that are all equally accurate.
+    """
+    names = [network, *reference]
+    folds = sorted(set.intersection(*(set(detectors[name].index) & set(accuracy[name].index) for name in names)))
+    if len(folds) < 2:
+        raise ValueError(f"expected two folds or more of {', '.join(names)}, got {len(folds)}")
+    y, x = (np.stack([of[name].loc[folds].to_numpy(float) for name in names]) for of in (detectors, accuracy))
+
+    def above(kept: NDArray) -> NDArray:
+        """(blocks,)."""
+        known, level = x[1:, kept].ravel(), y[1:, kept].reshape(-1, y.shape[2])
+        away = known - known.mean()
+        if not (away @ away) > 1e-12:
+            raise ValueError(f"accuracy: expected reference networks that differ, got {known.tolist()}")
+        slope = away @ level / (away @ away)
+        return (y[0, kept] - level.mean(0) - np.outer(x[0, kept] - known.mean(), slope)).mean(0)
+
+    every = np.arange(len(folds))
+    return jackknife(above(every), np.stack([above(np.delete(every, i)) for i in every]))
+
+
 def _weights(images: int, blocks: int, seed: int) -> NDArray[np.float64]:
     """All images, and all but those of each block: (1 + blocks, images)."""
     weights = np.ones((1 + blocks, images))
     for row, out in enumerate(np.array_split(np.random.default_rng(seed).permutation(images), blocks), 1):
         weights[row, out] = 0
     return weights
-
-
-def _parts(numbers: NDArray) -> NDArray[np.float64]:
-    """The parts of blocks, (blocks,), from numbers with all images and without each block, (1 + blocks,)."""
-    whole, without = numbers[0], numbers[1:]
-    return whole + (len(without) - 1) * (without.mean() - without)

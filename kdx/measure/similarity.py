@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
 from kdx.data import shapes
 from kdx.data.batches import class_indices
+from kdx.inference import jackknife
 from kdx.intervals import Interval
 from kdx.networks.capture import capture, check_input
 from kdx.networks.stages import evaluating, unwrapped
@@ -232,6 +234,35 @@ def class_plane(features: Tensor, labels: Tensor, templates: Tensor, classes: Se
     return Plane(points, place[labels[rows]], (chosen - chosen[0]) @ basis)
 
 
+def alike_parts(
+    features: Tensor, labels: Tensor, categories: Tensor, blocks: int = 10, seed: int = 0
+) -> NDArray[np.float64]:
+    """The ratio of :func:`alike_ratio` in parts, so that networks can be compared over folds and images.
+
+    Args:
+        features: (n, d), see :func:`penultimate`.
+        labels: (n,) class indices.
+        categories: int (classes,); -1 leaves a class out.
+        blocks: Parts of the images, each with about as many of every class.
+        seed: Draws them; equal for equal labels.
+
+    Returns:
+        float64 (blocks,), by the jackknife.
+
+    Raises:
+        ValueError: A class with fewer images than blocks, or no two classes alike or unalike.
+    """
+    labels = class_indices(labels)
+    members, same, other = _alike(labels, categories, least=blocks)
+    generator = torch.Generator().manual_seed(seed)
+    parts = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(blocks) for rows in members]
+    sums = torch.stack([torch.stack([features[rows].double().cpu().sum(0) for rows in part]) for part in parts])
+    sizes = torch.tensor([[float(len(rows)) for rows in part] for part in parts], dtype=torch.float64)[:, :, None]
+    without = (sums.sum(1, keepdim=True) - sums) / (sizes.sum(1, keepdim=True) - sizes)
+    whole = sums.sum(1) / sizes.sum(1)
+    return jackknife(_ratio(whole[None], same, other)[0], _ratio(without.transpose(0, 1), same, other))
+
+
 def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples: int = 500, seed: int = 0) -> Interval:
     """Mean distance between classes of one category, divided by that between classes of different categories.
 
@@ -251,26 +282,36 @@ def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples:
     Raises:
         ValueError: A class with fewer than two images, or no two classes alike or unalike.
     """
-    labels = class_indices(labels)
+    members, same, other = _alike(class_indices(labels), categories)
+    parts, rng = [features[rows].double().cpu().numpy() for rows in members], np.random.default_rng(seed)
+    shares = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), resamples) / len(part) for part in parts]
+    drawn = torch.from_numpy(np.stack([share @ part for share, part in zip(shares, parts, strict=True)], 1))
+    centres = torch.from_numpy(np.stack([part.mean(0) for part in parts]))[None]
+    value = float(_ratio(centres, same, other)[0])
+    low, high = np.quantile(_ratio(drawn, same, other), (0.025, 0.975))
+    return Interval(value, float(2 * value - high), float(2 * value - low), sum(map(len, parts)))
+
+
+def _alike(labels: Tensor, categories: Tensor, least: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Rows of each class with a category, and which pairs of these classes are alike, and unalike."""
     kept = (categories >= 0).nonzero()[:, 0].tolist()
     members = [(labels == c).nonzero()[:, 0] for c in kept]
-    if few := [c for c, rows in zip(kept, members, strict=True) if len(rows) < 2]:
-        raise ValueError(f"features: expected two images or more of each class with a category, got fewer of {few}")
+    if few := [c for c, rows in zip(kept, members, strict=True) if len(rows) < least]:
+        number = "two" if least == 2 else least
+        raise ValueError(
+            f"features: expected {number} images or more of each class with a category, got fewer of {few}"
+        )
     kinds = categories[kept]
     same, other = (torch.triu(pairs, 1) for pairs in (kinds == kinds[:, None], kinds != kinds[:, None]))
     if not same.any() or not other.any():
         raise ValueError(f"categories: expected two alike classes and one that is not, got {kinds.tolist()}")
-    parts, rng = [features[rows].double().cpu().numpy() for rows in members], np.random.default_rng(seed)
+    return members, same, other
 
-    def ratio(centres: Tensor) -> Tensor:
-        distances = torch.cdist(centres, centres)
-        return distances[:, same].mean(1) / distances[:, other].mean(1)
 
-    shares = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), resamples) / len(part) for part in parts]
-    drawn = torch.from_numpy(np.stack([share @ part for share, part in zip(shares, parts, strict=True)], 1))
-    value = float(ratio(torch.from_numpy(np.stack([part.mean(0) for part in parts]))[None]))
-    low, high = (float(ratio(drawn).quantile(q)) for q in (0.025, 0.975))
-    return Interval(value, 2 * value - high, 2 * value - low, sum(map(len, parts)))
+def _ratio(centres: Tensor, same: Tensor, other: Tensor) -> NDArray[np.float64]:
+    """Mean distance of pairs that are alike over that of others, (b,), from means of the classes (b, classes, d)."""
+    distances = torch.cdist(centres, centres)
+    return (distances[:, same].mean(1) / distances[:, other].mean(1)).numpy()
 
 
 def _check(logits: Tensor, labels: Tensor, categories: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from kdx.measure.similarity import Plane
 from kdx.pages.plots import INK, MAPS, bare, colours, show_image
 
 OUTLINE = "#35e0d0"
@@ -40,7 +41,12 @@ def detectors(table: pd.DataFrame, panels: Sequence[str], chance: Mapping[tuple[
         for i, name in enumerate(names):
             if not np.isnan(share := chance.get((name, panel), np.nan)):
                 axes.plot([share] * 2, [i - 0.36, i + 0.36], color=INK, lw=1.6)
-        axes.set(title=panel, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axes.set(
+            title=panel,
+            yticks=range(len(names)),
+            yticklabels=[textwrap.fill(name, 22) for name in names],
+            ylim=(len(names) - 0.5, -0.5),
+        )
         axes.set_xlim(0, 1.05 * max(rows["high"].max(), 0.04))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_locator(plt.MaxNLocator(3, steps=[1, 2, 5, 10]))
@@ -74,6 +80,53 @@ def sweeps(tables: Mapping[str, pd.DataFrame], marks: Mapping[str, float]) -> Fi
     grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     grid[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(figure)
+    return figure
+
+
+def against_accuracy(table: pd.DataFrame, reference: Sequence[str]) -> Figure:
+    """Detectors over accuracy, a point for each network and fold, with the line of the reference networks.
+
+    Args:
+        table: network, accuracy, value (share of the units).
+        reference: Networks through which the line is drawn; it is dashed beyond their accuracies.
+    """
+    figure, axes = plt.subplots(figsize=(6.6, 3.6))
+    palette = colours(table["network"].unique())
+    for name, rows in table.groupby("network", sort=False):
+        kind = "o" if name in reference else "^"
+        axes.scatter(rows["accuracy"], rows["value"], color=palette[str(name)], marker=kind, s=26, label=name)
+    known = table[table["network"].isin(reference)]
+    slope, start = np.polyfit(known["accuracy"], known["value"], 1)
+    ends = (known["accuracy"].min(), known["accuracy"].max())
+    whole = (table["accuracy"].min(), table["accuracy"].max())
+    for x, style in ((whole, "--"), (ends, "-")):
+        axes.plot(x, [start + slope * at for at in x], style, color=INK, lw=1.2, zorder=0)
+    axes.set(xlabel="accuracy on test images", ylabel="detectors, share of the units")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(figure)
+    return figure
+
+
+def planes(found: Mapping[str, Plane], classes: Sequence[str]) -> Figure:
+    """Features on the planes through three class templates (crosses), a panel and a scale for each network.
+
+    Args:
+        found: Text above the panel -> :func:`kdx.measure.similarity.class_plane`.
+        classes: Names of the three.
+    """
+    figure, grid = plt.subplots(1, len(found), figsize=(2.3 * len(found), 2.7), squeeze=False)
+    shades = sns.color_palette("deep", 3)
+    for axes, (title, plane) in zip(grid[0], found.items(), strict=True):
+        for i, name in enumerate(classes):
+            points = plane.points[plane.labels == i].cpu()
+            axes.scatter(*points.T, color=shades[i], s=5, alpha=0.5, lw=0, label=name)
+            axes.scatter(*plane.templates[i, :, None].cpu(), color=shades[i], marker="X", s=60, edgecolor=INK, lw=0.8)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(title, fontsize=8)
+        bare(axes)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

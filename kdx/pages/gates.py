@@ -30,6 +30,8 @@ METRICS = {  # name -> what it is, over the images
     "second_base_unexplained": "the same of the second base's answers",
     "handed_over": "share of that unexplained part which the teacher's answers explain",
     "second_base_handed_over": "the same of the second base's answers",
+    "new_detectors": "share of the student's units at the deepest stage whose concept no unit of its base detects",
+    "second_base_new_detectors": "new_detectors, with the second base in the student's place",
 }
 NO_SHARES = {"nll_change"}
 GATE = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*(-?[\d.]+)\s*(%?)\s*")

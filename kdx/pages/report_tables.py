@@ -139,3 +139,29 @@ def shares(table: pd.DataFrame) -> Styler:
         for name, of in table.groupby(rows, sort=False)
     }
     return multiline(pd.DataFrame(cells).T.fillna(""))
+
+
+def detectors(table: pd.DataFrame) -> Styler:
+    """:func:`kdx.pages.own_detectors.new_detectors` by stage."""
+    names = {"total": "detectors", "beyond": "detectors of a concept that no unit of the base detects"}
+    cells: dict[str, dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        chance = row["by chance"]
+        text = interval(row).replace(" ", "\n", 1) + ("" if math.isnan(chance) else f"\nby chance {chance:.1%}")
+        cells.setdefault(f"{row['network']}, {names[row['count']]}", {})[row["stage"]] = text
+    return multiline(pd.DataFrame(cells).T.fillna("")).set_caption(
+        f"Shares of the units of each stage, on {table['n'].iloc[0]} images of the probe"
+    )
+
+
+def concepts(table: pd.DataFrame) -> Styler:
+    """:func:`kdx.pages.own_detectors.new_concepts`: those with most units."""
+    fixed = ["stage", "concept", "category", "images", "unit", "iou"]
+    roles = [name for name in table.columns if name not in fixed]
+    named = {"images": "images that show it", "unit": "the student's best unit", "iou": "its IoU"}
+    named |= {role: f"units, {role}" for role in roles}
+    rows = table.head(SHOWN).assign(iou=table["iou"].map("{:.2f}".format)).astype(str)
+    rest = f"; {len(table) - SHOWN} more in concepts.csv" if len(table) > SHOWN else ""
+    return multiline(rows.rename(columns=named).set_index("stage")).set_caption(
+        f"Concepts that the student detects and its base does not at the same stage{rest}"
+    )

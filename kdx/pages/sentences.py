@@ -14,6 +14,7 @@ from kdx.explain.interventions import RANDOM
 from kdx.inference import holm
 from kdx.intervals import Interval, share_interval
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger, Paired, images_needed
+from kdx.pages.own_detectors import new_at_deepest
 
 LEVEL = 0.05
 DIFFERENCE = ["difference", "difference low", "difference high"]
@@ -35,6 +36,7 @@ class Evidence:
         handed_over: Role -> share of that which the teacher explains.
         replaced: :func:`kdx.replacement`, role -> table.
         areas: The second table of :func:`kdx.deletion`.
+        detectors, concepts: ``new_detectors`` and ``new_concepts`` of :mod:`kdx.pages.own_detectors`.
         caveats: What limits all this, in sentences.
     """
 
@@ -51,6 +53,8 @@ class Evidence:
     replaced: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     areas: pd.DataFrame | None = None
     caveats: Sequence[str] = ()
+    detectors: pd.DataFrame | None = None
+    concepts: pd.DataFrame | None = None
 
     @property
     def second(self) -> bool:
@@ -60,7 +64,9 @@ class Evidence:
 
 def sentences(evidence: Evidence) -> list[str]:
     """What was found, in about ten sentences, the first of which sums up."""
-    makers = (_short, _compared, _accuracy, _flips, _classes, _confusions, _errors, _trust, _beyond, _matters, _unsaid)
+    makers = (
+        _short, _compared, _accuracy, _flips, _classes, _confusions, _errors, _trust, _beyond, _matters, _units, _unsaid
+    )  # fmt: skip
     return [sentence for maker in makers if (sentence := maker(evidence))]
 
 
@@ -282,6 +288,18 @@ def _matters(evidence: Evidence) -> str | None:
         return None
     text = "; ".join(told)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _units(evidence: Evidence) -> str | None:
+    if evidence.detectors is None or (found := new_at_deepest(evidence.detectors, STUDENT)) is None:
+        return None
+    text = (
+        f"{_part(found)} of the student's units at {evidence.detectors['stage'].iloc[-1]} detect a concept of the "
+        "probe that no unit of its base detects there"
+    )
+    if (other := new_at_deepest(evidence.detectors, SECOND)) is None:
+        return f"{text}; how much of this is the seed cannot be told without a second base."
+    return f"{text}, {_than(found, other)} the second base's ({_part(other)})."
 
 
 def _unsaid(evidence: Evidence) -> str | None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER
 from kdx.pages.gates import METRICS
+from kdx.pages.own_detectors import new_at_deepest
 from kdx.pages.sentences import Evidence, overall, sentences
 
 SCHEMA = "kdx-statement/1"
@@ -62,6 +63,10 @@ def metrics(evidence: Evidence) -> dict[str, Metric]:
     if evidence.robustness is not None:
         row = overall(evidence.robustness, BASE)
         found["robustness_change"], n["robustness_change"] = row[["difference", "low", "high"]].tolist(), row["n"]
+    if evidence.detectors is not None:
+        for role, prefix in ((STUDENT, ""), (SECOND, "second_base_")):
+            if share := new_at_deepest(evidence.detectors, role):
+                found[f"{prefix}new_detectors"], n[f"{prefix}new_detectors"] = share[:3], share.n
     known = [name for name in METRICS if name in found and not math.isnan(found[name][0])]
     measured = {}
     for name in known:
@@ -75,7 +80,7 @@ def statement(evidence: Evidence, **facts: Any) -> dict[str, Any]:
 
     Args:
         evidence: What was measured.
-        **facts: Of the run: command, version, networks, data.
+        **facts: Of the run: command, version, networks, data, and probe if there is one.
     """
     return {
         "schema": SCHEMA,
@@ -86,7 +91,7 @@ def statement(evidence: Evidence, **facts: Any) -> dict[str, Any]:
         "metrics": {name: metric._asdict() for name, metric in metrics(evidence).items()},
         "groups": {
             name: _records(table)
-            for name in ("classes", "slices", "confusions")
+            for name in ("classes", "slices", "confusions", "concepts")
             if (table := getattr(evidence, name)) is not None
         },
     }
