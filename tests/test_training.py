@@ -47,6 +47,7 @@ def test_guidance_moves_the_students_features(name):
     teacher.eval()
     x, part = torch.rand(16, 3, 32, 32), find_techniques(name, {})
     labels = torch.arange(16) % 10
+    rows = torch.arange(16)
     objective = _Objective(part, student, teacher, x, labels, seed=0)
     optimizer = torch.optim.Adam(student.parameters(), 0.01)  # the adapters stay as they are
     losses = []
@@ -54,7 +55,9 @@ def test_guidance_moves_the_students_features(name):
         for _ in range(20):
             with torch.no_grad():
                 answers = teacher(x)
-            loss = part[0].guidance(*objective._seen(0, [student(x), answers], labels), objective.adapters[0])
+            both = (objective._seen(0, which, logits, x, [16, 0], rows) for which, logits in
+                    enumerate((student(x), answers)))  # fmt: skip
+            loss = part[0].guidance(*both, objective.adapters[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -70,7 +73,7 @@ def test_joined_techniques_add_up(shapes16):
     def loss(name, **settings):
         objective = _Objective(find_techniques(name, settings), student, teacher, x, labels, seed=0)
         with objective.watching():
-            return objective(x, labels)[1]
+            return objective(x, torch.arange(8))[1]
 
     label = F.cross_entropy(student(x), labels)
     response, attention = loss("response", alpha=0.25), loss("attention")
