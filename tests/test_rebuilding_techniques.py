@@ -83,6 +83,7 @@ def test_paraphraser_is_fitted_first_and_then_stays():
     moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], fitted[name])}
     assert moved == {"paraphraser", "decoder"}
     optimizer = torch.optim.SGD(adapter.parameters(), 0.1, weight_decay=0.1)
+    optimizer.zero_grad()
     with objective.watching():
         objective(images, rows)[1].backward()
     optimizer.step()
