@@ -4,10 +4,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from kdx import activations, stages
 from kdx.networks.models import build, load_checkpoint, parse_name, save_checkpoint
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0"])
 def test_build_is_torchvisions_network_at_full_width(name):
     ours, theirs = build(name, 1000), getattr(torchvision.models, name)(weights=None)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
@@ -22,6 +23,41 @@ def test_build_small_stem_and_width():
     assert [getattr(model, f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [32, 64, 128, 256]
     assert model.layer1(model.maxpool(model.conv1(torch.rand(1, 3, 32, 32)))).shape[2:] == (32, 32)
     assert sum(p.numel() for p in build("resnet10", 10, "small").parameters()) < 400_000
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("mobilenet_v1", (128, 256, 512, 1024)),
+        ("mobilenet_v2", (24, 32, 96, 1280)),
+        ("efficientnet_b0", (24, 40, 112, 1280)),
+    ],
+)
+def test_stages_of_networks_other_than_resnets(name, channels, stem):
+    model, x = build(name, 10, stem).eval(), torch.rand(1, 3, *([32, 32] if stem == "small" else [64, 64]))
+    found = activations(model, x, stages(model, x))
+    largest = 32 if stem == "small" else 16
+    assert [tuple(maps.shape[1:]) for maps in found.values()] == [
+        (k, largest >> i, largest >> i) for i, k in enumerate(channels)
+    ]
+
+
+def test_mobilenet_v1_is_as_large_as_published():
+    """4.2 million weights and 569 million products at 224 px (Howard et al. 2017, tables 1 and 4)."""
+    model, products = build("mobilenet_v1", 1000), []
+
+    def count(layer, args, output):
+        products.append(layer.weight.numel() * (output[0, 0].numel() if output.ndim == 4 else 1))
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 224, 224))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2
+    assert round(sum(products) / 1e6) == 569
+    assert build("mobilenet_v1", 10, "small", 0.5).features[-1][3].out_channels == 512
 
 
 def test_build_names_the_choices():

@@ -1,14 +1,22 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kdx
 from kdx import Recipe, fit
 from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
 from kdx.distil.training import _Objective, train_epochs
 from kdx.networks import models
 from tests.networks import Small
 
+ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
 pytestmark = pytest.mark.usefixtures("shared_home")
 
@@ -47,6 +55,7 @@ def test_guidance_moves_the_students_features(name):
     teacher.eval()
     x, part = torch.rand(16, 3, 32, 32), find_techniques(name, {})
     labels = torch.arange(16) % 10
+    rows = torch.arange(16)
     objective = _Objective(part, student, teacher, x, labels, seed=0)
     optimizer = torch.optim.Adam(student.parameters(), 0.01)  # the adapters stay as they are
     losses = []
@@ -54,7 +63,9 @@ def test_guidance_moves_the_students_features(name):
         for _ in range(20):
             with torch.no_grad():
                 answers = teacher(x)
-            loss = part[0].guidance(*objective._seen(0, [student(x), answers], labels), objective.adapters[0])
+            both = (objective._seen(0, which, logits, x, [16, 0], rows) for which, logits in
+                    enumerate((student(x), answers)))  # fmt: skip
+            loss = part[0].guidance(*both, objective.adapters[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -70,7 +81,7 @@ def test_joined_techniques_add_up(shapes16):
     def loss(name, **settings):
         objective = _Objective(find_techniques(name, settings), student, teacher, x, labels, seed=0)
         with objective.watching():
-            return objective(x, labels)[1]
+            return objective(x, torch.arange(8))[1]
 
     label = F.cross_entropy(student(x), labels)
     response, attention = loss("response", alpha=0.25), loss("attention")
@@ -105,3 +116,54 @@ def test_hooks_are_gone_after_a_failure(shapes16, name):
     finally:
         del TECHNIQUES["fails"]
     assert untouched(guide.model)
+
+
+# --- a training of two stages that is killed ----------------------------------------------------
+
+
+def two_stages(home, technique, **settings):
+    """A student, and its teacher, of noise."""
+    os.environ["KDX_HOME"] = str(home)
+    images = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = kdx.Dataset(images, torch.arange(48) % 10, kdx.DATASETS["shapes"])
+    training = dict(recipe=QUICK, width=0.125, device="cpu")
+    teacher = fit("resnet10", data, data, seed=1, **training)
+    return fit("resnet10", data, data, technique=technique, teacher=teacher, **training, **settings)
+
+
+KILL = """
+import os, signal, sys
+from kdx.distil.techniques import TECHNIQUES
+from tests.test_training import two_stages
+for technique, stage, home in zip(*[iter(sys.argv[1:])] * 3):
+    if not os.fork():
+        own, calls = getattr(TECHNIQUES[technique], stage), []
+        def dies(*args):
+            calls.append(stage)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args)
+        setattr(TECHNIQUES[technique], stage, dies)
+        two_stages(home, technique)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_run_killed_in_either_stage_is_begun_anew(tmp_path, monkeypatch):
+    """Of the fitting nothing is kept, so that a student never learns from a half-fitted adapter."""
+    monkeypatch.setenv("KDX_HOME", str(tmp_path))  # which two_stages changes
+    expected = two_stages(tmp_path / "undisturbed", "factor")
+    stages = ("fitting", "guidance")
+    arguments = [word for stage in stages for word in ("factor", stage, str(tmp_path / stage))]
+    command = [sys.executable, "-c", KILL, *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2
+    for stage in stages:
+        runs = tmp_path / stage / "runs"
+        left = {path.name for path in runs.iterdir()}
+        assert len(left) == 1  # the teacher alone
+        run = two_stages(tmp_path / stage, "factor")
+        assert {path.name for path in runs.iterdir()} == left | {expected.key}
+        pairs = zip(run.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdx.distil.technique import Seen, Technique, check_weight
-from kdx.networks.stages import Tap, outputs, pre_activations
+from kdx.networks.stages import Tap, last_output, outputs, pre_activations
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Attention(Technique):
     def guidance(self, student: Seen, teacher: Seen, adapter: nn.Module | None) -> Tensor:
         losses = []
         for stage, features in student.features.items():
-            maps = [attention_map(x) for x in _same_grid(features, teacher.features[stage])]
+            maps = [attention_map(x) for x in same_grid(features, teacher.features[stage])]
             losses.append((maps[0] - maps[1]).pow(2).mean())
         return self.attention_weight * torch.stack(losses).sum()
 
@@ -92,7 +92,7 @@ class Overhaul(Technique):
         for i, (stage, features) in enumerate(student.features.items()):
             regressor = adapter[stage]
             assert isinstance(regressor, _Regressor)
-            s, t = _same_grid(regressor(features), torch.maximum(teacher.features[stage], regressor.margin))
+            s, t = same_grid(regressor(features), torch.maximum(teacher.features[stage], regressor.margin))
             losses.append(partial_l2(s, t) / 2 ** (last - i))
         return self.overhaul_weight * torch.stack(losses).sum() / len(student.logits)
 
@@ -165,7 +165,7 @@ class InterChannel(Technique):
         check_weight(self.inter_channel_weight, "inter_channel_weight")
 
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
-        return {"last": list(outputs(model, images).values())[-1]}
+        return last_output(model, images)
 
     def adapter(self, student: Seen, teacher: Seen, teacher_taps: Mapping[str, Tap]) -> nn.Module:
         return regression(student.features["last"].shape[1], teacher.features["last"].shape[1])
@@ -230,7 +230,7 @@ def partial_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(torch.where(spared, teacher, student), teacher, reduction="sum")
 
 
-def _same_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Features of two networks (n, k, h, w), both averaged down to the smaller height and width."""
     if a.shape[2:] == b.shape[2:]:
         return a, b

@@ -195,8 +195,9 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Batches of the whole training."""
-        return self.recipe.epochs * (len(self.train) // self.recipe.batch_size)
+        """Batches of the whole training, and of what its techniques fit to the teacher before."""
+        fitting = sum(part.fitting_epochs for part in self.parts)
+        return (self.recipe.epochs + fitting) * (len(self.train) // self.recipe.batch_size)
 
     def seconds_expected(self) -> float:
         """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps."""
@@ -204,6 +205,7 @@ class Job:
         student = models.build(**self.architecture, seed=0).to(device).train()
         teacher = copy.deepcopy(self.teacher.model).to(device).eval() if self.teacher else nn.Identity()
         x = torch.zeros(recipe.batch_size, *self.train.card.size, device=device)
+        x = torch.cat([x, *(part.views(x) for part in self.parts)])
 
         def spent(scale: float) -> float:
             for _ in range(2):  # the first warms up

@@ -2,8 +2,10 @@
 
 ``TECHNIQUES`` maps a name to a class. Every loss is the mean cross-entropy with the labels, times ``label_weight``,
 plus the technique's ``guidance``. Techniques combine: ``"response+attention"``. Those that compare answers are in
-:mod:`kdx.distil.logit_techniques`, those that compare features in :mod:`kdx.distil.feature_techniques`. The key of a
-run covers the class of its technique and whatever that names, so an edit retrains only the students of that technique.
+:mod:`kdx.distil.logit_techniques`, those that compare features in :mod:`kdx.distil.feature_techniques`, those that
+rebuild the teacher's features in :mod:`kdx.distil.rebuilding_techniques`, and those that compare images with each other
+in :mod:`kdx.distil.contrastive_techniques`. The key of a run covers the class of its technique and whatever that
+names, so an edit retrains only the students of that technique.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kdx.distil.contrastive_techniques import Contrastive, SelfSupervised
 from kdx.distil.feature_techniques import Attention, AttentionLayerProjection, InterChannel, Overhaul
 from kdx.distil.logit_techniques import Correlation, Decoupled, Label, Response, Smoothing
+from kdx.distil.rebuilding_techniques import Factor, Prior
 from kdx.distil.technique import Technique
 
 ORDER: tuple[type[Technique], ...] = (  # also of joined names, which are part of keys
     Label, Smoothing, Response, Decoupled, Correlation, Attention, Overhaul, AttentionLayerProjection, InterChannel,
+    Factor, Prior, Contrastive, SelfSupervised,
 )  # fmt: skip
 TECHNIQUES = {known.name: known for known in ORDER}
 

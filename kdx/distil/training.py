@@ -22,6 +22,7 @@ from kdx.distil.technique import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
 from kdx.networks.devices import autocast
 from kdx.networks.stages import Tap, evaluating
+from kdx.networks.vision_transformers import to_grid
 
 WARM_UP = 0.2
 
@@ -78,15 +79,15 @@ def train_epochs(
         train: Training images, on the CPU.
         parts: The techniques.
         recipe: With its augmentation set.
-        seed: Of the order of images, the augmentation and the adapters.
+        seed: Of the order of images, the augmentation, the adapters and whatever techniques draw.
         device: Where to compute.
-        stepped: Called after every step.
+        stepped: Called after every step, also of fitting.
 
     Yields:
         Mean loss and accuracy (fraction) over the training images of each epoch, as they were augmented.
     """
     labels, images = train.labels.to(device), train.images.to(device)
-    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), labels[:2], seed)
+    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), labels, seed)
     generator = torch.Generator().manual_seed(seed)
     steps = len(train) // recipe.batch_size
     total = steps * recipe.epochs
@@ -99,17 +100,22 @@ def train_epochs(
         fused=device.type != "mps",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, max(total, 1)))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
+        for rows in order.to(device).split(recipe.batch_size):
+            yield train.card.normalize(augment(images[rows], recipe.augmentation or {})), rows
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the augmentation
+        objective.fit_to_teacher(batches, recipe, stepped)
         for epoch in range(recipe.epochs):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
-            order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
             with objective.watching():
-                for step, rows in enumerate(order.to(device).split(recipe.batch_size), epoch * steps):
-                    x = train.card.normalize(augment(images[rows], recipe.augmentation or {}))
+                for step, (x, rows) in enumerate(batches(), epoch * steps):
                     y, scale = labels[rows], recipe.sizes[step * len(recipe.sizes) // total]
-                    logits, loss = objective(x, y, scale)
+                    logits, loss = objective(x, rows, scale)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -135,13 +141,16 @@ def resize(images: Tensor, scale: float) -> Tensor:
 
 
 class _Objective:
-    """The loss of a student: joined techniques, and the features that they need from both networks."""
+    """The loss of a student: joined techniques, and the views and features that they need from both networks.
+
+    ``images`` are a few of the training images, ``labels`` those of all.
+    """
 
     def __init__(
         self, parts: Sequence[Technique], student: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor,
         seed: int,
     ) -> None:  # fmt: skip
-        self.parts = parts
+        self.parts, self.labels = parts, labels
         self.networks = [network for network in (student, teacher) if network is not None]
         self.label_weight = math.prod(part.label_weight for part in parts)
         self.label_smoothing = max(part.label_smoothing for part in parts)
@@ -151,18 +160,24 @@ class _Objective:
         self.adapters = nn.ModuleList()
         if teacher is None:
             return
+        x, sizes = self._views(images)
         try:
             with self.watching():
-                self._answers(images)
+                self._answers(x)
         except OverwrittenError:
             self.copy = True
         with self.watching(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            logits = self._answers(images)
+            logits, rows = self._answers(x), torch.arange(len(images), device=images.device)
             for i, part in enumerate(parts):
-                adapter = part.adapter(*self._seen(i, logits, labels), self.taps[i][1])
-                self.adapters.append(adapter or nn.Identity())
+                seen = [self._seen(i, which, logits[which], x, sizes, rows) for which in (0, 1)]
+                self.adapters.append(part.adapter(seen[0], seen[1], self.taps[i][1]) or nn.Identity())
         self.adapters.to(images.device)
+
+    def _views(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """A batch followed by the further views of each technique, and how many there are of each."""
+        views = [part.views(x) for part in self.parts]
+        return torch.cat([x, *views]) if any(map(len, views)) else x, [len(x), *map(len, views)]
 
     @torch.no_grad()
     def _answers(self, images: Tensor) -> list[Tensor]:
@@ -192,26 +207,58 @@ class _Objective:
             ]
             yield
 
-    def _seen(self, i: int, logits: list[Tensor], labels: Tensor) -> tuple[Seen, Seen]:
-        """Student's and teacher's view of the latest batch for technique i, in float32."""
-        student, teacher = (
-            Seen(z, {stage: features[stage].float() for stage in taps}, labels)
-            for z, features, taps in zip(logits, self.captured[i], self.taps[i], strict=True)
-        )
-        return student, teacher
+    def _seen(self, i: int, which: int, logits: Tensor, x: Tensor, sizes: list[int], rows: Tensor) -> Seen:
+        """What the student (0) or the teacher (1) sees of the latest batch, in float32, for technique i."""
+        grids = {
+            stage: to_grid(stage, tap.module, self.captured[i][which][stage], x).float()
+            for stage, tap in self.taps[i][which].items()
+        }
+        (first, *others), n = logits.split(sizes), sizes[0]
+        views = None
+        if m := sizes[1 + i]:
+            mine = {stage: grid.split(sizes)[1 + i] for stage, grid in grids.items()}
+            views = Seen(others[i], mine, rows.repeat(m // n), self.labels)
+        return Seen(first, {stage: grid[:n] for stage, grid in grids.items()}, rows, self.labels, views)
 
-    def __call__(self, x: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def fit_to_teacher(
+        self, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], recipe: Recipe, stepped: Callable[[], object]
+    ) -> None:
+        """Fit what adapters learn from the teacher alone; ``batches`` gives those of an epoch, with their rows."""
+        for i, part in enumerate(self.parts):
+            if not (epochs := part.fitting_epochs):
+                continue
+            weights = self.adapters[i].parameters()
+            optimizer = torch.optim.SGD(weights, part.fitting_lr, recipe.momentum, weight_decay=recipe.weight_decay)
+            for epoch in range(epochs):
+                optimizer.param_groups[0]["lr"] = part.fitting_lr * 0.1 ** (3 * epoch // epochs)
+                with self.watching():
+                    for images, rows in batches():
+                        x, sizes = self._views(images)
+                        with torch.no_grad(), autocast(x.device):
+                            logits = self.networks[1](resize(x, 1.0)).float()
+                        loss = part.fitting(self._seen(i, 1, logits, x, sizes, rows), self.adapters[i])
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+                        stepped()
+                if not loss.isfinite():
+                    raise FloatingPointError(f"{part.name}: the loss is {loss} when it is fitted to the teacher")
+
+    def __call__(self, images: Tensor, rows: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The student's logits for a batch that it sees at a fraction ``scale`` of its size, and its loss."""
         student, *teacher = self.networks
+        x, sizes = self._views(images)
         with autocast(x.device):
             logits = [student(resize(x, scale)).float()]
             with torch.no_grad():  # what inference mode gives could not enter the loss without a copy
                 logits += [network(resize(x, 1.0)).float() for network in teacher]
-        loss = F.cross_entropy(logits[0], labels, label_smoothing=self.label_smoothing) * self.label_weight
+        answers = logits[0][: len(images)]
+        loss = F.cross_entropy(answers, self.labels[rows], label_smoothing=self.label_smoothing) * self.label_weight
         if teacher:
             for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
-                loss = loss + part.guidance(*self._seen(i, logits, labels), adapter)
-        return logits[0], loss
+                seen = [self._seen(i, which, logits[which], x, sizes, rows) for which in (0, 1)]
+                loss = loss + part.guidance(seen[0], seen[1], adapter)
+        return answers, loss
 
 
 def find_taps(parts: Sequence[Technique], networks: Sequence[nn.Module], images: Tensor) -> list[list[dict[str, Tap]]]:

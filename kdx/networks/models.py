@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
-from torchvision.models import mobilenetv2, resnet
+from torch import Tensor, nn
+from torchvision.models import efficientnet, mobilenetv2, resnet
 
 STEMS = ("imagenet", "small")
 
@@ -66,7 +66,60 @@ class MobileNetV2(mobilenetv2.MobileNetV2):
                 convolution.stride = (1, 1)
 
 
-Network = ResNet | MobileNetV2
+class MobileNetV1(nn.Module):
+    """MobileNetV1 (Howard et al. 2017), which torchvision lacks, with a width factor and a choice of stem.
+
+    The ``small`` stem takes away the first two strides, as in :class:`MobileNetV2`.
+    """
+
+    architecture: dict[str, Any]  # the arguments of `build`
+
+    def __init__(self, classes: int, stem: str, width: float) -> None:
+        super().__init__()
+        blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+        channels = [max(1, round(width * k)) for k in (32, *(k for k, _ in blocks))]
+        strides = [2, *(stride for _, stride in blocks)]
+        if stem == "small":
+            strides[0] = strides[2] = 1
+        layers = [_convolution(3, channels[0], 3, strides[0])]
+        for before, after, stride in zip(channels, channels[1:], strides[1:], strict=False):
+            depthwise = _convolution(before, before, 3, stride, before)
+            layers.append(nn.Sequential(*depthwise, *_convolution(before, after, 1)))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels[-1], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+def _convolution(before: int, after: int, side: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution with batch norm and ReLU."""
+    convolution = nn.Conv2d(before, after, side, stride, side // 2, groups=groups, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+
+class EfficientNetB0(efficientnet.EfficientNet):
+    """torchvision's EfficientNet-B0 with a width factor and a choice of stem, without dropout and stochastic depth.
+
+    The ``small`` stem takes away the first two strides, as in :class:`MobileNetV2`.
+    """
+
+    architecture: dict[str, Any]  # the arguments of `build`
+
+    def __init__(self, classes: int, stem: str, width: float) -> None:
+        blocks = [  # expansion, kernel, stride, channels before and after, layers
+            (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+            (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1),
+        ]  # fmt: skip
+        configurations = [efficientnet.MBConvConfig(*block, width_mult=width) for block in blocks]
+        super().__init__(configurations, dropout=0.0, stochastic_depth_prob=0.0, num_classes=classes)
+        if stem == "small":
+            for convolution in (self.features[0][0], self.features[2][0].block[1][0]):
+                convolution.stride = (1, 1)
+
+
+Network = ResNet | MobileNetV2 | MobileNetV1 | EfficientNetB0
 
 MODELS: dict[str, tuple[Callable[..., Network], float]] = {
     "resnet10": (partial(ResNet, resnet.BasicBlock, (1, 1, 1, 1)), 0.25),
@@ -75,6 +128,8 @@ MODELS: dict[str, tuple[Callable[..., Network], float]] = {
     "resnet50": (partial(ResNet, resnet.Bottleneck, (3, 4, 6, 3)), 1.0),
     "resnet101": (partial(ResNet, resnet.Bottleneck, (3, 4, 23, 3)), 1.0),
     "mobilenet_v2": (MobileNetV2, 1.0),
+    "mobilenet_v1": (MobileNetV1, 1.0),
+    "efficientnet_b0": (EfficientNetB0, 1.0),
 }
 
 

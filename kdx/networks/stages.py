@@ -186,6 +186,11 @@ def outputs(model: nn.Module, images: Tensor) -> dict[str, Tap]:
     return {stage: Tap(name) for stage, name in stages(model, images).items()}
 
 
+def last_output(model: nn.Module, images: Tensor) -> dict[str, Tap]:
+    """The output of the last stage alone, called ``last`` whatever the number of stages."""
+    return {"last": list(outputs(model, images).values())[-1]}
+
+
 def pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tap]:
     """The stages of a CNN before their last activation function, if they end in one.
 
