@@ -126,7 +126,7 @@ def retrained(
                 gone = gone[:, None].expand_as(dataset.images) if gone.ndim == 3 else gone
                 left = torch.where(gone, fill, dataset.images) if end in ENDS else 255 * gone
                 pair.append(replace(dataset, images=left.to(torch.uint8)))
-            jobs[end] = Job(model, *pair, recipe=recipe or Recipe(), seed=seed, **training)
+            jobs[end] = Job(model, pair[0], pair[1], recipe=recipe or Recipe(), seed=seed, **training)
             tested[end] = pair[1]
         for end, run in fit_all(jobs, workers):
             yield fraction, end, run, tested[end]

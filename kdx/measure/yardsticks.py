@@ -62,8 +62,8 @@ def gradient_scores(maps: Tensor, images: Tensor, truth: Tensor | None) -> dict[
         ``"loss gradient, on edges"``, the rank correlation with Sobel's edges.
     """
     found = {"on edges": rank_agreement(maps, edges(images))}
-    for region, lowest in REGIONS.items() if truth is not None else ():
-        if (where := truth >= lowest).any():
+    for region, lowest in REGIONS.items():
+        if truth is not None and (where := truth >= lowest).any():
             found |= {f"mass on {region}": mass_on(maps, where.byte()), f"AUROC on {region}": auroc(maps, where)}
     return {f"loss gradient, {name}": values for name, values in found.items()}
 
