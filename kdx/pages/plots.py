@@ -24,6 +24,7 @@ ROLES |= {"response": ROLES["student"], "overhaul": "#7a4fa3", "attention": "#3b
 ROLES |= {"second base": "#8a8fb5", "reordered base": "#6fa3c7", "second student": "#e6a183"}
 ROLES |= {"random teacher": "#b99b8b", "self-distilled": "#9aa35c", "untrained": "#bbbbbb"}
 ROLES |= {"smoothing": "#4fa3b5", "rotated base": "#d3dbe6"}
+ROLES |= {"scratch": ROLES["second base"], "edges": "#222222"}
 ROLES |= {"distilled": ROLES["student"], "residual": ROLES["base"], "control": ROLES["second base"]}
 ROLES |= {"direct": ROLES["student"], "assisted": ROLES["overhaul"]}
 ROLES |= {"distant teacher": ROLES["teacher"], "assistant": "#8f8f8f"}
