@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
@@ -123,21 +124,23 @@ def rank_correlations(
     groups = [group.index.to_numpy() for _, group in table.reset_index(drop=True).groupby(by, sort=False)]
     rng = np.random.default_rng(seed)
     chosen = [np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(draws)]
-    truth, rows = table[against].to_numpy(dtype=float), {}
-    for name in names:
-        values = table[name].to_numpy(dtype=float)
-        drawn = np.array([_spearman(values[rows_of], truth[rows_of]) for rows_of in chosen])
-        drawn = drawn[~np.isnan(drawn)]
-        ends = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else [math.nan] * 2
-        rows[name] = [_spearman(values, truth), *ends, len(values)]
-    found = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
-    return found.rename_axis("yardstick")
+    columns = table[[*names, against]].to_numpy(dtype=float)
+    whole, drawn = _spearman(columns), np.array([_spearman(columns[rows]) for rows in chosen])
+    rows = {}
+    for i, name in enumerate(names):
+        found = drawn[~np.isnan(drawn[:, i]), i]
+        ends = np.quantile(found, [0.025, 0.975]) if len(found) else [math.nan] * 2
+        rows[name] = [whole[i], *ends, len(columns)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"]).rename_axis("yardstick")
 
 
-def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    if np.ptp(one) == 0 or np.ptp(other) == 0 or np.isnan(one).any():
-        return math.nan
-    return float(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1])
+def _spearman(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each column (n, k + 1) but the last with the last: (k,); NaN where one is constant or has NaN."""
+    ranks = stats.rankdata(columns, axis=0)
+    ranks = ranks - ranks.mean(0)
+    length = np.sqrt((ranks**2).sum(0))
+    both = length[:-1] * length[-1]
+    return np.divide(ranks[:, :-1].T @ ranks[:, -1], both, out=np.full_like(both, math.nan), where=both > 0)
 
 
 def means(scores: Mapping[str, Tensor]) -> dict[str, float]:
