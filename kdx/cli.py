@@ -99,6 +99,8 @@ def data_prepare(
         from kdx.data.sources import adopt
 
         if name == broden_copy.BRODEN.name:
+            if size is not None:
+                raise ValueError("--size: expected none for broden, whose images stay as they are")
             typer.echo(broden_copy.prepare_broden(origin))
             return
         if origin is not None:

@@ -46,7 +46,7 @@ def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "get", "mnist"], "unknown dataset 'mnist'; choose from: cifar10, shapes"),
+        (["data", "get", "svhn"], "unknown dataset 'svhn'; choose from: cifar10, mnist, shapes"),
         (["run", "99_nothing"], "choose from: 00_data, 01_gradcam"),
         (["data", "prepare", "shapes"], "shapes needs no preparation"),
         (["data", "get", "broden"], "no checksum of it is published: download http://netdissect.csail.mit.edu"),

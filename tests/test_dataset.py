@@ -11,8 +11,8 @@ from tests.photographs import fill
 
 
 def test_load_dataset_names_the_choices():
-    with pytest.raises(ValueError, match="unknown dataset 'mnist'; choose from: cifar10, shapes"):
-        load_dataset("mnist")
+    with pytest.raises(ValueError, match="unknown dataset 'svhn'; choose from: cifar10, mnist, shapes"):
+        load_dataset("svhn")
     with pytest.raises(ValueError, match="unknown split 'val' of shapes; choose from: train, test"):
         load_dataset("shapes", "val")
 

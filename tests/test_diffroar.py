@@ -98,3 +98,17 @@ def test_a_mask_that_knows_the_class_leaks_it(home, one_thread):
 def test_maps_that_do_not_fit_are_refused(maps):
     with pytest.raises(ValueError, match=r"expected finite maps \(20, 3, 12, 12\) or \(20, 12, 12\)"):
         attributions(halves(20, 1), lambda x, y: maps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fractions": [0.5, 1.5]}, "that remove some of 432 elements, got 1.5"),
+        ({"fractions": [0.001]}, "that remove some of 432 elements, got 0.001"),
+        ({"recipe": kdx.Recipe(epochs=0)}, "recipe: expected an epoch or more"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_computed(settings, message):
+    explain = lambda x, y: pytest.fail("it was computed")  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        kdx.diffroar(halves(20, 0), halves(20, 1), explain, **{**FAST, **settings})

@@ -21,6 +21,13 @@ STAGES = {
 }
 
 
+OTHERS = {  # registered networks that are no ResNets
+    "mobilenet_v1": ["features.3.5", "features.5.5", "features.11.5", "features.13.5"],
+    "mobilenet_v2": STAGES["mobilenet_v2"],
+    "efficientnet_b0": STAGES["efficientnet_b0"],
+}
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_of_torchvision_networks(name):
     settings = {"init_weights": False} if name == "inception_v3" else {}
@@ -33,10 +40,7 @@ def test_stages_of_torchvision_networks(name):
 def test_stages_of_registered_networks_are_the_last_blocks(name, stem):
     model = build(name, classes=3, stem=stem, width=0.125)
     images = torch.zeros(1, 3, 64, 64)
-    if name == "mobilenet_v2":
-        last = STAGES[name]
-    else:
-        last = [f"layer{i}.{len(getattr(model, f'layer{i}')) - 1}" for i in range(1, 5)]
+    last = OTHERS.get(name) or [f"layer{i}.{len(getattr(model, f'layer{i}')) - 1}" for i in range(1, 5)]
     assert list(stages(model, images).values()) == last
     sizes = [features.shape[-1] for features in activations(model, images, stages(model, images)).values()]
     assert sizes == ([64, 32, 16, 8] if stem == "small" else [16, 8, 4, 2])

@@ -7,9 +7,17 @@ import torch
 from scipy.stats import spearmanr
 
 import kdx
+from kdx.data.folders import UNKNOWN
 from kdx.explain.input_gradients import edges
 from kdx.measure.localisation import auroc, five_band
-from kdx.measure.yardsticks import baselines, map_scores, means, network_scores, rank_correlations
+from kdx.measure.yardsticks import (
+    baselines,
+    gradient_scores,
+    map_scores,
+    means,
+    network_scores,
+    rank_correlations,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +79,17 @@ def test_rank_correlations_are_scipys_and_their_interval_is_over_networks():
         table.iloc[::3].loc[lambda t: t.index.repeat(3)], "network", ["same"], "noisy", draws=300
     )
     pd.testing.assert_frame_equal(once.drop(columns="n"), thrice.drop(columns="n"), atol=1e-9)
+
+
+def test_a_yardstick_with_nan_has_no_interval():
+    table = pd.DataFrame({"network": list("abcdef"), "x": [1, 2, 3, 4, 5, np.nan], "known": np.arange(6.0)})
+    assert rank_correlations(table, "network", ["x"], "known", draws=50).loc["x", "value":"high"].isna().all()
+
+
+def test_unknown_masks_are_refused(few):
+    unknown = few.masks.clone()
+    unknown[1] = UNKNOWN
+    x = few.card.normalize(few.images)
+    for score in (lambda: map_scores(edges(x), unknown), lambda: gradient_scores(edges(x), x, unknown)):
+        with pytest.raises(ValueError, match=f"truth: expected masks of all images, got 1 of {len(few)} unknown"):
+            score()

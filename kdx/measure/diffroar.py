@@ -63,6 +63,10 @@ def diffroar(
     Raises:
         ValueError: A fraction out of range, or maps that do not fit the images.
     """
+    for fraction in fractions:
+        _count(fraction, train.images[0].numel())
+    if (recipe := training.get("recipe")) and not recipe.epochs:
+        raise ValueError("recipe: expected an epoch or more, got none; untrained networks tell nothing")
     ends = (*ENDS, MASK) if mask_alone else ENDS
     maps = attributions(train, explain), attributions(test, explain)
     rows: dict[float, dict[str, float]] = {fraction: {} for fraction in fractions}
@@ -76,7 +80,7 @@ def diffroar(
 def attributions(dataset: Dataset, explain: Attribution) -> Tensor:
     """The maps of all images of a dataset, as ``explain`` of :func:`diffroar` gives them."""
     parts = zip(dataset.images.split(AT_ONCE), dataset.labels.split(AT_ONCE), strict=True)
-    maps = torch.cat([explain(dataset.card.normalize(x), y) for x, y in parts])
+    maps = torch.cat([explain(dataset.card.normalize(x), y).detach().cpu() for x, y in parts])
     n, c, h, w = dataset.images.shape
     if maps.shape not in ((n, c, h, w), (n, h, w)) or not maps.isfinite().all():
         raise ValueError(
@@ -144,12 +148,20 @@ def removed(maps: Tensor, fraction: float, highest: bool, seed: int = 0) -> Tens
     Returns:
         bool (n, ...).
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fractions: expected shares above 0 and below 1, got {fraction}")
+    count = _count(fraction, maps[0].numel())
     generator, found = torch.Generator().manual_seed(seed), []
     for part in maps.flatten(1).split(AT_ONCE):
         shuffle = torch.rand(part.shape, generator=generator).argsort(1)
         order = shuffle.gather(1, part.gather(1, shuffle).argsort(dim=1, descending=highest, stable=True))
-        gone = order[:, : round(fraction * part.shape[1])]
+        gone = order[:, :count]
         found.append(torch.zeros_like(part, dtype=torch.bool).scatter(1, gone, True))
     return torch.cat(found).view(maps.shape)
+
+
+def _count(fraction: float, elements: int) -> int:
+    """How many of the elements are removed."""
+    if not 0 < fraction < 1 or not 0 < (count := round(fraction * elements)) < elements:
+        raise ValueError(
+            f"fractions: expected shares above 0 and below 1 that remove some of {elements} elements, got {fraction}"
+        )
+    return count

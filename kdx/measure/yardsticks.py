@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from kdx.data.dataset import Dataset
+from kdx.data.folders import UNKNOWN
 from kdx.explain.input_gradients import edges, loss_gradients, saliency
 from kdx.measure.localisation import auroc, binary_scores, five_band, mass_on, rank_agreement, soft_five_band
 
@@ -36,6 +37,7 @@ def map_scores(maps: Tensor, truth: Tensor) -> dict[str, Tensor]:
         version (``"soft recall"``) and our own (``"own recall"``), and those of
         :func:`kdx.measure.localisation.binary_scores` for each region (``"part: F1"``).
     """
+    _check_known(truth)
     bands = truth.long()
     found: dict[str, Tensor] = {}
     if (truth == max(REGIONS.values())).any():
@@ -62,6 +64,8 @@ def gradient_scores(maps: Tensor, images: Tensor, truth: Tensor | None) -> dict[
         Score -> float64 (n,): mass and AUROC on each region (``"loss gradient, mass on object"``), and
         ``"loss gradient, on edges"``, the rank correlation with Sobel's edges.
     """
+    if truth is not None:
+        _check_known(truth)
     found = {"on edges": rank_agreement(maps, edges(images))}
     for region, lowest in REGIONS.items():
         if truth is not None and (where := truth >= lowest).any():
@@ -119,7 +123,7 @@ def rank_correlations(
 
     Returns:
         Index yardstick; value, low, high (percentiles, 95 %, over the groups of ``by``), n (rows). NaN where a column
-        is constant; draws in which it is are left out.
+        is constant or holds NaN; draws in which it is constant are left out.
     """
     groups = [group.index.to_numpy() for _, group in table.reset_index(drop=True).groupby(by, sort=False)]
     rng = np.random.default_rng(seed)
@@ -129,7 +133,8 @@ def rank_correlations(
     rows = {}
     for i, name in enumerate(names):
         found = drawn[~np.isnan(drawn[:, i]), i]
-        ends = np.quantile(found, [0.025, 0.975]) if len(found) else [math.nan] * 2
+        known = len(found) and not np.isnan(whole[i])
+        ends = np.quantile(found, [0.025, 0.975]) if known else [math.nan] * 2
         rows[name] = [whole[i], *ends, len(columns)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"]).rename_axis("yardstick")
 
@@ -141,6 +146,11 @@ def _spearman(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     length = np.sqrt((ranks**2).sum(0))
     both = length[:-1] * length[-1]
     return np.divide(ranks[:, :-1].T @ ranks[:, -1], both, out=np.full_like(both, math.nan), where=both > 0)
+
+
+def _check_known(truth: Tensor) -> None:
+    if unknown := int((truth == UNKNOWN).flatten(1).any(1).sum()):
+        raise ValueError(f"truth: expected masks of all images, got {unknown} of {len(truth)} unknown; leave these out")
 
 
 def means(scores: Mapping[str, Tensor]) -> dict[str, float]:

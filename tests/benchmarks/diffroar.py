@@ -52,11 +52,20 @@ def gradient(network):
     return lambda x, y: kdx.saliency(network, x, y)
 
 
-def controls(untrained, seed):
+def grey_gradient(network):
+    """For images whose channels are equal: a pixel is removed from all of them."""
+    return lambda x, y: kdx.saliency(network, x, y).sum(1)
+
+
+def controls(untrained, seed, gradient=gradient):
     generator = torch.Generator().manual_seed(seed)
+
+    def noise(x, y):
+        return torch.rand(len(x), *gradient(untrained)(x[:1], y[:1]).shape[1:], generator=generator)
+
     return {
         "untrained": gradient(untrained),
-        "random attribution": lambda x, y: torch.rand(x.shape, generator=generator),
+        "random attribution": noise,
         "edges": lambda x, y: edges(x),
     }
 
@@ -85,8 +94,8 @@ def mnist(design, everything):
             "resnet10@0.125", train, test, seed=2 * seed, technique="response", teacher=taught, alpha=0.1,
             temperature=4.0, **common,
         )  # fmt: skip
-        found = {"scratch": gradient(scratch.model), "self-distilled": gradient(student.model)}
-        yield train, test, seed, found | (controls(scratch.untrained, seed) if everything else {})
+        found = {"scratch": grey_gradient(scratch.model), "self-distilled": grey_gradient(student.model)}
+        yield train, test, seed, found | (controls(scratch.untrained, seed, grey_gradient) if everything else {})
 
 
 def recipe(epochs):
@@ -110,7 +119,7 @@ def planted(design, workers):
     train, test = (images_of(scene, n, plantings.FRESH + i) for i, n in enumerate((design.planted, 1000)))
     names = [role for role, _ in study.places]
     entries = {name: gradient(kdx.load_network("planted", name)) for name in names}
-    entries |= controls(kdx.build("resnet10@0.125", len(scene.classes), "small", seed=0).eval(), 0)
+    entries |= controls(kdx.build("resnet10@0.125", len(scene.classes), "small", seed=2 * plantings.SHIPPED).eval(), 0)
     rows = []
     for name, explain in entries.items():
         maps = attributions(train, explain), attributions(test, explain)
