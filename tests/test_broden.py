@@ -165,6 +165,9 @@ def test_bad_folders_are_named(folder):
     index.write_text(INDEX.replace("scene", "place"))
     with pytest.raises(DataError, match=r"index.csv: expected a column for each category, found none for \['scene'\]"):
         kdx.load_probe(folder)
+    index.write_text(INDEX.replace("image,split", "picture,part"))
+    with pytest.raises(DataError, match=r"index.csv: expected the columns image, split, sh, sw, found no image, split"):
+        kdx.load_probe(folder)
     index.write_text(INDEX)
     Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(folder / "images" / "a" / "two.jpg")
     with pytest.raises(ValueError, match=r"expected images of one size, got .*; give a size"):

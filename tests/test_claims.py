@@ -33,6 +33,10 @@ def test_effects_by_hand():
     assert first["detectable"] == pytest.approx(error * (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)))
     assert found.loc["effect 1", "negative"] == pytest.approx(1)  # the smaller of 0.5 and 1 - p, twice
     assert found["folds"].tolist() == [3, 3]
+    apart = effects({"seeds": [1.0, 2.0, 3.0], "folds": [1.0, 2.0, 3.0]}, 9.0, {"seeds": 0.0})
+    half = stats.t.ppf(0.975, 2) * math.sqrt(1 / 3)  # repetitions that share no training images
+    assert apart.loc["seeds", ["low", "high"]].tolist() == pytest.approx([2 - half, 2 + half])
+    assert apart.loc["folds", "low"] == first["low"]
     assert effects({("a", "L1"): np.ones((3, 4)) * [1, 2, 3, 4]}, 1.0).index.tolist() == ["a, L1"]
 
 

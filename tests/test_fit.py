@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import kdx.distil.fit
 from kdx import Recipe, evaluate, fit
 from kdx.distil.fit import Job
+from kdx.distil.rebuilding_techniques import Factor
 from kdx.distil.techniques import TECHNIQUES, Technique, technique
 from kdx.distil.training import triangle
 from kdx.networks import models
@@ -56,7 +57,7 @@ def test_fit_is_deterministic_and_leaves_the_global_generator(tiny_shapes, home,
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_fit_of_no_epochs_stores_the_initial_weights(tiny_shapes):
+def test_fit_of_no_epochs_stores_the_initial_weights(tiny_shapes, monkeypatch):
     run = train(tiny_shapes, recipe=Recipe(epochs=0, batch_size=16))
     trained = train(tiny_shapes)
     fresh = models.build("resnet10", 10, "small", 0.125, seed=0).state_dict()
@@ -68,6 +69,12 @@ def test_fit_of_no_epochs_stores_the_initial_weights(tiny_shapes):
     assert not len(run.history)
     assert run.key != trained.key
     assert train(tiny_shapes, technique="response", teacher=run).key  # it can teach, if nothing sensible
+    idle = Recipe(epochs=0, batch_size=16)
+    job = Job("resnet10", *[tiny_shapes["test"]] * 2, "factor", run, idle, width=0.125)
+    assert job.steps == 0  # nothing is fitted to the teacher either
+    with monkeypatch.context() as patch:
+        patch.setattr(Factor, "fitting", lambda *_: pytest.fail("it was fitted"))
+        job.run()
 
 
 def test_fit_refuses_a_teacher_of_other_classes(tiny_shapes):

@@ -26,6 +26,12 @@ from kdx.data.folders import WORKERS
 from kdx.paths import DataError, places
 
 GENERATED = ("planted", "shapes")
+COLUMNS = {  # of the tables in Broden's layout
+    "index": ("image", "split", "sh", "sw"),
+    "label": ("number", "name"),
+    "category": ("name",),
+}
+COUNTED = ("number", "frequency", "coverage")  # columns of the table of a category
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 1), "green": (0, 1, 0), "cyan": (0, 1, 1), "red": (1, 0, 0),
     "magenta": (1, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1), "grey": (0.5, 0.5, 0.5),
@@ -251,11 +257,11 @@ class _Files(NamedTuple):
 
 def _open(folder: Path, size: int | None, least: int) -> tuple[Probe, pd.Series]:
     """The probe of a folder, and the split of each of its images."""
-    index, labels, kinds = (_table(folder, name) for name in ("index", "label", "category"))
+    index, labels, kinds = (_table(folder, name, columns) for name, columns in COLUMNS.items())
     categories = tuple(kinds["name"])
     if missing := [name for name in categories if name not in index]:
         raise DataError(f"{folder / 'index.csv'}: expected a column for each category, found none for {missing}")
-    parts = [_table(folder, f"c_{name}").assign(category=name) for name in categories]
+    parts = [_table(folder, f"c_{name}", COUNTED).assign(category=name) for name in categories]
     found = pd.concat(parts).astype({"number": int, "frequency": int, "coverage": float})
     found = found.sort_values("coverage", ascending=False, kind="stable").drop_duplicates("number")
     found = found[found["frequency"] >= least].sort_values("number")
@@ -284,11 +290,14 @@ def _open(folder: Path, size: int | None, least: int) -> tuple[Probe, pd.Series]
     return probe, index["split"]
 
 
-def _table(folder: Path, name: str) -> pd.DataFrame:
+def _table(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
     path = folder / f"{name}.csv"
     if not path.is_file():
         raise DataError(f"{folder}: expected a folder in Broden's layout, found no {path.name}")
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := [column for column in columns if column not in table]:
+        raise DataError(f"{path}: expected the columns {', '.join(columns)}, found no {', '.join(missing)}")
+    return table
 
 
 def _in_parallel(read: Callable[[int], np.ndarray], rows: Tensor) -> Tensor:

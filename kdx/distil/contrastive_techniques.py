@@ -95,7 +95,7 @@ class _Memory(nn.Module):
     def of_other_classes(self, labels: Tensor, n: int) -> Tensor:
         """Rows of images of other classes than each of ``labels`` (m,), drawn with replacement: (m, n)."""
         own, before = self.counts[labels, None], (self.counts.cumsum(0) - self.counts)[labels, None]
-        drawn = torch.rand(len(labels), n, dtype=torch.float64).to(labels.device)
+        drawn = torch.rand(len(labels), n).to(labels.device)
         place = (drawn * (len(self.order) - own)).long()
         return self.order[place + own * (place >= before)]
 

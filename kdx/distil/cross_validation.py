@@ -300,7 +300,7 @@ def carry_out(
                 plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed, plan.batch_seed,
                 settings=own[plan.technique] | dict(plan.settings), **training,
             )  # fmt: skip
-            if job.find() or not any(link in only_stored for link in plan.line):
+            if not any(link in only_stored for link in plan.line) or job.find():
                 jobs[plan] = job
         for plan, run in fit_all(jobs, workers):
             runs[plan] = finished(plan, run)

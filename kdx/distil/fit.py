@@ -196,8 +196,8 @@ class Job:
     @property
     def steps(self) -> int:
         """Batches of the whole training, and of what its techniques fit to the teacher before."""
-        fitting = sum(part.fitting_epochs for part in self.parts)
-        return (self.recipe.epochs + fitting) * (len(self.train) // self.recipe.batch_size)
+        epochs = self.recipe.epochs and self.recipe.epochs + sum(part.fitting_epochs for part in self.parts)
+        return epochs * (len(self.train) // self.recipe.batch_size)
 
     def seconds_expected(self) -> float:
         """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps."""

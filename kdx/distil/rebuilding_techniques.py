@@ -142,8 +142,6 @@ class Prior(Technique):
 class _Rebuilder(nn.Module):
     """The transformer of a stage, and what is known of the likeness of both networks there."""
 
-    products: Tensor
-
     def __init__(self, student: Tensor, teacher: Tensor, width: int, blocks: int) -> None:
         super().__init__()
         channels, *grid = teacher.shape[1:]
@@ -152,7 +150,7 @@ class _Rebuilder(nn.Module):
         block = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
         self.last = nn.Linear(width, channels)
-        self.register_buffer("products", torch.zeros(3, dtype=torch.float64))
+        self.products = torch.zeros(3, dtype=torch.float64)  # on the CPU, since not every device has float64
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The teacher's features (n, k, h, w), rebuilt."""
@@ -178,6 +176,6 @@ class _Rebuilder(nn.Module):
 
 
 def _products(features: Tensor) -> Tensor:
-    """Inner products of n images' features, float64 (n, n), with zeros on the diagonal."""
-    flat = features.double().flatten(1)
-    return (flat @ flat.T).fill_diagonal_(0.0)
+    """Inner products of n images' features, float64 (n, n) on the CPU, with zeros on the diagonal."""
+    flat = features.flatten(1)
+    return (flat @ flat.T).cpu().double().fill_diagonal_(0.0)

@@ -108,7 +108,8 @@ def train_epochs(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the augmentation
-        objective.fit_to_teacher(batches, recipe, stepped)
+        if recipe.epochs:
+            objective.fit_to_teacher(batches, recipe, stepped)
         for epoch in range(recipe.epochs):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct

@@ -99,12 +99,12 @@ def detector_scores(
             for (category, among), (count, each) in ((a, b) for a in of.items() for b in numbers.items()):
                 shares = each[:, among].sum(1) / len(units)
                 parts = jackknife(shares[0], shares[1:])
-                rows.append([*at, threshold, category, count, parts, len(units)])
-    columns = ["stage", "quantile", "threshold", "category", "count", "parts", "units"]
+                rows.append([*at, threshold, category, count, parts, len(units), shares[0]])
+    columns = ["stage", "quantile", "threshold", "category", "count", "parts", "units", "value"]
     table = pd.DataFrame(rows, columns=columns)
     parts = np.stack(list(table["parts"]))
-    mean, half = parts.mean(1), stats.t.ppf(0.975, blocks - 1) * stats.sem(parts, axis=1)
-    return table.assign(value=mean, low=mean - half, high=mean + half, p=np.nan, floor=np.nan)
+    half = stats.t.ppf(0.975, blocks - 1) * stats.sem(parts, axis=1)
+    return table.assign(low=table["value"] - half, high=table["value"] + half, p=np.nan, floor=np.nan)
 
 
 def at_equal_accuracy(

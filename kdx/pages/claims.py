@@ -26,12 +26,13 @@ NONE_LARGER = "no effect larger than δ"
 COLOURS = {SUPPORTED: "#2e7d4f", REFUTED: "#b3372f", NONE_LARGER: "#2d6a9f", UNDECIDED: "#77736a"}
 
 
-def effects(values: Mapping[Any, ArrayLike], margin: float) -> pd.DataFrame:
+def effects(values: Mapping[Any, ArrayLike], margin: float, ratios: Mapping[Any, float] | None = None) -> pd.DataFrame:
     """The effects that a claim states to be positive, with the tests that decide it.
 
     Args:
         values: Name -> (folds, images) or (folds, batches), as for :func:`kdx.inference.two_factor`.
         margin: The size from which on an effect matters, δ.
+        ratios: Name -> ratio of :func:`kdx.inference.two_factor`, where the rows are no folds of a cross-validation.
 
     Returns:
         Index effect; value, low, high (95 %, over folds and images), positive (one-sided p against 0 or less), negative
@@ -42,7 +43,7 @@ def effects(values: Mapping[Any, ArrayLike], margin: float) -> pd.DataFrame:
     rows = {}
     for name, of in values.items():
         x = np.asarray(of, dtype=float)
-        estimate = two_factor(x)
+        estimate = two_factor(x, (ratios or {}).get(name))
         positive = estimate.p_above()
         rows[name] = [
             estimate.mean,
@@ -88,6 +89,7 @@ class Verdict:
         values: As for :func:`effects`.
         margin: δ, in the unit of the values.
         form: How numbers are written.
+        ratios: As for :func:`effects`.
     """
 
     number: int | str
@@ -95,10 +97,11 @@ class Verdict:
     values: Mapping[Any, ArrayLike]
     margin: float
     form: str = "{:+.3f}"
+    ratios: Mapping[Any, float] | None = None
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        return effects(self.values, self.margin)
+        return effects(self.values, self.margin, self.ratios)
 
     @property
     def word(self) -> str:
