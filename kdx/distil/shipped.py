@@ -108,7 +108,7 @@ ASSISTANT = "resnet10@0.1875"
 
 def _students(recipe: Recipe) -> Plans:
     """The networks of the pages on Grad-CAM, UniCAM and dissection."""
-    techniques = ("response", "overhaul", "attention")
+    techniques = ("response", "overhaul", "attention", "smoothing")
     return plan_fit("resnet18@0.25", "resnet10@0.1875", techniques, 5, 5, 0, recipe)
 
 
