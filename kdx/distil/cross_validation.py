@@ -54,11 +54,13 @@ def cross_fit(
     techniques: Sequence[str] = ("response",),
     settings: Mapping[str, Any] | None = None,
     k: int = 3,
+    first: int | None = None,
     watched: int = 0,
     controls: int = 0,
     seed: int = 0,
     recipe: Recipe | None = None,
     workers: int = 1,
+    missing: bool = True,
     **training: Any,
 ) -> dict[tuple[str, int], Run]:
     """Train, or find in the run store, the networks of stratified cross-validation.
@@ -71,6 +73,7 @@ def cross_fit(
             teacher, and not the first technique of the controls.
         settings: Parameters of any technique; each gets those that it has.
         k: Number of folds. The networks of a fold are trained on all the others, from seeds of their own.
+        first: Carry out only so many of the folds, from the first on; None: all.
         watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
         controls: Number of folds, from the first on, that also get
 
@@ -88,15 +91,20 @@ def cross_fit(
         workers: Networks trained in parallel, each in a process of its own with its share of the cores. 0 means one
             per core on a CPU, and one on another device, where several small networks may share the device. Models
             and techniques registered outside of kdx need 1. The number of threads changes weights by rounding.
+        missing: Train the networks that are not there; False: leave them, and the students of missing teachers, out.
         **training: stem, width and device of :func:`kdx.fit`.
 
     Returns:
         (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
         the base is the teacher), base, the techniques, and the controls by their names above.
     """
-    plans = plan_fit(teacher, student, techniques, k, controls, seed, recipe, **training)
-    runs = carry_out(plans.values(), train, settings or {}, k, watched, seed, recipe, workers, **training)
-    return {name: runs[plan] for name, plan in plans.items()}
+    plans = plan_fit(
+        teacher, student, techniques, k if first is None else first, controls, seed, recipe, **training
+    )  # fmt: skip
+    runs = carry_out(
+        plans.values(), train, settings or {}, k, watched, seed, recipe, workers, missing=missing, **training
+    )  # fmt: skip
+    return {name: runs[plan] for name, plan in plans.items() if plan in runs}
 
 
 def plan_fit(
@@ -247,9 +255,10 @@ def carry_out(
     recipe: Recipe | None,
     workers: int,
     finished: Callable[[Plan, Run], Run] = lambda plan, run: run,
+    missing: bool = True,
     **training: Any,
 ) -> dict[Plan, Run]:
-    """Train the networks of plans that are not stored, teachers before their students.
+    """Train the networks of plans that are not stored, teachers before their students, or leave them out.
 
     Args:
         plans: The networks; their teachers are added.
@@ -272,6 +281,8 @@ def carry_out(
     for generation in range(1, 1 + max(len(plan.line) for plan in wanted)):
         jobs = {}
         for plan in (plan for plan in wanted if len(plan.line) == generation):
+            if plan.teacher and plan.teacher not in runs:
+                continue  # left out
             part, held_out = parts[plan.fold - 1]
             teacher = runs[plan.teacher] if plan.teacher else None
             epochs = replace(recipe, epochs=plan.epochs)
@@ -279,8 +290,8 @@ def carry_out(
                 plan.model, part, held_out, plan.technique, teacher, epochs, plan.seed, plan.batch_seed,
                 settings=own[plan.technique], **training,
             )  # fmt: skip
-        for plan, run in fit_all(jobs, workers):
-            runs[plan] = finished(plan, run)
+        found = fit_all(jobs, workers) if missing else ((plan, job.find()) for plan, job in jobs.items())
+        runs |= {plan: finished(plan, run) for plan, run in found if run}
     return runs
 
 

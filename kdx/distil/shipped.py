@@ -126,6 +126,17 @@ def _ladder(recipe: Recipe) -> Plans:
     return found
 
 
+FEATURES = ("attention", "overhaul", "inter-channel", "alp", "factor", "prior", "contrastive")
+TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in FEATURES))
+
+
+def _taught(recipe: Recipe) -> Plans:
+    """The networks of the page on techniques, of three folds, without those that other pages have."""
+    others = set((_ladder(recipe) | _students(recipe)).values())
+    plans = plan_fit("resnet18@0.25", "resnet10@0.125", TAUGHT, 3, 3, 0, recipe)
+    return {(f"{role}, resnet10@0.125", f): plan for (role, f), plan in plans.items() if plan not in others}
+
+
 def _photographs(recipe: Recipe) -> Plans:
     """The networks of the pages on photographs, of three folds; controls of the first."""
     techniques = ("response", "overhaul", "attention")
@@ -149,6 +160,13 @@ STUDIES: tuple[Study, ...] = (
         lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
         folds=5,
         settings={"attention_weight": 100.0},
+    ),
+    CrossValidated(
+        "cifar10",
+        Recipe(),
+        _taught,
+        folds=5,
+        settings={"attention_weight": 100.0, "contrastive_negatives": 1024},
     ),
     CrossValidated(
         "petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"
