@@ -50,6 +50,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/05_planted",
         "executed/06_handed_over",
         "executed/07_dissection",
+        "executed/08_techniques",
         "executed/09_yardsticks",
         "executed/explorer",
         "own_models",

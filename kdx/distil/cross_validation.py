@@ -55,6 +55,7 @@ def cross_fit(
     techniques: Sequence[str] = ("response",),
     settings: Mapping[str, Any] | None = None,
     k: int = 3,
+    first: int | None = None,
     watched: int = 0,
     controls: int = 0,
     temperatures: Sequence[float] = (),
@@ -74,6 +75,7 @@ def cross_fit(
             teacher, and not the first technique of the controls.
         settings: Parameters of any technique; each gets those that it has.
         k: Number of folds. The networks of a fold are trained on all the others, from seeds of their own.
+        first: Carry out only so many of the folds, from the first on; None: all.
         watched: Held-out images on which the network is evaluated after each epoch; 0 takes all.
         controls: Number of folds, from the first on, that also get
 
@@ -100,7 +102,8 @@ def cross_fit(
         (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
         the base is the teacher), base, the techniques, and the controls by their names above.
     """
-    plans = plan_fit(teacher, student, techniques, k, controls, seed, recipe, temperatures, **training)
+    used = k if first is None else first
+    plans = plan_fit(teacher, student, techniques, used, controls, seed, recipe, temperatures, **training)
     if unknown := set(only_stored) - {role for role, _ in plans}:
         raise ValueError(f"only_stored: expected roles of these networks, got {', '.join(sorted(unknown))}")
     spared = {plan for (role, _), plan in plans.items() if role in only_stored}

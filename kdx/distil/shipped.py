@@ -127,6 +127,20 @@ def _ladder(recipe: Recipe) -> Plans:
     return found
 
 
+FEATURES = ("attention", "overhaul", "inter-channel", "alp", "factor", "prior", "contrastive")
+TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in FEATURES))
+
+
+def _taught(recipe: Recipe) -> Plans:
+    """The networks of the page on techniques, of three folds."""
+    plans = plan_fit("resnet18@0.25", "resnet10@0.125", TAUGHT, 3, 3, 0, recipe)
+    return {
+        (f"{role}, resnet10@0.125", fold): plan
+        for (role, fold), plan in plans.items()
+        if role not in ("reordered base", "second student")
+    }
+
+
 def _photographs(recipe: Recipe) -> Plans:
     """The networks of the pages on photographs, of three folds; controls of the first."""
     techniques = ("response", "overhaul", "attention")
@@ -152,9 +166,10 @@ STUDIES: tuple[Study, ...] = (
     CrossValidated(
         "cifar10",
         Recipe(),
-        lambda recipe: _ladder(recipe) | _students(recipe),  # a network of both pages has the role of the latter
+        # a network of several pages has the role of the last
+        lambda recipe: _taught(recipe) | _ladder(recipe) | _students(recipe),
         folds=5,
-        settings={"attention_weight": 100.0},
+        settings={"attention_weight": 100.0, "contrastive_negatives": 1024},
     ),
     CrossValidated(
         "petimages", PHOTOGRAPHS, _photographs, folds=3, settings={"attention_weight": 100.0}, stem="imagenet"
