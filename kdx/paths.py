@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 CHECKOUT = Path(__file__).resolve().parents[1]  # where kdx runs from, if it was not installed without one
 
 
@@ -100,6 +102,17 @@ def written_whole(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def alone(what: str) -> FileLock:
+    """A lock that one process at a time holds, so that two that need the same thing do not both make it.
+
+    Args:
+        what: A key of a run, or of answers.
+    """
+    folder = data_home() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{what}.lock")
 
 
 def check_new(folder: Path) -> None:

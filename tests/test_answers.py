@@ -1,8 +1,11 @@
+import threading
+
 import pytest
 import torch
 
 import kdx
 from kdx.distil import answers as module
+from kdx.paths import alone
 
 
 @pytest.fixture
@@ -22,6 +25,24 @@ def test_answers_are_computed_once_for_a_network_and_its_images(run, shapes16, m
     assert (again.accuracy, again.loss) == (direct.accuracy, pytest.approx(direct.loss))
     kdx.answers(run, test.limit(40), "cpu")
     assert len(calls) == 2
+
+
+def test_of_two_that_ask_at_once_one_waits_for_the_other(run, shapes16, home, monkeypatch):
+    test = shapes16["test"]
+    first = kdx.answers(run, test, "cpu")
+    (path,) = (home / "answers").iterdir()
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(module, "evaluate", lambda *a: pytest.fail("computed twice"))
+    found = []
+    with alone(path.stem):
+        other = threading.Thread(target=lambda: found.append(kdx.answers(run, test, "cpu")))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        path.write_bytes(content)  # as the process that holds the lock does
+    other.join(30)
+    assert torch.equal(found[0].logits, first.logits)
 
 
 def test_damaged_answers_are_named(run, shapes16, home):

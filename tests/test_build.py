@@ -35,6 +35,32 @@ def test_execute_failed_notebook_is_not_taken_for_a_page(tmp_path):
     assert not (tmp_path / "out.failed.ipynb").exists()
 
 
+@pytest.mark.book
+def test_pages_are_executed_side_by_side_and_those_that_wait_last(tmp_path):
+    def page(name, *cells, **facts):
+        source = write_notebook(tmp_path / f"{name}.ipynb", "x: int = 1  # a number", *cells)
+        return build.Page(name, source, {}, tmp_path / "executed" / source.name, **facts)
+
+    meet = (  # two pages that end only if both run
+        "import os, pathlib, time",
+        "me, other = map(pathlib.Path, {}); me.touch()",
+        "for _ in range(1200):\n    time.sleep(0.0 if other.exists() else 0.05)\nassert other.exists()",
+        "print(os.environ['LOKY_MAX_CPU_COUNT'])",
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    last = page("last", f"assert all(map(__import__('os').path.exists, {[a, b]}))", waits=True)
+    one, two = (page(name, *[cell.format(pair) for cell in meet]) for name, pair in (("one", [a, b]), ("two", [b, a])))
+    done = [(p.name, what) for p, what, _ in build.execute_pages([last, one, two], workers=2)]
+    assert done[-1] == ("last", "executed")
+    assert sorted(done) == [("last", "executed"), ("one", "executed"), ("two", "executed")]
+    assert nbformat.read(one.executed, as_version=4).cells[-1].outputs[0].text.strip().isdigit()
+    assert [what for _, what, _ in build.execute_pages([one, last], workers=1)] == ["unchanged", "unchanged"]
+    with pytest.raises(build.BookError, match=r"bad.ipynb: ZeroDivisionError"):
+        list(build.execute_pages([one, page("bad", "1 / 0")], workers=2))
+    with pytest.raises(ValueError, match="expected 1 page at a time or more, got -1"):
+        list(build.execute_pages([one], workers=-1))
+
+
 def test_publish_saves_the_one_picture_of_a_cell(tmp_path):
     notebook = nbformat.v4.new_notebook()
     cell = nbformat.v4.new_code_cell("figure", metadata={"kdx": {"publish": "figure.png"}})

@@ -185,6 +185,8 @@ def test_find_never_trains(tiny_shapes, home, monkeypatch):
     assert job.find() is None
     assert not (home / "runs").exists()
     assert job.run().key == job.key == job.find().key
+    monkeypatch.setattr(Job, "_train", lambda *a: pytest.fail("another process has trained it meanwhile"))
+    assert job.run().key == job.key
 
 
 def test_the_order_of_joined_techniques_makes_no_difference(tiny_shapes):

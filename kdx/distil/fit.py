@@ -27,6 +27,7 @@ from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
+from kdx.paths import alone
 from kdx.progress import progress
 
 RECIPE = 1  # raise it when shipped networks are to be trained anew, since an edit of the code does not orphan them
@@ -221,7 +222,11 @@ class Job:
         return self.steps * sum(each[scale] for scale in recipe.sizes) / len(recipe.sizes)
 
     def run(self) -> Run:
-        """Train, and store the run."""
+        """Train, and store the run; if another process is at it, wait for its run."""
+        with alone(self.key):
+            return find_run(self.key) or self._train_and_store()
+
+    def _train_and_store(self) -> Run:
         device = pick_device(self.device)
         card = self.train.card
         start = time.perf_counter()

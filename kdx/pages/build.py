@@ -14,11 +14,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import nbformat
 import pandas as pd
 import papermill
@@ -33,7 +35,7 @@ from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
 from kdx.pages import results
 from kdx.paths import data_home, places
-from kdx.progress import TERMINAL, terminal
+from kdx.progress import TERMINAL, progress, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 QUOTES = "quotes"  # stored table of what pages on photographs tell others
@@ -52,6 +54,7 @@ class Page:
     parameters: dict[str, Any]
     executed: Path
     title: str = ""  # replaces the notebook's own
+    waits: bool = False  # for all pages that do not, since it shows what they trained
 
     @property
     def datasets(self) -> list[str]:
@@ -80,6 +83,7 @@ def load_pages(root: Path, profile: str) -> list[Page]:
             (entry.get("parameters") or {}).get(profile) or {},
             root / "book" / "executed" / f"{name}.ipynb",
             entry.get("title", ""),
+            entry.get("waits", False),
         )
         for name, entry in listed.items()
         if not name.startswith(".")
@@ -188,6 +192,46 @@ def execute_page(page: Page) -> str:
     publish_pictures(page.executed)
     stamp.write_text(key)
     return "executed"
+
+
+def execute_pages(pages: Sequence[Page], workers: int = 1) -> Iterator[tuple[Page, str, float]]:
+    """Execute the pages that are not up to date.
+
+    Args:
+        pages: The pages; those that wait come last.
+        workers: Pages executed side by side, each in a process with its share of the cores.
+
+    Yields:
+        A page as soon as it is finished, what was done as :func:`execute_page` says it, and the seconds.
+
+    Raises:
+        BookError: A page failed; those beside it are stopped.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: expected 1 page at a time or more, got {workers}")
+    if workers == 1:
+        for page in sorted(pages, key=lambda page: page.waits):
+            yield page, *_timed(page)
+        return
+    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
+    cores = max(1, joblib.cpu_count() // workers)
+    for waits in (False, True):
+        some = [page for page in pages if page.waits == waits]
+        with progress(total=len(some), desc="pages", unit="page") as bar:
+            for page, done, seconds in pool(joblib.delayed(_execute_elsewhere)(page, cores) for page in some):
+                bar.update()
+                yield page, done, seconds
+
+
+def _timed(page: Page) -> tuple[str, float]:
+    start = time.perf_counter()
+    return execute_page(page), time.perf_counter() - start
+
+
+def _execute_elsewhere(page: Page, cores: int) -> tuple[Page, str, float]:
+    """In a process whose kernel takes so many cores, and shows no progress bars among those of other pages."""
+    os.environ |= {"LOKY_MAX_CPU_COUNT": str(cores), TERMINAL: os.devnull}
+    return page, *_timed(page)
 
 
 def has_photographs(page: Page) -> bool:
