@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -134,6 +134,8 @@ TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+
 def _taught(recipe: Recipe) -> Plans:
     """The networks of the page on techniques, of three folds."""
     plans = plan_fit("resnet18@0.25", "resnet10@0.125", TAUGHT, 3, 3, 0, recipe)
+    for fold in (1, 2, 3):
+        plans["standardised response", fold] = replace(plans["response", fold], settings=(("standardise", True),))
     return {
         (f"{role}, resnet10@0.125", fold): plan
         for (role, fold), plan in plans.items()
