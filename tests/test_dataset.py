@@ -91,7 +91,7 @@ def test_a_path_is_a_dataset_that_networks_train_on(root, home):
     assert run.classes == ("one", "two")
     assert run.manifest["spec"]["input"]["size"] == [3, 32, 32]
     assert run.manifest["spec"]["recipe"]["augmentation"] == {"RandomHorizontalFlip": {}}
-    assert [path.name for path in home.iterdir() if path.is_dir()] == ["prepared", "runs"]
+    assert {path.name for path in home.iterdir() if path.is_dir()} == {"prepared", "runs", "locks"}
     assert "one, two" in train.card._repr_markdown_()
 
 
