@@ -228,8 +228,9 @@ def build(
         workers = workers or (min(joblib.cpu_count(), 4) if profile in ("shipped", "smoke") else 1)
         for page, done, seconds in book.execute_pages(pages, workers):
             typer.echo(f"page {page.name}: {done} {seconds:.0f} s")
-        with _seconds("html"):
-            index = book.build_html(root)
+        with _seconds("html") as note:
+            index, done = book.build_html(root)
+            note.append(done)
         typer.echo(f"the book: {index}")
 
 

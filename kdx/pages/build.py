@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from kdx.data.dataset import available
 from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
 from kdx.pages import results
-from kdx.paths import data_home, places
+from kdx.paths import data_home, places, sha256_of
 from kdx.progress import TERMINAL, progress, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
@@ -144,7 +146,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
             kernel_name="python3",
             progress_bar=False,
             cwd=folder or notebook.parent,
-            extra_arguments=["--log-level=40"],  # errors of the kernel alone
+            extra_arguments=["--log-level=50"],  # not that it is interrupted before it is shut down
         )
     except PapermillExecutionError as error:
         raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error
@@ -159,13 +161,26 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
 def page_key(page: Page) -> str:
     """Digest of everything that a page depends on: cells, parameters, data, the package and stored tables."""
     cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
-    package = sorted(PACKAGE.rglob("*.py"))
-    code = {str(path.relative_to(PACKAGE)): ast.dump(ast.parse(path.read_text())) for path in package}
+    code = _package_code(tuple((path, path.stat().st_mtime_ns) for path in sorted(PACKAGE.rglob("*.py"))))
     data = PACKAGE.parent / "data"
     tables = [path.read_text() for path in sorted([*data.glob("results/*.csv"), *data.glob("paper/*.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
     text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _package_code(files: tuple[tuple[Path, int], ...]) -> dict[str, str]:
+    """File and what its code is without comments and layout, of files with the times of their last changes."""
+    return {str(path.relative_to(PACKAGE)): ast.dump(ast.parse(path.read_text())) for path, _ in files}
+
+
+def needs_kernel(page: Page) -> bool:
+    """Whether a page is to be executed: its data are here, and it is not up to date."""
+    dataset, stamp = page.parameters.get("dataset"), page.executed.with_suffix(".key")
+    if dataset and available(dataset, page.parameters.get("size")) is None:
+        return False
+    return not (page.executed.is_file() and stamp.is_file() and stamp.read_text() == page_key(page))
 
 
 def execute_page(page: Page) -> str:
@@ -178,10 +193,10 @@ def execute_page(page: Page) -> str:
             os.replace(page.executed, page.executed.with_suffix(".last.ipynb"))  # it may have taken hours
         _write_placeholder(page, find_card(dataset))
         return f"not built, {dataset} is not here"
-    key = page_key(page)
-    if page.executed.is_file() and stamp.is_file() and stamp.read_text() == key:
+    if not needs_kernel(page):
         publish_pictures(page.executed)
         return "unchanged"
+    key = page_key(page)
     stamp.unlink(missing_ok=True)
     execute(page.notebook, page.executed, page.parameters)
     if page.title:
@@ -209,14 +224,14 @@ def execute_pages(pages: Sequence[Page], workers: int = 1) -> Iterator[tuple[Pag
     """
     if workers < 1:
         raise ValueError(f"workers: expected 1 page at a time or more, got {workers}")
-    if workers == 1:
-        for page in sorted(pages, key=lambda page: page.waits):
-            yield page, *_timed(page)
-        return
+    pages = sorted(pages, key=lambda page: page.waits)
+    alone = pages if workers == 1 else [page for page in pages if not needs_kernel(page)]
+    for page in alone:
+        yield page, *_timed(page)
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
     cores = max(1, joblib.cpu_count() // workers)
     for waits in (False, True):
-        some = [page for page in pages if page.waits == waits]
+        some = [page for page in pages if page.waits == waits and page not in alone]
         with progress(total=len(some), desc="pages", unit="page") as bar:
             for page, done, seconds in pool(joblib.delayed(_execute_elsewhere)(page, cores) for page in some):
                 bar.update()
@@ -284,7 +299,7 @@ def _write_placeholder(page: Page, card: Card) -> None:
         for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
     }
     known = _stored_quotes(page.name)
-    quotes = nbformat.v4.new_code_cell("# what other pages quote", metadata={"tags": ["remove-cell"]})
+    quotes = nbformat.v4.new_code_cell("# what other pages quote", id="quotes", metadata={"tags": ["remove-cell"]})
     quotes.outputs = [
         nbformat.v4.new_output(
             "display_data",
@@ -293,7 +308,7 @@ def _write_placeholder(page: Page, card: Card) -> None:
         )
         for name in sorted(quoted)
     ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), quotes])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="why"), quotes])
     notebook.metadata = load_notebook_node(str(page.notebook)).metadata
     page.executed.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, page.executed)
@@ -312,8 +327,26 @@ def publish_pictures(executed: Path, optional: bool = False) -> None:
             (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 
-def build_html(root: Path) -> Path:
-    """Build the HTML with warnings as errors; return its first page."""
+def html_key(root: Path) -> str:
+    """Digest of everything that the HTML is made of: prose, executed pages, settings, and the package's docstrings."""
+    book = root / "book"
+    sources = [path for path in book.rglob("*") if path.is_file() and "_build" not in path.relative_to(book).parts]
+    sources += [root / "_config.yml", root / "_toc.yml", *PACKAGE.rglob("*.py*")]
+    files = {str(path): sha256_of(path) for path in sorted(sources) if path.suffix != ".pyc"}
+    return hashlib.sha256(json.dumps([files, version("jupyter-book")]).encode()).hexdigest()
+
+
+def build_html(root: Path) -> tuple[Path, str]:
+    """Build the HTML with warnings as errors, unless it is up to date.
+
+    Returns:
+        Its first page, and what was done: built or unchanged.
+    """
+    index, stamp = root / "book" / "_build" / "html" / "index.html", root / "book" / "_build" / "html.key"
+    key = html_key(root)
+    if index.is_file() and stamp.is_file() and stamp.read_text() == key:
+        return index, "unchanged"
+    stamp.unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
     command += ["-W", "-n", "--keep-going"]
     settled = os.environ | {
@@ -327,4 +360,5 @@ def build_html(root: Path) -> Path:
     if done.returncode or problems:
         tail = problems or done.stdout.splitlines()[-15:]
         raise BookError("jupyter-book complained:\n  " + "\n  ".join(tail) + f"\n(the whole log: {log})")
-    return root / "book" / "_build" / "html" / "index.html"
+    stamp.write_text(key)
+    return index, "built"
