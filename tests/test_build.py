@@ -101,6 +101,20 @@ def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, 
     assert build.page_key(page) != key
 
 
+def test_html_key_covers_prose_executed_pages_and_settings_but_not_what_is_built(tmp_path):
+    root = copy_sources(tmp_path)
+    keys = {build.html_key(root)}
+    (root / "book" / "_build").mkdir()
+    (root / "book" / "_build" / "build.log").write_text("built")
+    assert {build.html_key(root)} == keys
+    for name in ("book/index.md", "book/executed/01_gradcam.ipynb", "_config.yml"):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("changed")
+        assert build.html_key(root) not in keys
+        keys.add(build.html_key(root))
+
+
 @pytest.mark.real_data
 @pytest.mark.book
 def test_appendix_page_on_real_leaves(photographs, tmp_path, monkeypatch):
