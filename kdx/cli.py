@@ -143,10 +143,10 @@ def networks_verify() -> None:
     """Evaluate every shipped network on the test images and compare with the table."""
     with _errors(), _seconds("verify"):
         from kdx.distil import shipped
-        from kdx.planted import plantings
+        from kdx.planted import suite
 
         rows = []
-        for row in shipped.verify((*shipped.STUDIES, plantings.Study())):
+        for row in shipped.verify((*shipped.STUDIES, suite.Study())):
             rows.append(row)
             typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
@@ -166,10 +166,10 @@ def networks_train(
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with _errors(), _seconds("train"):
         from kdx.distil import shipped
-        from kdx.planted import plantings
+        from kdx.planted import suite
 
         os.nice(19)
-        studies = (*shipped.STUDIES, plantings.Study())
+        studies = (*shipped.STUDIES, suite.Study())
         shipped.train(studies, dataset or (), only or (), fold or (), workers, device)
 
 
@@ -340,6 +340,32 @@ def who_taught(
         else:
             typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
             typer.echo(module.verdict(table))
+
+
+@app.command()
+def benchmark(
+    explainer: Annotated[str, typer.Argument(help="module:function, or the name of an explainer on the leaderboard")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, such as data/leaderboard/mine.json")] = None,
+    name: Annotated[str, typer.Option(help="on the leaderboard; default: the function's name")] = "",
+    tested: Annotated[int, typer.Option(help="images that are explained, for each planting")] = 100,
+    debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
+) -> None:
+    """Score an explainer of distillation on the shipped planted networks, where the truth is known."""
+    with _errors(code=2, debug=debug):
+        if out is not None:
+            check_new(out)
+        from kdx.planted import benchmark as module
+        from kdx.planted import entries, leaderboard
+
+        explain = entries.find(explainer)
+        known = ":" not in explainer
+        table = module.benchmark(explain, name or (explainer if known else ""), tested=tested)
+        typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+        facts = table.attrs
+        typer.echo(f"{facts['name']}: {facts['seconds']} s, of them {facts['of the explainer']} s in the explainer")
+        if out is not None:
+            leaderboard.write(leaderboard.result(table, explainer), out)
+            typer.echo(out)
 
 
 @contextmanager
