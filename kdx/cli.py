@@ -347,6 +347,7 @@ def benchmark(
     explainer: Annotated[str, typer.Argument(help="module:function, or the name of an explainer on the leaderboard")],
     out: Annotated[Path | None, typer.Option(help="JSON file to write, such as data/leaderboard/mine.json")] = None,
     name: Annotated[str, typer.Option(help="on the leaderboard; default: the function's name")] = "",
+    case: Annotated[list[str] | None, typer.Option(help="kind of images, may be repeated; default: all")] = None,
     tested: Annotated[int, typer.Option(help="images that are explained, for each planting")] = 100,
     debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
 ) -> None:
@@ -355,14 +356,14 @@ def benchmark(
         if out is not None:
             check_new(out)
         from kdx.planted import benchmark as module
-        from kdx.planted import entries, leaderboard
+        from kdx.planted import entries, leaderboard, suite
 
         explain = entries.find(explainer)
-        known = ":" not in explainer
-        table = module.benchmark(explain, name or (explainer if known else ""), tested=tested)
+        name = name or ("" if ":" in explainer else explainer)
+        table = module.benchmark(explain, name, cases=case or tuple(suite.CASES), tested=tested)
         typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
         facts = table.attrs
-        typer.echo(f"{facts['name']}: {facts['seconds']} s, of them {facts['of the explainer']} s in the explainer")
+        typer.echo(f"{facts['name']}: {facts['whole']} s, of them {facts['seconds']} s in the explainer")
         if out is not None:
             leaderboard.write(leaderboard.result(table, explainer), out)
             typer.echo(out)

@@ -88,8 +88,8 @@ def benchmark(
         case (``all``: over the repetitions of all cases), score (``SCORES``), better (always ``higher``), chance (of
         maps that are constant), best (of the masks themselves at the resolution of these maps), value, low, high (95 %
         t interval over the seeds of the repetitions; ratios on the logarithmic scale), seeds, rank among the ``of``
-        explainers of the leaderboard and this one. ``attrs`` has the name, what the explainer is given, and seconds
-        in all and in the explainer alone.
+        explainers of the leaderboard and this one. ``attrs`` has ``name``, what is ``given`` to the explainer, the
+        ``seconds`` that it took, and those of the ``whole`` call.
 
     Raises:
         ValueError: Unknown arguments in the signature, unknown cases, or maps that are not as they should be.
@@ -104,28 +104,38 @@ def benchmark(
         >>> sorted(set(table["score"]))
         ['AUPRC', 'cue removal', 'pointing game', 'ratio']
     """
-    wanted = _wanted(explain)
+    given = wanted(explain)
     if unknown := [case for case in cases if case not in suite.CASES]:
         raise ValueError(f"cases: unknown {unknown[0]!r}; choose from: {', '.join(suite.CASES)}")
-    start, spent = time.perf_counter(), 0.0
-    rows = []
+    start = time.perf_counter()
     places = [(case, fold) for case in cases for fold in range(1, len(suite.CASES[case].seeds) + 1)]
-    for case, fold in progress(places, desc="benchmark", unit="repetition"):
-        whole = Repetition(case, fold, tested, reference)
-        found, seconds = whole.explained(explain, wanted)
-        spent += seconds
-        bounds = (whole.ideal(found, known) for known in (False, True))
-        scores = [whole.scores(maps) for maps in (*bounds, found)]
-        rows += [(case, whole.seed, score, *(of[score] for of in scores)) for score in scores[0]]
-    table = _over_seeds(pd.DataFrame(rows, columns=["case", "seed", "score", "chance", "best", "value"]))
+    found = [
+        measured(Repetition(*place, tested, reference), explain)
+        for place in progress(places, desc="benchmark", unit="repetition")
+    ]
     name = name or getattr(explain, "__name__", type(explain).__name__)
-    table = leaderboard.ranked(table, name)[COLUMNS]
-    table.attrs |= {"name": name, "given": [n for n in wanted if n in GIVEN[4:]]}
-    table.attrs |= {"seconds": round(time.perf_counter() - start, 1), "of the explainer": round(spent, 1)}
+    table = summary(found, name, given)
+    table.attrs["whole"] = round(time.perf_counter() - start, 1)
     return table
 
 
-def _wanted(explain: Callable[..., Any]) -> list[str]:
+def measured(whole: Repetition, explain: Callable[..., Any]) -> pd.DataFrame:
+    """Scores of one repetition: case, seed, score, chance, best, value, seconds (of the explainer)."""
+    found, seconds = whole.explained(explain, wanted(explain))
+    of = [whole.scores(maps) for maps in (whole.ideal(found, False), whole.ideal(found, True), found)]
+    rows = [(whole.case, whole.seed, score, *(scores[score] for scores in of), seconds) for score in of[0]]
+    return pd.DataFrame(rows, columns=["case", "seed", "score", "chance", "best", "value", "seconds"])
+
+
+def summary(found: Sequence[pd.DataFrame], name: str, given: Sequence[str]) -> pd.DataFrame:
+    """The table of :func:`benchmark`, from :func:`measured` of each repetition."""
+    table = leaderboard.ranked(_over_seeds(pd.concat(found)), name)[COLUMNS]
+    table.attrs |= {"name": name, "given": list(given)}
+    table.attrs["seconds"] = round(sum(float(of["seconds"].iloc[0]) for of in found), 1)
+    return table
+
+
+def wanted(explain: Callable[..., Any]) -> list[str]:
     """The names in ``GIVEN`` that an explainer is called with; the first four come by position."""
     parameters = list(inspect.signature(explain).parameters.values())
     more = [p for p in parameters[4:] if p.name in GIVEN[4:]]
@@ -152,6 +162,7 @@ class Repetition:
     """
 
     def __init__(self, case: str, fold: int, tested: int, reference: int) -> None:
+        self.case = case
         self.grown = {one.planting: one for one in suite.load(case, fold, tested, reference)}
         one = next(iter(self.grown.values()))
         self.seed, self.scene = one.seed, one.scene
@@ -191,12 +202,12 @@ class Repetition:
                 found[direction] = found[direction].maximum(strength * self.masks[:, cue])
         return found
 
-    def explained(self, explain: Callable[..., Any], wanted: Sequence[str]) -> tuple[dict[Any, Maps], float]:
+    def explained(self, explain: Callable[..., Any], given: Sequence[str]) -> tuple[dict[Any, Maps], float]:
         """Maps of every pair, and the seconds that they took."""
         start, found = time.perf_counter(), {}
         for pair, networks in self.networks.items():
             offered = {"reference": self.others, "teacher": networks["teacher"], "truth": self.truths[pair]}
-            more = {name: offered[name] for name in wanted}
+            more = {name: offered[name] for name in given}
             with locked(*networks.values()):
                 maps = explain(networks["student"], networks["base"], self.plain, self.images.labels, **more)
             found[pair] = checked(maps, len(self.plain))

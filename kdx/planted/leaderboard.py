@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -14,6 +15,7 @@ import pandas as pd
 
 from kdx.distil.run_store import shipped_table, versions
 from kdx.paths import CHECKOUT, check_new
+from kdx.planted import suite
 from kdx.version import __version__
 
 SCHEMA = 1
@@ -38,7 +40,7 @@ def result(table: pd.DataFrame, call: str) -> dict[str, Any]:
         "name": table.attrs["name"],
         "call": call,
         "given": table.attrs["given"],
-        "seconds": {"all": table.attrs["seconds"], "explainer": table.attrs["of the explainer"]},
+        "seconds": table.attrs["seconds"],
         "networks": networks_digest(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"kdx": __version__} | versions(),
@@ -46,12 +48,13 @@ def result(table: pd.DataFrame, call: str) -> dict[str, Any]:
     }
 
 
-def networks_digest() -> str:
-    """Identifies the planted networks: results with other ones cannot be compared."""
-    import hashlib
-
+def networks_digest(case: str = "", fold: int = 0) -> str:
+    """Identifies the planted networks, all or those of one repetition: results with other ones cannot be compared."""
     table = shipped_table()
-    return hashlib.sha256("".join(sorted(table[table["dataset"] == "planted"]["sha256"])).encode()).hexdigest()[:16]
+    table = table[table["dataset"] == "planted"]
+    if case:
+        table = table[table["role"].isin(suite.roles(case, fold)) & (table["fold"] == fold)]
+    return hashlib.sha256("".join(sorted(table["sha256"])).encode()).hexdigest()[:16]
 
 
 def write(found: dict[str, Any], path: Path) -> None:
@@ -85,7 +88,7 @@ def load(folder: Path | None = None) -> pd.DataFrame:
         try:
             found = json.loads(path.read_text())
             facts = {key: found[key] for key in ("name", "call", "networks", "date")}
-            facts |= {"given": ", ".join(found["given"]), "seconds": found["seconds"]["explainer"]}
+            facts |= {"given": ", ".join(found["given"]), "seconds": found["seconds"]}
             rows += [facts | row for row in found["scores"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a result of `kdx benchmark`, got {error!r}") from error

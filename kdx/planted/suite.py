@@ -28,7 +28,7 @@ class Case:
         seeds: One for each repetition; a seed decides which cue plays which part.
         plantings: Names in ``PLANTINGS``.
         scene: Description of the images.
-        doses: Weights of the teacher in the loss of further students of *distilled*.
+        doses: Weights of the teacher in the loss of further students of *distilled*, in the first repetition.
         epochs: Of every network.
         second_base: Whether a base from other initial weights is shipped too.
     """
@@ -42,9 +42,11 @@ class Case:
 
 
 CASES = {
-    "standard": Case((SHIPPED, 700, 701), tuple(PLANTINGS), doses=(0.25, 0.5, 1.0), second_base=True),
-    "held-out cues": Case((738, 739, 740), scene=Scene(("strokes", "blots", "waves")), epochs=10),
-    "sizes and overlap": Case((720, 721, 722), scene=Scene(cue_size=(7, 10, 14), overlap=0.6)),
+    "standard": Case((SHIPPED, 700, 602), tuple(PLANTINGS), doses=(0.25, 0.5, 1.0), second_base=True),
+    "sizes": Case((318,), scene=Scene(cue_size=(7, 10, 14))),
+    "overlapping": Case((324,), scene=Scene(overlap=0.6)),
+    "other cues": Case((600, 601, 602), scene=Scene(("colours", "letters", "checks")), epochs=10),
+    "held-out cues": Case((738,), scene=Scene(("strokes", "blots", "waves")), epochs=10),
 }
 
 
@@ -61,6 +63,15 @@ def _names(case: str) -> dict[tuple[str, str], str]:
                 prefix = planting if case == "standard" else case
                 found[planting, role] = first.setdefault(network, f"{prefix}, {role}")
     return found
+
+
+def roles(case: str, fold: int) -> list[str]:
+    """The roles of the networks of one repetition, see :func:`kdx.load_network`."""
+    return [*dict.fromkeys(_names(case).values()), *(f"dose {dose:g}" for dose in _doses(case, fold))]
+
+
+def _doses(case: str, fold: int) -> tuple[float, ...]:
+    return CASES[case].doses if fold == 1 else ()
 
 
 def grow(case: str, fold: int, workers: int = 1, device: str = "auto") -> list[Grown]:
@@ -101,8 +112,10 @@ def load_doses(case: str, fold: int) -> list[Dosed]:
     of, names = CASES[case], _names(case)
     seed = of.seeds[fold - 1]
     cue = PLANTINGS["distilled"].turned(seed, len(of.scene.cues)).distilled[0]
+    if not _doses(case, fold):
+        return []
     both = {role: open_network("planted", names["distilled", role], fold) for role in ("base", "teacher")}
-    students = {dose: open_network("planted", f"dose {dose:g}", fold) for dose in of.doses}
+    students = {dose: open_network("planted", f"dose {dose:g}", fold) for dose in _doses(case, fold)}
     return [Dosed(dose, seed, cue, {"student": run} | both) for dose, run in students.items()]
 
 
@@ -115,8 +128,7 @@ class Study:
     def places(self) -> list[Place]:
         found = [IGNORANT]
         for name, case in CASES.items():
-            roles = [*dict.fromkeys(_names(name).values()), *(f"dose {dose:g}" for dose in case.doses)]
-            found += [(role, fold) for fold in range(1, len(case.seeds) + 1) for role in roles]
+            found += [(role, fold) for fold in range(1, len(case.seeds) + 1) for role in roles(name, fold)]
         return found
 
     def images(self, split: str) -> Dataset:
@@ -135,10 +147,11 @@ class Study:
                         for role, run in one.networks.items():
                             if (place := (names[one.planting, role], fold)) in wanted:
                                 ship(run, *place)
-                if set(wanted) & {(f"dose {dose:g}", fold) for dose in case.doses}:
+                doses = _doses(name, fold)
+                if set(wanted) & {(f"dose {dose:g}", fold) for dose in doses}:
                     recipe = _recipe(case)
                     for dosed in plant_doses(
-                        case.scene, [seed], case.doses, images=TRAINED_ON, recipe=recipe, workers=workers, device=device
+                        case.scene, [seed], doses, images=TRAINED_ON, recipe=recipe, workers=workers, device=device
                     ):
                         if (place := (f"dose {dosed.dose:g}", fold)) in wanted:
                             ship(dosed.networks["student"], *place)
