@@ -207,6 +207,7 @@ def run(
 def build(
     profile: Profile = "shipped",
     root: Annotated[Path | None, typer.Option(help="the checkout; default: found from here")] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="also print the whole book, with Chromium")] = False,
 ) -> None:
     """Execute the pages that changed and build the HTML; warnings are errors."""
     with _errors():
@@ -226,6 +227,10 @@ def build(
         with _seconds("html"):
             index = book.build_html(root)
         typer.echo(f"the book: {index}")
+        if pdf:
+            with _seconds("pdf"):
+                printed = book.build_pdf(root)
+            typer.echo(f"as a PDF: {printed}")
 
 
 @app.command()

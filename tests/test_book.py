@@ -160,6 +160,20 @@ def test_book_pages_in_a_browser(site, browser):
 
 @pytest.mark.book
 @pytest.mark.browser
+@pytest.mark.parametrize("page", ["index", "claims", "glossary", "executed/12_leaderboard", "executed/explorer"])
+def test_book_pages_have_no_serious_barriers(site, browser, page):
+    """By the rules of axe-core for WCAG 2, on pages of every kind; it takes too long on pages full of formulas."""
+    axe = pytest.importorskip("axe_core_python")
+    browser.get(f"{site[0]}book/{page}.html")
+    browser.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text())
+    found = browser.execute_async_script("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa']}).then(arguments[0])")
+    assert len(found["passes"]) > 10
+    serious = [of for of in found["violations"] if of["impact"] in ("serious", "critical")]
+    assert [(of["id"], [node["html"] for node in of["nodes"]]) for of in serious] == []
+
+
+@pytest.mark.book
+@pytest.mark.browser
 def test_book_typesets_math_and_offers_the_notebook(site, browser):
     address, _ = site
     browser.get(address + "book/method.html")

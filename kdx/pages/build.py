@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ from kdx.progress import TERMINAL, terminal
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 QUOTES = "quotes"  # stored table of what pages on photographs tell others
 PROFILES = ("smoke", "shipped", "quick", "paper")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 120_000  # milliseconds of the page's own time for formulas and figures, before it is printed
 PACKAGE = Path(kdx.__file__).parent
 
 
@@ -270,8 +273,35 @@ def publish_pictures(executed: Path, optional: bool = False) -> None:
 
 def build_html(root: Path) -> Path:
     """Build the HTML with warnings as errors; return its first page."""
+    _jupyter_book(root, "html")
+    return root / "book" / "_build" / "html" / "index.html"
+
+
+def build_pdf(root: Path) -> Path:
+    """The whole book as one PDF: all pages in one, printed by headless Chromium; return its path.
+
+    Raises:
+        BookError: There is no Chromium, or it wrote nothing.
+    """
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if browser is None:
+        raise BookError(f"the PDF is printed by Chromium; none of {', '.join(CHROMIUM)} is installed")
+    _jupyter_book(root, "singlehtml")
+    folder = root / "book" / "_build" / "singlehtml"
+    page, pdf = folder / "print.html", root / "book" / "_build" / "book.pdf"
+    shutil.copy(folder / "book" / "index.html", page)  # its addresses are relative to the folder above
+    pdf.unlink(missing_ok=True)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--virtual-time-budget={PATIENCE}", "--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not pdf.is_file():
+        raise BookError(f"{browser} printed nothing:\n{done.stdout[-1000:]}")
+    return pdf
+
+
+def _jupyter_book(root: Path, builder: str) -> None:
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
-    command += ["-W", "-n", "--keep-going"]
+    command += ["--builder", builder, "-W", "-n", "--keep-going"]
     settled = os.environ | {
         "PYTHONHASHSEED": "0"
     }  # jupyter-book lists a set in its configuration: else all is read anew
@@ -283,4 +313,3 @@ def build_html(root: Path) -> Path:
     if done.returncode or problems:
         tail = problems or done.stdout.splitlines()[-15:]
         raise BookError("jupyter-book complained:\n  " + "\n  ".join(tail) + f"\n(the whole log: {log})")
-    return root / "book" / "_build" / "html" / "index.html"
