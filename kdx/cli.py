@@ -225,11 +225,11 @@ def build(
             with _seconds(f"page {page.name}") as note:
                 note.append(book.execute_page(page))
         with _seconds("html"):
-            index = book.build_html(root)
+            index = book.build_html(root, profile)
         typer.echo(f"the book: {index}")
         if pdf:
             with _seconds("pdf"):
-                printed = book.build_pdf(root)
+                printed = book.build_pdf(root, profile)
             typer.echo(f"as a PDF: {printed}")
 
 

@@ -64,6 +64,9 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "benchmarks",
     ):
         assert (html / "book" / f"{page}.html").is_file()
+        foot = (html / "book" / f"{page}.html").read_text().rpartition('<footer class="built-from">')[2]
+        assert re.match(r"<p>Built on \d{4}-\d\d-\d\d from commit \S+ with the profile smoke: kdx ", foot)
+        assert "Cite this page: The kdx authors (" in foot
     assert "url=book/index.html" in (html / "index.html").read_text()  # the root leads to the landing page
 
 

@@ -271,13 +271,13 @@ def publish_pictures(executed: Path, optional: bool = False) -> None:
             (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 
-def build_html(root: Path) -> Path:
-    """Build the HTML with warnings as errors; return its first page."""
-    _jupyter_book(root, "html")
+def build_html(root: Path, profile: str = "") -> Path:
+    """Build the HTML with warnings as errors; return its first page. Its foot names the profile."""
+    _jupyter_book(root, "html", profile)
     return root / "book" / "_build" / "html" / "index.html"
 
 
-def build_pdf(root: Path) -> Path:
+def build_pdf(root: Path, profile: str = "") -> Path:
     """The whole book as one PDF: all pages in one, printed by headless Chromium; return its path.
 
     Raises:
@@ -286,7 +286,7 @@ def build_pdf(root: Path) -> Path:
     browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if browser is None:
         raise BookError(f"the PDF is printed by Chromium; none of {', '.join(CHROMIUM)} is installed")
-    _jupyter_book(root, "singlehtml")
+    _jupyter_book(root, "singlehtml", profile)
     folder = root / "book" / "_build" / "singlehtml"
     page, pdf = folder / "print.html", root / "book" / "_build" / "book.pdf"
     shutil.copy(folder / "book" / "index.html", page)  # its addresses are relative to the folder above
@@ -299,11 +299,12 @@ def build_pdf(root: Path) -> Path:
     return pdf
 
 
-def _jupyter_book(root: Path, builder: str) -> None:
+def _jupyter_book(root: Path, builder: str, profile: str) -> None:
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
     command += ["--builder", builder, "-W", "-n", "--keep-going"]
     settled = os.environ | {
-        "PYTHONHASHSEED": "0"
+        "KDX_PROFILE": profile,  # for book/_ext/page_foot.py
+        "PYTHONHASHSEED": "0",
     }  # jupyter-book lists a set in its configuration: else all is read anew
     done = subprocess.run(command, cwd=root, env=settled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = root / "book" / "_build" / "build.log"
