@@ -61,7 +61,9 @@ def payload(views: Mapping[str, View], rows: Sequence[int], reference: int) -> d
             raise ValueError("views: expected students of one base, over the same test images")
     layers = [layer for name, view in views.items() for layer in _layers(name, view, rows, reference, view is first)]
     probabilities = _probabilities(views, rows)
-    maps, peaks, listed, offset = [], [], [], 0
+    maps: list[np.ndarray] = []
+    peaks: list[np.ndarray] = []
+    listed, offset = [], 0
     for technique, method, kind, of in layers:
         places = {}
         for stage, drawn in of.items():

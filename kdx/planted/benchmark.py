@@ -110,8 +110,8 @@ def benchmark(
     start = time.perf_counter()
     places = [(case, fold) for case in cases for fold in range(1, len(suite.CASES[case].seeds) + 1)]
     found = [
-        measured(Repetition(*place, tested, reference), explain)
-        for place in progress(places, desc="benchmark", unit="repetition")
+        measured(Repetition(case, fold, tested, reference), explain)
+        for case, fold in progress(places, desc="benchmark", unit="repetition")
     ]
     name = name or getattr(explain, "__name__", type(explain).__name__)
     table = summary(found, name, given)
@@ -174,9 +174,9 @@ class Repetition:
         cues = range(len(self.scene.cues))
         self.masks = torch.stack([(one.images.masks >> cue & 1).float() for cue in cues], 1)  # (n, cues, h, w)
         doses = {one.dose: one for one in suite.load_doses(case, fold)}
-        self.networks = {
-            pair: {role: run.model for role, run in found.networks.items()}
-            for pair, found in ({**self.grown, **doses}).items()
+        pairs: dict[Any, Any] = {**self.grown, **doses}
+        self.networks: dict[Any, dict[str, nn.Module]] = {
+            pair: {role: run.model for role, run in found.networks.items()} for pair, found in pairs.items()
         }
         self.networks[UNTRAINED] = self._untrained()
         self.truths = {pair: self._truth({}) for pair in self.networks}
@@ -256,7 +256,7 @@ class Repetition:
     @cached_property
     def beyond(self) -> dict[tuple[str, str], Tensor]:
         """(planting, direction) -> (n, cues): how much more one network's answers depend on a cue than the other's."""
-        found = {}
+        found: dict[tuple[str, str], Tensor] = {}
         for name in self.grown:
             pair = {role: self.networks[name][role] for role in ("student", "base")}
             both = list(answers_to_cues(pair, self.scene, len(self.plain), 3 * self.seed + 1).values())
