@@ -115,10 +115,10 @@ def test_maps_that_are_not_as_they_should_be_are_refused(maps, message):
 
 def test_the_table_has_intervals_over_seeds_and_ranks(monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS", raising=False)
-    table = kdx.benchmark(constant, "nothing", cases=["held-out cues"], tested=6, reference=6)
+    table = kdx.benchmark(constant, "nothing", cases=["other cues"], tested=6, reference=6)
     assert list(table.columns) == benchmark.COLUMNS
-    assert list(table["case"].unique()) == ["all", "held-out cues"]
-    assert table["seeds"].eq(len(suite.CASES["held-out cues"].seeds)).all()
+    assert list(table["case"].unique()) == ["all", "other cues"]
+    assert table["seeds"].eq(len(suite.CASES["other cues"].seeds)).all()
     assert (table["low"] <= table["value"]).all()
     assert ((table["rank"] >= 1) & (table["rank"] <= table["of"])).all()
     assert (table.attrs["name"], table.attrs["given"]) == ("nothing", [])

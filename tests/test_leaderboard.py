@@ -84,6 +84,7 @@ def test_an_entry_of_ten_lines_goes_from_the_command_line_to_the_board(tmp_path,
         "from kdx.explain.explainers import Maps\n\n\n"
         "def explain(student, base, images, labels):\n"
         "    gap = kdx.saliency(student, images, labels) - kdx.saliency(base, images, labels)\n"
+        "    gap = gap.sum(1)\n"
         '    return Maps({"input": gap.relu()}, {"input": (-gap).relu()})\n'
     )
     command = ["benchmark", "mine:explain", "--name", "my maps", "--case", "held-out cues", "--tested", "6"]
@@ -116,7 +117,7 @@ def board():
 def test_stored_results_follow_the_schema_and_are_of_the_shipped_networks(monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS")
     paths = sorted(leaderboard.home().glob("*.json"))
-    assert len(paths) >= 25
+    assert len(paths) >= 18
     for path in paths:
         found = json.loads(path.read_text())
         jsonschema.validate(found, leaderboard.schema())

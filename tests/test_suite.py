@@ -19,9 +19,9 @@ def test_the_shipped_networks_are_those_that_the_suite_declares(rows):
     assert set(rows["model"]) == {"resnet10@0.125"}
 
 
-@pytest.mark.parametrize("case", suite.CASES)
+@pytest.mark.parametrize("case", ["standard", "held-out cues"])
 def test_they_are_found_by_what_would_be_trained(rows, case):
-    """The first repetition of each case; the page's own networks are among them."""
+    """The first repetition of two cases; the page's own networks are among them."""
     places = [(role, 1) for role in suite.roles(case, 1)]
     seen = []
 

@@ -98,8 +98,9 @@ def benchmark(
         >>> import kdx
         >>> from kdx.explain.explainers import Maps
         >>> def gradient(student, base, images, labels):
-        ...     difference = kdx.saliency(student, images, labels) - kdx.saliency(base, images, labels)
-        ...     return Maps({"input": difference.relu()}, {"input": (-difference).relu()})
+        ...     gap = kdx.saliency(student, images, labels) - kdx.saliency(base, images, labels)
+        ...     gap = gap.sum(1)
+        ...     return Maps({"input": gap.relu()}, {"input": (-gap).relu()})
         >>> table = kdx.benchmark(gradient, cases=["held-out cues"], tested=10)
         >>> sorted(set(table["score"]))
         ['AUPRC', 'cue removal', 'pointing game', 'ratio']
