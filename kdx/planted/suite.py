@@ -46,7 +46,7 @@ CASES = {
     "sizes": Case((318,), scene=Scene(cue_size=(7, 10, 14))),
     "overlapping": Case((324,), scene=Scene(overlap=0.6)),
     "other cues": Case((600, 601, 602), scene=Scene(("colours", "letters", "checks")), epochs=10),
-    "held-out cues": Case((738,), scene=Scene(("strokes", "blots", "waves")), epochs=10),
+    "held-out cues": Case((738, 739, 740), scene=Scene(("strokes", "blots", "waves")), epochs=10),
 }
 
 

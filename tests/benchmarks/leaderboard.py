@@ -44,10 +44,10 @@ def behaviours(places):
     """How much the answers of student and base change when a cue is repainted, by the part that the cue plays."""
     rows = []
     for case, fold in places:
-        for one in suite.load(case, fold, tested=500):
+        for one in suite.load(case, fold, tested=200):
             pair = {role: one.networks[role].model for role in ("student", "base")}
             plan, scene = one.plan, one.scene
-            for network, change in answers_to_cues(pair, scene, 500, FRESH + one.seed).items():
+            for network, change in answers_to_cues(pair, scene, 200, FRESH + one.seed).items():
                 for cue in range(len(scene.cues)):
                     parts = {"distilled": plan.distilled, "residual": plan.residual, "known to both": plan.base}
                     part = next((name for name, cues in parts.items() if cue in cues), "known to neither")
