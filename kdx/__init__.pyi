@@ -59,4 +59,5 @@ from .networks.models import load_checkpoint as load_checkpoint
 from .networks.models import save_checkpoint as save_checkpoint
 from .networks.own_networks import load_own as load_own
 from .networks.stages import stages as stages
+from .planted.benchmark import benchmark as benchmark
 from .version import __version__ as __version__

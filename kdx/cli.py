@@ -143,10 +143,10 @@ def networks_verify() -> None:
     """Evaluate every shipped network on the test images and compare with the table."""
     with _errors(), _seconds("verify"):
         from kdx.distil import shipped
-        from kdx.planted import plantings
+        from kdx.planted import suite
 
         rows = []
-        for row in shipped.verify((*shipped.STUDIES, plantings.Study())):
+        for row in shipped.verify((*shipped.STUDIES, suite.Study())):
             rows.append(row)
             typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
@@ -166,10 +166,10 @@ def networks_train(
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with _errors(), _seconds("train"):
         from kdx.distil import shipped
-        from kdx.planted import plantings
+        from kdx.planted import suite
 
         os.nice(19)
-        studies = (*shipped.STUDIES, plantings.Study())
+        studies = (*shipped.STUDIES, suite.Study())
         shipped.train(studies, dataset or (), only or (), fold or (), workers, device)
 
 
@@ -210,6 +210,7 @@ def build(
     workers: Annotated[
         int, typer.Option(help="pages side by side; 0: one per core up to four, but one where a profile trains")
     ] = 0,
+    pdf: Annotated[bool, typer.Option("--pdf", help="also print the whole book, with Chromium")] = False,
 ) -> None:
     """Execute the pages that changed and build the HTML; warnings are errors."""
     with _errors():
@@ -229,9 +230,13 @@ def build(
         for page, done, seconds in book.execute_pages(pages, workers):
             typer.echo(f"page {page.name}: {done} {seconds:.0f} s")
         with _seconds("html") as note:
-            index, done = book.build_html(root)
+            index, done = book.build_html(root, profile)
             note.append(done)
         typer.echo(f"the book: {index}")
+        if pdf:
+            with _seconds("pdf"):
+                printed = book.build_pdf(root, profile)
+            typer.echo(f"as a PDF: {printed}")
 
 
 @app.command()
@@ -346,6 +351,33 @@ def who_taught(
         else:
             typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
             typer.echo(module.verdict(table))
+
+
+@app.command()
+def benchmark(
+    explainer: Annotated[str, typer.Argument(help="module:function, or the name of an explainer on the leaderboard")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, such as data/leaderboard/mine.json")] = None,
+    name: Annotated[str, typer.Option(help="on the leaderboard; default: the function's name")] = "",
+    case: Annotated[list[str] | None, typer.Option(help="kind of images, may be repeated; default: all")] = None,
+    tested: Annotated[int, typer.Option(help="images that are explained, for each planting")] = 100,
+    debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
+) -> None:
+    """Score an explainer of distillation on the shipped planted networks, where the truth is known."""
+    with _errors(code=2, debug=debug):
+        if out is not None:
+            check_new(out)
+        from kdx.planted import benchmark as module
+        from kdx.planted import entries, leaderboard, suite
+
+        explain = entries.find(explainer)
+        name = name or ("" if ":" in explainer else explainer)
+        table = module.benchmark(explain, name, cases=case or tuple(suite.CASES), tested=tested)
+        typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+        facts = table.attrs
+        typer.echo(f"{facts['name']}: {facts['whole']} s, of them {facts['seconds']} s in the explainer")
+        if out is not None:
+            leaderboard.write(leaderboard.result(table, explainer), out)
+            typer.echo(out)
 
 
 @contextmanager

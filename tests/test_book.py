@@ -52,6 +52,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/07_dissection",
         "executed/08_techniques",
         "executed/09_yardsticks",
+        "executed/12_leaderboard",
         "executed/explorer",
         "own_models",
         "glossary",
@@ -64,6 +65,9 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "benchmarks",
     ):
         assert (html / "book" / f"{page}.html").is_file()
+        foot = (html / "book" / f"{page}.html").read_text().rpartition('<footer class="built-from">')[2]
+        assert re.match(r"<p>Built on \d{4}-\d\d-\d\d from commit \S+ with the profile smoke: kdx ", foot)
+        assert "Cite this page: The kdx authors (" in foot
     assert "url=book/index.html" in (html / "index.html").read_text()  # the root leads to the landing page
 
 
@@ -83,10 +87,10 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 15 + 3 * 88
+    assert len(stamps) == 16 + 3 * 88
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 12  # pages, and the HTML
+    assert done.stdout.count("unchanged") == 13  # pages, and the HTML
     written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
     assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
         path: stamp for path, stamp in stamps.items() if path not in written_anew
@@ -156,6 +160,20 @@ def test_book_pages_in_a_browser(site, browser):
         errors = [message for message in severe if "favicon" not in message]
         assert errors == [], page
     assert seen > 50  # the log of requests does work
+
+
+@pytest.mark.book
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["index", "claims", "glossary", "executed/12_leaderboard", "executed/explorer"])
+def test_book_pages_have_no_serious_barriers(site, browser, page):
+    """By the rules of axe-core for WCAG 2, on pages of every kind; it takes too long on pages full of formulas."""
+    axe = pytest.importorskip("axe_core_python")
+    browser.get(f"{site[0]}book/{page}.html")
+    browser.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text())
+    found = browser.execute_async_script("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa']}).then(arguments[0])")
+    assert len(found["passes"]) > 10
+    serious = [of for of in found["violations"] if of["impact"] in ("serious", "critical")]
+    assert [(of["id"], [node["html"] for node in of["nodes"]]) for of in serious] == []
 
 
 @pytest.mark.book

@@ -215,3 +215,22 @@ def test_plain_papermill_refuses_unknown_parameters(tmp_path):
     done = subprocess.run([*papermill, "-p", "epoch", "2"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "unknown parameters: epoch; choose from: dataset, classes" in done.stdout + done.stderr
+
+
+@pytest.mark.browser
+def test_the_book_is_printed_with_its_pictures(tmp_path, monkeypatch, chromedriver):
+    """The one page that Sphinx writes lies a folder too deep for its addresses."""
+    monkeypatch.setattr(build, "_jupyter_book", lambda root, builder, profile: asked.append((builder, profile)))
+    asked, folder = [], tmp_path / "book" / "_build" / "singlehtml"
+    (folder / "book").mkdir(parents=True)
+    (folder / "picture.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><text y="20">inside</text></svg>')
+    (folder / "book" / "index.html").write_text('<html lang="en"><p>first</p><img src="picture.svg" alt="picture">')
+    pdf = build.build_pdf(tmp_path, "smoke")
+    content = pdf.read_bytes()
+    assert asked == [("singlehtml", "smoke")]
+    assert content.startswith(b"%PDF")
+    (folder / "picture.svg").unlink()
+    assert len(build.build_pdf(tmp_path).read_bytes()) != len(content)  # the picture was in it
+    monkeypatch.setattr(build, "CHROMIUM", ("no-such-browser",))
+    with pytest.raises(build.BookError, match="printed by Chromium; none of no-such-browser is installed"):
+        build.build_pdf(tmp_path)

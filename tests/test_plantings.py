@@ -6,7 +6,6 @@ from torch import nn
 
 import kdx
 from kdx.data.cues import Scene
-from kdx.distil.run_store import shipped_table
 from kdx.planted import plantings
 from kdx.planted.plantings import HARDER, PLANTINGS, Grown, checks, cue_hits, images_of, plant, shuffled, tell
 
@@ -138,25 +137,8 @@ def test_plantings_need_three_cues():
         plant(Scene(("gratings", "shapes")))
 
 
-def test_the_shipped_plantings_are_those_that_the_study_would_train(monkeypatch):
-    monkeypatch.delenv("KDX_NETWORKS")
-    table = shipped_table()
-    rows = table[table["dataset"] == "planted"].set_index(["role", "fold"])
-    study = plantings.Study()
-    assert sorted(rows.index) == sorted(study.places)
-    assert len(study.places) == 7 + 1
-
-    def ship(run, role, fold):
-        assert run.key == rows.loc[(role, fold), "sha256"][:32]  # found by its specification, not trained
-        return run
-
-    study.train(study.places, ship, 1, "cpu")
-
-
-def test_a_missing_planting_alone_is_shipped(home, networks_home, monkeypatch):
-    run = SimpleNamespace(key="k")
-    monkeypatch.setattr(plantings, "fit_ignorant", lambda *arguments: run)
-    monkeypatch.setattr(plantings, "plant", None)  # not asked
-    shipped = []
-    plantings.Study().train([("ignorant", 1)], lambda *place: shipped.append(place), 1, "cpu")
-    assert shipped == [(run, "ignorant", 1)]
+def test_a_second_base_is_left_out_on_request(home):
+    setting = dict(images=54, tested=27, reference=27, recipe=kdx.Recipe(0, batch_size=27), device="cpu")
+    (one,) = plant(SMALL, 1, plantings={"both": PLANTINGS["both"]}, second_base=False, **setting)
+    assert list(one.networks) == ["student", "base", "teacher"]
+    assert len(list((home / "runs").iterdir())) == 3

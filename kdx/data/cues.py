@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdx.data.held_out import blots, segment, strokes, waves
+
 COUNTS = {"train": 8_000, "test": 1_000}
 BACKGROUNDS = ("noise", "blur", "1/f")
+PLACES = ("first", "second", "third", "fourth", "fifth")
 BLOCK = 500  # images drawn at the same time
 MOST = 0.35  # share of an image that cues may cover; with more, separate places are rarely found
 
@@ -63,7 +66,7 @@ def _letter(u, v, value, values, rng):
         "V": [(-0.6, -0.7, 0, 0.7), (0, 0.7, 0.6, -0.7)],
         "Z": [(-0.5, -0.7, 0.5, -0.7), (0.5, -0.7, -0.5, 0.7), (-0.5, 0.7, 0.5, 0.7)],
     }
-    distance = np.stack([np.min([_segment(u, v, *line) for line in lines], axis=0) for lines in strokes.values()])
+    distance = np.stack([np.min([segment(u, v, *line) for line in lines], axis=0) for lines in strokes.values()])
     return _sign(rng, len(value)) * _ink(distance[value], 0.24)
 
 
@@ -71,11 +74,6 @@ def _checks(u, v, value, values, rng):
     pitch = (2.0 + 1.4 * np.arange(values))[value][:, None, None]
     shift = rng.uniform(0, 2 * np.pi, (2, len(value), 1, 1))
     return np.tanh(4 * np.sin(pitch * u + shift[0]) * np.sin(pitch * v + shift[1]))
-
-
-def _segment(u, v, x0, y0, x1, y1):
-    along = np.clip(((u - x0) * (x1 - x0) + (v - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
-    return np.hypot(u - x0 - along * (x1 - x0), v - y0 - along * (y1 - y0))
 
 
 def _ink(distance, reach):
@@ -105,9 +103,12 @@ FAMILIES = {
     "gratings": Family(tuple(f"{way} grating" for way in ("upright", "tilted", "slanted", "flat", "steep")), _grating),
     "shapes": Family(("ring", "plus", "triangle", "square", "cross"), _shape),
     "dots": Family(("one dot", "two dots", "three dots", "four dots", "five dots"), _dots),
-    "colours": Family(tuple(f"{place} hue" for place in ("first", "second", "third", "fourth", "fifth")), _colour),
+    "colours": Family(tuple(f"{place} hue" for place in PLACES), _colour),
     "letters": Family(("L", "T", "H", "V", "Z"), _letter),
     "checks": Family(tuple(f"{width} checks" for width in ("coarse", "wide", "medium", "narrow", "fine")), _checks),
+    "strokes": Family(tuple(f"{place} strokes" for place in PLACES), strokes),
+    "blots": Family(tuple(f"{place} blots" for place in PLACES), blots),
+    "waves": Family(tuple(f"{place} waves" for place in PLACES), waves),
 }
 
 

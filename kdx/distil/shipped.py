@@ -206,7 +206,7 @@ def load_network(dataset: str, role: str, fold: int = 1) -> Network:
         >>> kdx.stages(student)["L4"]
         'layer4.0'
     """
-    return _open(dataset, role, fold).model
+    return open_network(dataset, role, fold).model
 
 
 def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Network, Network]:
@@ -214,7 +214,8 @@ def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Netw
     return load_network(dataset, role, fold), load_network(dataset, "base", fold)
 
 
-def _open(dataset: str, role: str, fold: int) -> Run:
+def open_network(dataset: str, role: str, fold: int) -> Run:
+    """A shipped network with its history, as :func:`load_network` finds it."""
     table = shipped_table()
     for column, value in (("dataset", dataset), ("role", role), ("fold", fold)):
         if value not in (choices := list(table[column].unique())):

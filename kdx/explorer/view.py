@@ -160,7 +160,7 @@ class View:
             if role != "base":
                 of = self.reference(reference, role)
                 if method == "UniCAM":
-                    labels = self.embeddings[self._chosen(reference).labels]
+                    labels = self.embeddings[self.chosen(reference).labels]
                     found[role] = unicam(of, labels, x, self.embeddings[[target]])
                 else:
                     found[role] = unexplained(of, x)
@@ -185,7 +185,8 @@ class View:
         )
         return self._scenes[key]
 
-    def _chosen(self, size: int) -> Dataset:
+    def chosen(self, size: int) -> Dataset:
+        """The images of the reference set of this size."""
         return self.images.split(size, seed=self.seed)[0]
 
     def reference(self, size: int, role: str = "student") -> Reference:
@@ -194,7 +195,7 @@ class View:
             self._references[key] = Reference(
                 self.networks[role],
                 self.networks["base"],
-                self.images.card.normalize(self._chosen(size).images),
+                self.images.card.normalize(self.chosen(size).images),
                 layers_student=self.layers[role],
                 layers_base=self.layers["base"],
             )

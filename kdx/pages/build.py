@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ from kdx.progress import TERMINAL, progress, terminal
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
 QUOTES = "quotes"  # stored table of what pages on photographs tell others
 PROFILES = ("smoke", "shipped", "quick", "paper")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 120_000  # milliseconds of the page's own time for formulas and figures, before it is printed
 PACKAGE = Path(kdx.__file__).parent
 
 
@@ -327,30 +330,59 @@ def publish_pictures(executed: Path, optional: bool = False) -> None:
             (executed.parent / f"{executed.stem}_{name}").write_bytes(base64.b64decode(pictures[0]))
 
 
-def html_key(root: Path) -> str:
+def html_key(root: Path, profile: str = "") -> str:
     """Digest of everything that the HTML is made of: prose, executed pages, settings, and the package's docstrings."""
     book = root / "book"
     sources = [path for path in book.rglob("*") if path.is_file() and "_build" not in path.relative_to(book).parts]
     sources += [root / "_config.yml", root / "_toc.yml", *PACKAGE.rglob("*.py*")]
     files = {str(path): sha256_of(path) for path in sorted(sources) if path.suffix != ".pyc"}
-    return hashlib.sha256(json.dumps([files, version("jupyter-book")]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, profile, version("jupyter-book")]).encode()).hexdigest()
 
 
-def build_html(root: Path) -> tuple[Path, str]:
-    """Build the HTML with warnings as errors, unless it is up to date.
+def build_html(root: Path, profile: str = "") -> tuple[Path, str]:
+    """Build the HTML with warnings as errors, unless it is up to date. Its foot names the profile.
 
     Returns:
         Its first page, and what was done: built or unchanged.
     """
     index, stamp = root / "book" / "_build" / "html" / "index.html", root / "book" / "_build" / "html.key"
-    key = html_key(root)
+    key = html_key(root, profile)
     if index.is_file() and stamp.is_file() and stamp.read_text() == key:
         return index, "unchanged"
     stamp.unlink(missing_ok=True)
+    _jupyter_book(root, "html", profile)
+    stamp.write_text(key)
+    return index, "built"
+
+
+def build_pdf(root: Path, profile: str = "") -> Path:
+    """The whole book as one PDF: all pages in one, printed by headless Chromium; return its path.
+
+    Raises:
+        BookError: There is no Chromium, or it wrote nothing.
+    """
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if browser is None:
+        raise BookError(f"the PDF is printed by Chromium; none of {', '.join(CHROMIUM)} is installed")
+    _jupyter_book(root, "singlehtml", profile)
+    folder = root / "book" / "_build" / "singlehtml"
+    page, pdf = folder / "print.html", root / "book" / "_build" / "book.pdf"
+    shutil.copy(folder / "book" / "index.html", page)  # its addresses are relative to the folder above
+    pdf.unlink(missing_ok=True)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--virtual-time-budget={PATIENCE}", "--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not pdf.is_file():
+        raise BookError(f"{browser} printed nothing:\n{done.stdout[-1000:]}")
+    return pdf
+
+
+def _jupyter_book(root: Path, builder: str, profile: str) -> None:
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--path-output", "book"]
-    command += ["-W", "-n", "--keep-going"]
+    command += ["--builder", builder, "-W", "-n", "--keep-going"]
     settled = os.environ | {
-        "PYTHONHASHSEED": "0"
+        "KDX_PROFILE": profile,  # for book/_ext/page_foot.py
+        "PYTHONHASHSEED": "0",
     }  # jupyter-book lists a set in its configuration: else all is read anew
     done = subprocess.run(command, cwd=root, env=settled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = root / "book" / "_build" / "build.log"
@@ -360,5 +392,3 @@ def build_html(root: Path) -> tuple[Path, str]:
     if done.returncode or problems:
         tail = problems or done.stdout.splitlines()[-15:]
         raise BookError("jupyter-book complained:\n  " + "\n  ".join(tail) + f"\n(the whole log: {log})")
-    stamp.write_text(key)
-    return index, "built"

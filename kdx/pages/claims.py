@@ -23,7 +23,7 @@ ALPHA = 0.025  # of each of the three statements; at most two of them can be unt
 ACCURACY_MARGIN, SCORE_MARGIN = 0.01, 0.02  # effects up to this are too small to matter; fixed before any result
 SUPPORTED, REFUTED, UNDECIDED = "supported", "not supported", "undecided"
 NONE_LARGER = "no effect larger than δ"
-COLOURS = {SUPPORTED: "#2e7d4f", REFUTED: "#b3372f", NONE_LARGER: "#2d6a9f", UNDECIDED: "#77736a"}
+COLOURS = {SUPPORTED: "#2e7d4f", REFUTED: "#b3372f", NONE_LARGER: "#2d6a9f", UNDECIDED: "#6b675f"}
 
 
 def effects(values: Mapping[Any, ArrayLike], margin: float, ratios: Mapping[Any, float] | None = None) -> pd.DataFrame:

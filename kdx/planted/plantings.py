@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from kdx.data.cues import Scene, draw
-from kdx.data.dataset import Dataset, load_dataset
+from kdx.data.dataset import Dataset
 from kdx.data.registry import DATASETS
 from kdx.distil.cross_validation import fit_all
 from kdx.distil.fit import Job, evaluate, fit
 from kdx.distil.run_store import Run
-from kdx.distil.shipped import Place, Ship
 from kdx.distil.training import Recipe
 from kdx.intervals import share_interval
 
@@ -184,6 +183,7 @@ def plant(
     temperature: float = 4.0,
     workers: int = 1,
     device: str = "auto",
+    second_base: bool = True,
 ) -> list[Grown]:
     """Carry out plantings, or find their networks in the run store.
 
@@ -206,6 +206,7 @@ def plant(
         temperature: Of the distillation.
         workers: As for :func:`kdx.cross_fit`.
         device: As for :func:`kdx.fit`.
+        second_base: Whether to train it too.
 
     Returns:
         One object per planting and seed.
@@ -230,7 +231,8 @@ def plant(
             train, test, others = (images_of(scene, n, 3 * i + j) for j, n in enumerate((images, tested, reference)))
             sets[i] = (train, test, others)
         train, test, _ = sets[i]
-        for network in _labelled(plan, i, model, base_model):
+        base, other, teacher = _labelled(plan, i, model, base_model)
+        for network in (base, teacher, other) if second_base else (base, teacher):
             told = tell(train, scene, dict(network.places), i, network.partly)
             first[network] = Job(network.model, told, test, seed=2 * i + network.which, **common)
     taught = dict(fit_all(first, workers))
@@ -245,9 +247,11 @@ def plant(
         )  # fmt: skip
     students = dict(fit_all(second, workers))
     for (name, i), plan in plans.items():
-        base, second_base, teacher = _labelled(plan, i, model, base_model)
-        runs = students[teacher], taught[base], taught[teacher], taught[second_base]
-        grown.append(Grown(name, i, scene, dict(zip(ROLES, runs, strict=True)), *sets[i][1:]))
+        base, other, teacher = _labelled(plan, i, model, base_model)
+        runs = dict(zip(ROLES, (students[teacher], taught[base], taught[teacher], taught.get(other)), strict=True))
+        if not second_base:
+            del runs["second base"]
+        grown.append(Grown(name, i, scene, runs, *sets[i][1:]))
     return grown
 
 
@@ -255,38 +259,6 @@ def fit_ignorant(scene: Scene, images: int, seed: int, model: str, recipe: Recip
     """A network whose labels reveal nothing, on the training images that :func:`plant` draws for a seed."""
     train = images_of(scene, images, 3 * seed)
     return fit(model, tell(train, scene, (), seed), train.limit(100), recipe=recipe, seed=2 * seed, device=device)
-
-
-class Study:
-    """The networks of the page on plantings that come with the checkout: a :class:`kdx.distil.shipped.Study`.
-
-    Plantings share networks. A shared one has the role that comes first.
-    """
-
-    dataset = "planted"
-
-    @property
-    def places(self) -> list[Place]:
-        found: dict[Any, Place] = {}
-        for name, plan in PLANTINGS.items():
-            base, second, teacher = _labelled(plan, SHIPPED, MODEL, MODEL)
-            for role, network in zip(ROLES, (("student", teacher), base, teacher, second), strict=True):
-                found.setdefault(network, (f"{name}, {role}", 1))
-        return [*found.values(), ("ignorant", 1)]
-
-    def images(self, split: str) -> Dataset:
-        return load_dataset(self.dataset, split)
-
-    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
-        recipe = Recipe(epochs=8, batch_size=64)
-        runs: dict[Place, Run] = {}
-        if wanted != [("ignorant", 1)]:
-            for one in plant(Scene(), 1, seed=SHIPPED, recipe=recipe, workers=workers, device=device):
-                runs |= {(f"{one.planting}, {role}", 1): run for role, run in one.networks.items()}
-        if ("ignorant", 1) in wanted:
-            runs["ignorant", 1] = fit_ignorant(Scene(), 4000, SHIPPED, MODEL, recipe, device)
-        for role, fold in wanted:
-            ship(runs[role, fold], role, fold)
 
 
 class _Labelled(NamedTuple):

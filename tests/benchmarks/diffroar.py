@@ -22,7 +22,7 @@ from kdx.distil.fit import evaluate
 from kdx.explain.input_gradients import edges
 from kdx.measure.diffroar import attributions, retrained
 from kdx.pages import results
-from kdx.planted import plantings
+from kdx.planted import plantings, suite
 from kdx.planted.plantings import cue_hits, images_of
 
 ROLES = {"scratch": "second base", "self-distilled": "self-distilled"}
@@ -115,9 +115,10 @@ def measured(sets, epochs, design, everything, workers):
 
 def planted(design, workers):
     """New networks are trained on the true classes; how well they know each cue is read from their answers."""
-    scene, study = plantings.Scene(), plantings.Study()
+    scene = plantings.Scene()
     train, test = (images_of(scene, n, plantings.FRESH + i) for i, n in enumerate((design.planted, 1000)))
-    names = [role for role, _ in study.places]
+    page = ("distilled", "residual", "ignorant")
+    names = [role for role, fold in suite.Study().places if fold == 1 and role.startswith(page)]
     entries = {name: gradient(kdx.load_network("planted", name)) for name in names}
     entries |= controls(kdx.build("resnet10@0.125", len(scene.classes), "small", seed=2 * plantings.SHIPPED).eval(), 0)
     rows = []
