@@ -17,9 +17,13 @@ from .distil.shipped import load_network as load_network
 from .distil.shipped import load_pair as load_pair
 from .distil.techniques import TECHNIQUES as TECHNIQUES
 from .distil.training import Recipe as Recipe
+from .explain.detection_cam import detection_cam as detection_cam
+from .explain.feature_maps import channel_grid as channel_grid
+from .explain.feature_maps import feature_map as feature_map
 from .explain.grad_cam import agreement as agreement
 from .explain.grad_cam import grad_cam as grad_cam
 from .explain.input_gradients import loss_gradients as loss_gradients
+from .explain.guided import guided_grad_cam as guided_grad_cam
 from .explain.input_gradients import saliency as saliency
 from .explain.interventions import deletion as deletion
 from .explain.interventions import replacement as replacement
