@@ -22,8 +22,8 @@ from .explain.feature_maps import channel_grid as channel_grid
 from .explain.feature_maps import feature_map as feature_map
 from .explain.grad_cam import agreement as agreement
 from .explain.grad_cam import grad_cam as grad_cam
-from .explain.input_gradients import loss_gradients as loss_gradients
 from .explain.guided import guided_grad_cam as guided_grad_cam
+from .explain.input_gradients import loss_gradients as loss_gradients
 from .explain.input_gradients import saliency as saliency
 from .explain.interventions import deletion as deletion
 from .explain.interventions import replacement as replacement

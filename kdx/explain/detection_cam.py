@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdx.explain.grad_cam import METHODS
+from kdx.explain.grad_cam import check_method, to_map
 from kdx.networks.fpn_detectors import watch_levels
 from kdx.networks.stages import evaluating
 
@@ -33,14 +33,8 @@ def detection_cam(
     Raises:
         ValueError: An unknown method, or a detection that an image does not have.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
-    maps = {}
-    for level, (features, gradient) in score_gradients(detector, images, boxes).items():
-        if method == "cam":
-            gradient = gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient)
-        maps[level] = (gradient * features).sum(1).relu()
-    return maps
+    check_method(method)
+    return {level: to_map(*found, method) for level, found in score_gradients(detector, images, boxes).items()}
 
 
 def score_gradients(

@@ -65,7 +65,7 @@ def guided_grad_cam(
 
 
 def guided_backpropagation(model: nn.Module, images: Tensor, target: int | Tensor | None = None) -> Tensor:
-    r"""Guided backpropagation (Springenberg et al. 2015), the gradient of a logit with respect to the pixels, where each
+    r"""Guided backpropagation (Springenberg et al. 2015): the gradient of a logit with respect to the pixels. Each
     ReLU passes back only what is positive, and only where its input was:
 
     .. math:: g \mapsto \max(g, 0) \cdot [x > 0], \qquad \text{and of ReLU6 } \max(g, 0) \cdot [0 < x < 6]
