@@ -3,13 +3,17 @@ from .data.dataset import Dataset as Dataset
 from .data.dataset import folds as folds
 from .data.dataset import load_dataset as load_dataset
 from .data.dataset import prepare as prepare
+from .data.detection import load_detection as load_detection
 from .data.label_embeddings import label_embeddings as label_embeddings
 from .data.registry import DATASETS as DATASETS
 from .data.sources import fetch as fetch
 from .distil.answers import answers as answers
+from .distil.average_precision import average_precision as average_precision
 from .distil.chains import distill_chain as distill_chain
 from .distil.cross_validation import cross_chains as cross_chains
 from .distil.cross_validation import cross_fit as cross_fit
+from .distil.detector_fit import detect as detect
+from .distil.detector_fit import fit_detector as fit_detector
 from .distil.fit import evaluate as evaluate
 from .distil.fit import fit as fit
 from .distil.run_store import Run as Run
@@ -57,6 +61,7 @@ from .measure.teachers import rank_teachers as rank_teachers
 from .measure.who_taught import who_taught as who_taught
 from .networks.capture import activations as activations
 from .networks.capture import capture as capture
+from .networks.fpn_detectors import build_detector as build_detector
 from .networks.models import MODELS as MODELS
 from .networks.models import build as build
 from .networks.models import load_checkpoint as load_checkpoint

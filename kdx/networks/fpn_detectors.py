@@ -6,6 +6,7 @@ normalised inside, as torchvision's detectors do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -59,8 +60,8 @@ def build_detector(
 
     Examples:
         >>> import kdx, torch
-        >>> detector = kdx.build_detector("fcos", "resnet10@0.125", classes=3, size=(64, 64), seed=0).eval()
-        >>> sorted(detector([torch.rand(3, 64, 64)])[0])
+        >>> detector = kdx.build_detector("fcos", "resnet10@0.125", classes=3, size=(64, 96), seed=0).eval()
+        >>> sorted(detector([torch.rand(3, 64, 96)])[0])
         ['boxes', 'labels', 'scores']
     """
     architecture = architecture_of_detector(kind, backbone, classes, size, channels, width)
@@ -83,8 +84,8 @@ def architecture_of_detector(
     if classes < 1 or channels < 32 or channels % 32:
         raise ValueError(f"expected classes >= 1 and channels that are a multiple of 32, got {classes} and {channels}")
     height, across = size
-    if min(size) < 64 or height % 32 or across % 32:
-        raise ValueError(f"size: expected a height and width of 64 or more that are multiples of 32, got {tuple(size)}")
+    if min(size) < 64 or max(size) < 96 or height % 32 or across % 32:  # the smallest level has two places or more
+        raise ValueError(f"size: expected multiples of 32 pixels, 64 x 96 or more, got {tuple(size)}")
     of = architecture_of(backbone, 2, "imagenet", width)
     return {
         "kind": kind, "backbone": of["name"], "classes": classes, "size": list(size), "channels": channels,
@@ -154,7 +155,7 @@ def watch_levels(detector: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         levels.clear()
-        levels.update(_named(output))
+        levels.update(_named(args[0], output))
 
     backbone = getattr(detector, "backbone", None)
     if not isinstance(backbone, BackboneWithFPN):
@@ -166,9 +167,10 @@ def watch_levels(detector: nn.Module) -> Iterator[dict[str, Tensor]]:
 def levels_of(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     """The levels P3 to P5 of a detector for images (n, 3, h, w) in 0..1, float32, in the mode that it is in."""
     model: Any = detector
+    batch = model.transform(list(images))[0].tensors
     with autocast(images.device):
-        levels = model.backbone(model.transform(list(images))[0].tensors)
-    return {name: level.float() for name, level in _named(levels).items()}
+        levels = model.backbone(batch)
+    return {name: level.float() for name, level in _named(batch, levels).items()}
 
 
 def learn(detector: Detector, images: Tensor, targets: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,12 +195,14 @@ def learn(detector: Detector, images: Tensor, targets: list[dict[str, Tensor]]) 
     counts = [level.shape[2] * level.shape[3] for level in levels.values()]
     further = (counts,) if isinstance(detector, FCOS) else ()
     losses = model.compute_loss(targets, {name: out.float() for name, out in outputs.items()}, anchors, *further)
-    return torch.stack(list(losses.values())).sum(), {n: level.float() for n, level in _named(levels).items()}
+    named = {name: level.float() for name, level in _named(batch.tensors, levels).items()}
+    return torch.stack(list(losses.values())).sum(), named
 
 
-def _named(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The levels at 1/8, 1/16 and 1/32 of the image."""
-    return {level: output[level] for level in LEVELS}
+def _named(images: Tensor, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The levels at 1/8, 1/16 and 1/32 of the images, whatever the detector calls them."""
+    found = {f"P{math.log2(images.shape[2] / level.shape[2]):.0f}": level for level in levels.values()}
+    return {name: found[name] for name in LEVELS if name in found}
 
 
 def inherit(student: Detector, teacher: Detector) -> None:
