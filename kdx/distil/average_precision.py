@@ -47,12 +47,16 @@ def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], w
         ValueError: Another measure, or not one set of detections for each image.
         ModuleNotFoundError: pycocotools is not installed (``pip install kdx[detection]``).
     """
+    _pycocotools()
     if which not in THRESHOLDS:
         raise ValueError(f"unknown measure {which!r}; choose from: {', '.join(THRESHOLDS)}")
     if len(found) != len(truth):
         raise ValueError(f"expected detections of {len(truth)} images, got {len(found)}")
+    n = len(truth)
+    if not any(len(one["scores"]) for one in found):
+        return Precision(0.0, torch.zeros(n, dtype=torch.float64))
     judged = _judged(truth, found, which)
-    value, n = _accumulated(judged), len(truth)
+    value = _accumulated(judged)
     without = torch.tensor([_accumulated(judged, i) for i in range(n)], dtype=torch.float64)
     return Precision(value, n * value - (n - 1) * without)
 

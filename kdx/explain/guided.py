@@ -81,6 +81,19 @@ def guided_backpropagation(model: nn.Module, images: Tensor, target: int | Tenso
     return found
 
 
+def guided_maps(model: nn.Module, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Guided Grad-CAM at every stage, as maps of the images' size: stage -> sizes summed over colours, (n, h, w).
+
+    Arguments and errors are those of :func:`guided_grad_cam`.
+    """
+    guided = guided_backpropagation(model, images, target).abs().sum(1)
+    size = (images.shape[2], images.shape[3])
+    return {
+        stage: guided * F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        for stage, maps in grad_cam(model, images, target).items()
+    }
+
+
 def _targets(model: nn.Module, images: Tensor, target: int | Tensor | None) -> Tensor:
     check_input(model, images)
     if target is None:

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from kdx.data.detection import Detection
 from kdx.distance import u_center
+from kdx.distil.average_precision import THRESHOLDS, average_precision
+from kdx.distil.detector_fit import detect
 from kdx.explain.detection_cam import score_gradients
 from kdx.explain.feature_maps import magnitude
 from kdx.explain.grad_cam import agreement, to_map
 from kdx.explain.regression import Moments, errors_beyond, share
 from kdx.intervals import Interval
 from kdx.measure.localisation import mass_on
+from kdx.networks.fpn_detectors import watch_levels
+from kdx.networks.stages import evaluating
 
+COLUMNS = ["network", "level", "measure", "image", "value"]
+TEACHER = "teacher"
 FEATURES, CAM = "feature map", "Grad-CAM"
 AT_ONCE = 24  # images
 
@@ -100,17 +106,17 @@ def compare_detectors(students: Mapping[str, nn.Module], teacher: nn.Module, ima
     masks = box_masks(images)
     theirs = _seen(teacher, images)
     rows = []
-    for name, detector in {**students, "teacher": teacher}.items():
-        ours = theirs if detector is teacher else _seen(detector, images)
+    for name, detector in {**students, TEACHER: teacher}.items():
+        ours = theirs if name == TEACHER else _seen(detector, images)
         for level, (features, maps) in ours.items():
             values = {f"{kind} in boxes": mass_on(of, masks) for kind, of in maps.items()}
-            if detector is not teacher:
+            if name != TEACHER:
                 values["CKA"] = cka_values(features, theirs[level][0])
                 for kind, of in maps.items():
                     values[f"agreement of {kind}s"] = agreement(of, theirs[level][1][kind])
             for measure, of_images in values.items():
                 rows += [(name, level, measure, i, value) for i, value in enumerate(of_images.tolist())]
-    return pd.DataFrame(rows, columns=["network", "level", "measure", "image", "value"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _seen(detector: nn.Module, images: Detection) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -121,3 +127,41 @@ def _seen(detector: nn.Module, images: Detection) -> dict[str, tuple[Tensor, dic
         features, gradient = (torch.cat([part[level][i] for part in parts]) for i in (0, 1))
         found[level] = features, {FEATURES: magnitude(features), CAM: to_map(features, gradient)}
     return found
+
+
+def precision_table(detectors: Mapping[str, nn.Module], images: Detection) -> pd.DataFrame:
+    """AP50 and AP of detectors, in the columns of :func:`compare_detectors`; level is empty, values are pseudo-values.
+
+    Raises:
+        ModuleNotFoundError: pycocotools is not installed (``pip install kdx[detection]``).
+    """
+    rows = []
+    for name, detector in detectors.items():
+        found = detect(detector, images.images)
+        for measure in THRESHOLDS:
+            values = average_precision(images, found, measure).pseudo.tolist()
+            rows += [(name, "", measure, i, value) for i, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def shares_table(
+    detectors: Mapping[str, nn.Module], base: nn.Module, teacher: nn.Module, images: Detection
+) -> pd.DataFrame:
+    """What was handed over to detectors at each level: network, level, value, low, high, see :func:`handed_over`."""
+    of_base, of_teacher = (_features(detector, images) for detector in (base, teacher))
+    rows = []
+    for name, detector in detectors.items():
+        for level, features in _features(detector, images).items():
+            rows.append((name, level, *handed_over(features, of_base[level], of_teacher[level])[:3]))
+    return pd.DataFrame(rows, columns=["network", "level", "value", "low", "high"])
+
+
+def _features(detector: nn.Module, images: Detection) -> dict[str, Tensor]:
+    """Level -> features (n, k, h, w) in evaluation mode, float32."""
+    with torch.no_grad(), evaluating(detector):
+        parts = []
+        for chunk in images.images.split(AT_ONCE):
+            with watch_levels(detector) as levels:
+                detector(list(chunk / 255))
+            parts.append(dict(levels))
+    return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
