@@ -161,4 +161,4 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
             assert p["settings"] == study.settings
         assert wanted <= set(study.plans(study.recipe).values())
         asked += 1
-    assert asked == 10
+    assert asked == 11

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -221,6 +221,25 @@ def adopt_detection(name: str, origin: Path) -> Path:
         DataError: As for :func:`kdx.data.sources.place_copy`.
     """
     return place_copy(name, origin, find_annotated)
+
+
+def prepare_detection(name: str, origin: Path | None = None) -> Iterator[str]:
+    """Use an own folder or archive as a dataset, if one is given, and read all of it.
+
+    Yields:
+        What was found, and each annotation or image that was refused, with the reason.
+
+    Raises:
+        DataError: As for :func:`load_detection` and :func:`adopt_detection`.
+    """
+    if origin is not None:
+        adopt_detection(name, origin)
+    parts = {split: load_detection(name, split) for split in ("train", "test")}
+    counts = ", ".join(f"{len(part):,} {split} images" for split, part in parts.items())
+    boxes = sum(len(of) for part in parts.values() for of in part.boxes)
+    yield f"{name}: {counts} with {boxes:,} boxes of {len(parts['train'].classes)} classes, in {find_detection(name)}"
+    for what, reason in sorted((parts["train"].refused | parts["test"].refused).items()):
+        yield f"refused: {what}: {reason}"
 
 
 def fetch_detection(name: str) -> Path:

@@ -104,10 +104,10 @@ def compare_detectors(students: Mapping[str, nn.Module], teacher: nn.Module, ima
         ``feature map in boxes`` and ``Grad-CAM in boxes`` (share of a map's mass that lies in boxes).
     """
     masks = box_masks(images)
-    theirs = _seen(teacher, images)
+    theirs = seen_levels(teacher, images.images)
     rows = []
     for name, detector in {**students, TEACHER: teacher}.items():
-        ours = theirs if name == TEACHER else _seen(detector, images)
+        ours = theirs if name == TEACHER else seen_levels(detector, images.images)
         for level, (features, maps) in ours.items():
             values = {f"{kind} in boxes": mass_on(of, masks) for kind, of in maps.items()}
             if name != TEACHER:
@@ -119,9 +119,9 @@ def compare_detectors(students: Mapping[str, nn.Module], teacher: nn.Module, ima
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _seen(detector: nn.Module, images: Detection) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    """Level -> features, and maps by their kind."""
-    parts = [score_gradients(detector, chunk) for chunk in images.images.split(AT_ONCE)]
+def seen_levels(detector: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Level -> features (n, k, h, w) for uint8 images (n, 3, h, w), and maps (n, h, w) of both kinds by their name."""
+    parts = [score_gradients(detector, chunk) for chunk in images.split(AT_ONCE)]
     found = {}
     for level in parts[0]:
         features, gradient = (torch.cat([part[level][i] for part in parts]) for i in (0, 1))
