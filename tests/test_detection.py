@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import kdx
+from kdx.cli import app
 from kdx.data import detection
 from kdx.data.detection import DETECTION_DATASETS, adopt_detection, content_digest, fetch_detection, find_detection
 from kdx.paths import DataError
@@ -88,6 +90,19 @@ def test_a_folder_or_archive_is_adopted(tmp_path, home):
     adopt_detection("bccd", Path(archive))
     assert find_detection("bccd") == home / "raw" / "bccd"
     assert len(kdx.load_detection("bccd", "test")) == 1
+
+
+def test_commands_list_prepare_and_refuse(cells, tmp_path, home):
+    call = lambda *words: CliRunner().invoke(app, ["data", *words])  # noqa: E731
+    assert f"BCCD: boxes of 3 classes, in {cells}; MIT" in call("list").output
+    assert f"bccd: ready in {cells}" in call("get", "bccd").output
+    bad = voc_object("RBC", 9, 9, 9, 20)
+    write_voc(tmp_path / "mine", {"a": (64, 64, [bad, voc_object("RBC", 1, 1, 20, 20)])}, {"train": ["a"]})
+    write_voc(tmp_path / "mine", {"b": (64, 64, [voc_object("WBC", 1, 1, 20, 20)])}, {"test": ["b"]})
+    done = call("prepare", "bccd", "--from", str(tmp_path / "mine"))
+    assert "bccd: 1 train images, 1 test images with 2 boxes of 3 classes" in done.output
+    assert "refused: Annotations/a.xml, object 1: a box without area" in done.output
+    assert "--size: expected none for bccd" in call("prepare", "bccd", "--size", "32").output
 
 
 def test_a_download_is_checked_by_its_files(tmp_path, home, monkeypatch):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -18,18 +19,29 @@ from kdx.data.detection import Detection
 THRESHOLDS = {"AP50": (0.5,), "AP": tuple(np.linspace(0.5, 0.95, 10).tolist())}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Precision:
     """An average precision.
 
     Attributes:
         value: In 0..1, the mean over classes.
-        pseudo: float64 (n,), the jackknife's pseudo-value of each image: their mean has the interval of the value, and
-            the mean of their differences that of a difference of two detectors on the same images.
+        images: Number of images.
     """
 
     value: float
-    pseudo: Tensor = field(repr=False)
+    images: int
+    _without: Callable[[int], float] = field(repr=False)
+
+    @cached_property
+    def pseudo(self) -> Tensor:
+        """The jackknife's pseudo-value of each image, float64 (n,).
+
+        Their mean has the interval of the value, and the mean of their differences that of a difference of two
+        detectors on the same images.
+        """
+        n = self.images
+        without = torch.tensor([self._without(i) for i in range(n)], dtype=torch.float64)
+        return n * self.value - (n - 1) * without
 
 
 def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str = "AP50") -> Precision:
@@ -41,7 +53,7 @@ def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], w
         which: ``"AP50"``, at an intersection over union of 0.5, or ``"AP"``, the mean over 0.5 to 0.95.
 
     Returns:
-        The mean over classes that occur, and the pseudo-value of each image.
+        The mean over classes that occur, with the pseudo-value of each image.
 
     Raises:
         ValueError: Another measure, or not one set of detections for each image.
@@ -54,11 +66,9 @@ def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], w
         raise ValueError(f"expected detections of {len(truth)} images, got {len(found)}")
     n = len(truth)
     if not any(len(one["scores"]) for one in found):
-        return Precision(0.0, torch.zeros(n, dtype=torch.float64))
+        return Precision(0.0, n, lambda i: 0.0)
     judged = _judged(truth, found, which)
-    value = _accumulated(judged)
-    without = torch.tensor([_accumulated(judged, i) for i in range(n)], dtype=torch.float64)
-    return Precision(value, n * value - (n - 1) * without)
+    return Precision(_accumulated(judged), n, partial(_accumulated, judged))
 
 
 def _pycocotools() -> tuple[ModuleType, ModuleType]:

@@ -37,7 +37,7 @@ class DetectorStudy:
 
     dataset: str = "bccd"
     models: tuple[str, str] = ("resnet10@0.5", "resnet10@0.125")
-    recipes: tuple[Recipe, Recipe] = (Recipe(20, 8, 0.02), Recipe(6, 8, 0.02))
+    recipes: tuple[Recipe, Recipe] = (Recipe(20, 8, 0.02), Recipe(4, 8, 0.02))
 
     @property
     def places(self) -> list[Place]:
