@@ -56,10 +56,13 @@ def test_pseudo_values_are_those_of_the_jackknife():
     boxes[1], labels[1] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     detections = found(boxes, labels)
     whole = ap(detections)
+    without = []
     for i in range(6):
         rows = torch.tensor([j for j in range(6) if j != i])
-        without = ap([detections[j] for j in rows.tolist()], truth=TRUTH[rows]).value
-        assert whole.pseudo[i].item() == pytest.approx(6 * whole.value - 5 * without)
+        without.append(ap([detections[j] for j in rows.tolist()], truth=TRUTH[rows]).value)
+    expected = [whole.value + 5 * (sum(without) / 6 - one) for one in without]
+    assert whole.pseudo.tolist() == pytest.approx(expected)
+    assert whole.pseudo.mean().item() == pytest.approx(whole.value)
     assert ap(found()).pseudo.tolist() == [1.0] * 6
 
 

@@ -31,7 +31,8 @@ def test_pseudo_values_are_those_of_the_jackknife():
         return ((p * q).sum() / (p.norm() * q.norm())).item()
 
     every = list(range(6))
-    expected = [6 * cka(every) - 5 * cka(every[:i] + every[i + 1 :]) for i in every]
+    without = [cka(every[:i] + every[i + 1 :]) for i in every]
+    expected = [cka(every) + 5 * (sum(without) / 6 - one) for one in without]
     assert cka_values(one, other).tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="the same 5 images or more, got 4 and 4"):
         cka_values(one[:4], other[:4])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdx.data.detection import Detection
+from kdx.inference import jackknife
 
 THRESHOLDS = {"AP50": (0.5,), "AP": tuple(np.linspace(0.5, 0.95, 10).tolist())}
 
@@ -34,14 +35,12 @@ class Precision:
 
     @cached_property
     def pseudo(self) -> Tensor:
-        """The jackknife's pseudo-value of each image, float64 (n,).
+        """The part of each image by the jackknife, float64 (n,); their mean is the value.
 
-        Their mean has the interval of the value, and the mean of their differences that of a difference of two
-        detectors on the same images.
+        It has the interval of a mean, and the mean of the differences of two detectors' parts on the same images that
+        of their difference.
         """
-        n = self.images
-        without = torch.tensor([self._without(i) for i in range(n)], dtype=torch.float64)
-        return n * self.value - (n - 1) * without
+        return torch.from_numpy(jackknife(self.value, [self._without(i) for i in range(self.images)]))
 
 
 def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str = "AP50") -> Precision:

@@ -20,6 +20,7 @@ from kdx.explain.detection_cam import score_gradients
 from kdx.explain.feature_maps import magnitude
 from kdx.explain.grad_cam import agreement, to_map
 from kdx.explain.regression import Moments, errors_beyond, share
+from kdx.inference import jackknife
 from kdx.intervals import Interval
 from kdx.measure.localisation import mass_on
 from kdx.networks.fpn_detectors import watch_levels
@@ -32,27 +33,26 @@ AT_ONCE = 24  # images
 
 
 def cka_values(first: Tensor, second: Tensor) -> Tensor:
-    """Linear CKA of the features of two networks, by the unbiased estimator, as pseudo-values of a jackknife.
+    """Linear CKA of the features of two networks, by the unbiased estimator, in parts by a jackknife over images.
 
     Args:
         first: (n, ...), n > 4.
         second: (n, ...), the same images in another network.
 
     Returns:
-        float64 (n,). Their mean is the CKA, less the jackknife's estimate of its bias; their spread gives its interval.
+        float64 (n,). Their mean is the CKA of all images; their spread gives its interval.
     """
     if len(first) != len(second) or len(first) < 5:
         raise ValueError(f"expected features of the same 5 images or more, got {len(first)} and {len(second)}")
     products = [(x := features.flatten(1).double()) @ x.T for features in (first, second)]
-    n = len(first)
-    every = torch.arange(n)
-    whole = _cka(products, every)
-    return torch.stack([n * whole - (n - 1) * _cka(products, every[every != i]) for i in range(n)])
+    every = torch.arange(len(first))
+    without = [_cka(products, every[every != i]) for i in every]
+    return torch.from_numpy(jackknife(_cka(products, every), without))
 
 
-def _cka(products: Sequence[Tensor], rows: Tensor) -> Tensor:
+def _cka(products: Sequence[Tensor], rows: Tensor) -> float:
     p, q = (u_center(of[rows][:, rows].fill_diagonal_(0.0)) for of in products)
-    return (p * q).sum() / (p.square().sum() * q.square().sum()).sqrt()
+    return ((p * q).sum() / (p.square().sum() * q.square().sum()).sqrt()).item()
 
 
 def handed_over(student: Tensor, base: Tensor, teacher: Tensor, folds: int = 9) -> Interval:
