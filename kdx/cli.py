@@ -55,8 +55,9 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
 
 @data.command("list")
 def data_list() -> None:
-    """Show the datasets of the registry, and the probe set Broden."""
+    """Show the datasets of the registry, those with boxes, and the probe set Broden."""
     from kdx.data.broden_copy import BRODEN, find_broden
+    from kdx.data.detection import DETECTION_DATASETS, find_detection
     from kdx.data.registry import DATASETS
     from kdx.data.sources import find_source
 
@@ -65,6 +66,9 @@ def data_list() -> None:
         here = f"in {find_source(card)}" if find_source(card) else "not on this machine"
         images = f"{counts} images" if card.counts else f"images in folders, {here}"
         typer.echo(f"{card.name:12} {card.title}: {len(card.classes)} classes, {images}")
+    for boxed in DETECTION_DATASETS.values():
+        here = f"in {find_detection(boxed.name)}" if find_detection(boxed.name) else "not on this machine"
+        typer.echo(f"{boxed.name:12} {boxed.title}: boxes of {len(boxed.classes)} classes, {here}; {boxed.licence}")
     here = f"in {find_broden()}" if find_broden() else "not on this machine"
     typer.echo(f"{BRODEN.name:12} {BRODEN.title}: a probe, images with concept masks, {here}; {BRODEN.licence}")
 
@@ -74,9 +78,13 @@ def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`
     """Download a dataset into data/raw and verify it; a verified one is not downloaded again."""
     with _errors():
         from kdx.data.broden_copy import BRODEN
+        from kdx.data.detection import DETECTION_DATASETS, fetch_detection
         from kdx.data.registry import find_card
         from kdx.data.sources import fetch
 
+        if name in DETECTION_DATASETS:
+            typer.echo(f"{name}: ready in {fetch_detection(name)}")
+            return
         if name == BRODEN.name:
             raise ValueError(f"{name} is not downloaded, since no checksum of it is published: {BRODEN.how_to_get}")
         if find_card(name).source:
@@ -94,7 +102,7 @@ def data_prepare(
 ) -> None:
     """Decode the images of a dataset into a compact cache; list the files that cannot be used."""
     with _errors():
-        from kdx.data import broden_copy
+        from kdx.data import broden_copy, detection
         from kdx.data.dataset import prepare
         from kdx.data.sources import adopt
 
@@ -102,6 +110,12 @@ def data_prepare(
             if size is not None:
                 raise ValueError("--size: expected none for broden, whose images stay as they are")
             typer.echo(broden_copy.prepare_broden(origin))
+            return
+        if name in detection.DETECTION_DATASETS:
+            if size is not None:
+                raise ValueError(f"--size: expected none for {name}, whose images are scaled when they are loaded")
+            for line in detection.prepare_detection(name, origin):
+                typer.echo(line)
             return
         if origin is not None:
             adopt(name, origin)
@@ -126,7 +140,7 @@ def data_prepare(
 
 @networks.command("list")
 def networks_list() -> None:
-    """Show the shipped networks: role, architecture, and test accuracy of each fold."""
+    """Show the shipped networks: role, architecture, and test accuracy (of detectors AP50) of each fold."""
     from kdx.distil.run_store import shipped_table
 
     table = shipped_table()
@@ -142,11 +156,11 @@ def networks_list() -> None:
 def networks_verify() -> None:
     """Evaluate every shipped network on the test images and compare with the table."""
     with _errors(), _seconds("verify"):
-        from kdx.distil import shipped
+        from kdx.distil import shipped, shipped_detectors
         from kdx.planted import suite
 
         rows = []
-        for row in shipped.verify((*shipped.STUDIES, suite.Study())):
+        for row in shipped.verify((*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())):
             rows.append(row)
             typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
@@ -165,11 +179,11 @@ def networks_train(
 ) -> None:
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with _errors(), _seconds("train"):
-        from kdx.distil import shipped
+        from kdx.distil import shipped, shipped_detectors
         from kdx.planted import suite
 
         os.nice(19)
-        studies = (*shipped.STUDIES, suite.Study())
+        studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         shipped.train(studies, dataset or (), only or (), fold or (), workers, device)
 
 

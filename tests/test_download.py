@@ -319,3 +319,13 @@ def test_npm_package_is_fetched_and_unpacked(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(where))
     with pytest.raises(FileNotFoundError, match="npm is not installed"):
         download.npm_pack("name@1.0", where, "name")
+
+
+def test_without_a_checksum_the_caller_checks_the_content(server, tmp_path):
+    one = server()
+    one.cuts = [5000]
+    path = download.download(one.url, tmp_path / "data.zip")
+    assert path.read_bytes() == CONTENT
+    assert one.asked == [None, "bytes=5000-"]
+    assert download.download(one.url, path) == path
+    assert len(one.asked) == 2  # a complete file is not asked for again

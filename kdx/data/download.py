@@ -26,7 +26,7 @@ TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
 PIECE = 1 << 16  # bytes; the most that an interruption loses
 
 
-def download(url: str, path: Path, sha256: str) -> Path:
+def download(url: str, path: Path, sha256: str | None = None) -> Path:
     """Download a file and check it, unless it is there already.
 
     The received part is kept beside ``path`` as ``<name>.partial``, and the next attempt, from this address or another
@@ -36,7 +36,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
     Args:
         url: The address.
         path: The file to write.
-        sha256: The expected SHA-256 (hex) of the file.
+        sha256: The expected SHA-256 (hex) of the file; None leaves the check of what is in it to the caller.
 
     Returns:
         ``path``.
@@ -48,11 +48,11 @@ def download(url: str, path: Path, sha256: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with FileLock(path.with_name(path.name + ".lock")):
-        if path.exists() and sha256_of(path) == sha256:
+        if path.exists() and sha256 in (None, sha256_of(path)):
             return path
         try:
             resumed = _transfer(url, partial)
-            if resumed and sha256_of(partial) != sha256:  # the two parts may belong to different files
+            if resumed and sha256 not in (None, sha256_of(partial)):  # the two parts may belong to different files
                 partial.unlink()
                 _transfer(url, partial)
         except requests.HTTPError as error:
@@ -65,7 +65,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
             raise DataError(
                 f"{url}: {why}; {_size(partial) / 1e6:.1f} MB are kept, and the next attempt continues from there"
             ) from error
-        if (got := sha256_of(partial)) != sha256:
+        if sha256 is not None and (got := sha256_of(partial)) != sha256:
             size = partial.stat().st_size
             partial.unlink()
             raise DataError(f"{url}: expected SHA-256 {sha256[:12]}…, got {got[:12]}… ({size:,} bytes)")

@@ -28,7 +28,8 @@ import pandas as pd
 import torch
 import torchvision
 
-from kdx.networks.models import Network, build, load_checkpoint, read_header, save_checkpoint
+from kdx.networks.fpn_detectors import rebuild
+from kdx.networks.models import Network, load_checkpoint, read_header, save_checkpoint
 from kdx.paths import data_home, networks_home, sha256_of, written_whole
 
 FORMAT = 1  # of the folder; part of every key
@@ -55,10 +56,10 @@ class Run:
     history: pd.DataFrame = field(repr=False)
 
     @property
-    def untrained(self) -> Network:
+    def untrained(self) -> Any:
         """The network as it was before training: its initial weights, in evaluation mode."""
         spec = self.manifest["spec"]
-        return build(**spec["model"], seed=spec["seed"]).eval()
+        return rebuild(**spec["model"], seed=spec["seed"]).eval()
 
     @property
     def model(self) -> Network:
@@ -82,7 +83,7 @@ class Run:
 
     @cached_property
     def _checkpoint(self) -> tuple[Network, dict[str, Any]]:
-        return load_checkpoint(self.file)
+        return load_checkpoint(self.file, rebuild)
 
 
 def run_key(spec: Mapping[str, Any], code: str) -> str:
@@ -231,7 +232,7 @@ def manifests() -> dict[str, dict[str, Any]]:
 
 
 def store_run(
-    key: str, spec: Mapping[str, Any], model: Network, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
+    key: str, spec: Mapping[str, Any], model: Any, history: pd.DataFrame, header: Mapping[str, Any], **facts: Any
 ) -> Run:
     """Write a finished run under its key, all or nothing.
 

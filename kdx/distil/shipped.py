@@ -19,10 +19,14 @@ import torch
 from filelock import FileLock
 
 from kdx.data.dataset import Dataset, available, load_dataset
+from kdx.data.detection import DETECTION_DATASETS, Detection, find_detection
+from kdx.distil.average_precision import average_precision
 from kdx.distil.cross_validation import Plan, carry_out, plan_chains, plan_fit
+from kdx.distil.detector_fit import detect
 from kdx.distil.fit import evaluate
 from kdx.distil.run_store import COLUMNS, Run, find_run, find_shipped, shipped_table
 from kdx.distil.training import Recipe
+from kdx.networks.fpn_detectors import rebuild
 from kdx.networks.models import Network, load_checkpoint, save_checkpoint
 from kdx.paths import CHECKOUT, networks_home, sha256_of
 from kdx.version import __version__
@@ -47,8 +51,8 @@ class Study(Protocol):
     def places(self) -> list[Place]:
         """Role and fold of every network."""
 
-    def images(self, split: str) -> Dataset:
-        """The training or test images."""
+    def images(self, split: str) -> Any:
+        """The training or test images, of classification or detection."""
 
     def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
         """Train those of ``wanted`` that are missing, and ship each when it is finished."""
@@ -258,10 +262,28 @@ def train(
     _check("folds", folds, [fold for _, fold in places])
     for study in chosen:
         wanted = [(role, f) for role, f in study.places if (not only or role in only) and (not folds or f in folds)]
-        if wanted and available(study.dataset) is None:
+        if wanted and not _is_here(study.dataset):
             log.warning("%s is not on this machine; its networks are passed over", study.dataset)
         elif wanted:
             study.train(wanted, partial(ship, study.dataset, study.images("test")), workers, device)
+
+
+def _is_here(dataset: str) -> bool:
+    if dataset in DETECTION_DATASETS:
+        return find_detection(dataset) is not None
+    return available(dataset) is not None
+
+
+def _measured(model: Any, tested: Dataset | Detection) -> float:
+    """The accuracy of a classifier, or the AP50 of a detector."""
+    if isinstance(tested, Detection):
+        return average_precision(tested, detect(model, tested.images)).value
+    return evaluate(model, tested).accuracy
+
+
+def _name_of(architecture: Mapping[str, Any]) -> str:
+    name = " on ".join(architecture[part] for part in ("kind", "backbone", "name") if part in architecture)
+    return f"{name}@{architecture['width']!r}"
 
 
 def _check(what: str, given: Sequence[Any], known: Sequence[Any]) -> None:
@@ -270,7 +292,7 @@ def _check(what: str, given: Sequence[Any], known: Sequence[Any]) -> None:
         raise ValueError(f"unknown {what} {unknown}; choose from: {', '.join(map(str, choices))}")
 
 
-def ship(dataset: str, tested: Dataset, run: Run, role: str, fold: int) -> Run:
+def ship(dataset: str, tested: Dataset | Detection, run: Run, role: str, fold: int) -> Run:
     """Write a network into ``data/networks`` and its row into the table, unless it is there.
 
     Args:
@@ -289,24 +311,24 @@ def ship(dataset: str, tested: Dataset, run: Run, role: str, fold: int) -> Run:
     if there := find_shipped(run.digest):
         return there
     path.parent.mkdir(parents=True, exist_ok=True)
-    card, spec = tested.card, run.manifest["spec"]
+    spec = run.manifest["spec"]
     facts = {name: run.manifest[name] for name in ("spec", "digest", "dataset", "versions", "device", "precision")}
     header = {
         "classes": run.classes,
-        "mean": card.mean,
-        "std": card.std,
+        "mean": spec["input"]["mean"],
+        "std": spec["input"]["std"],
         "history": run.history.round(4).to_dict("list"),
         "run": facts | {"seconds": run.manifest["seconds"]},
     }
     scratch = path.with_suffix(f".{os.getpid()}.partial")
     save_checkpoint(scratch, run.model, header, torch.float16)
-    accuracy = evaluate(load_checkpoint(scratch)[0], tested).accuracy
+    accuracy = _measured(load_checkpoint(scratch, rebuild)[0], tested)
     row = {
         "dataset": dataset,
         "role": role,
         "fold": fold,
         "seed": spec["seed"],
-        "model": f"{spec['model']['name']}@{spec['model']['width']!r}",
+        "model": _name_of(spec["model"]),
         "technique": spec["technique"]["name"],
         "epochs": spec["recipe"]["epochs"],
         "accuracy": round(accuracy, 4),
@@ -352,8 +374,7 @@ def verify(studies: Sequence[Study]) -> Iterator[dict[str, Any]]:
         A row of ``networks.csv`` with ``measured``, the test accuracy (NaN where the images are not on this machine),
         and ``problem``: empty if the file is whole and the accuracy is that of the table to ``TOLERANCE``.
     """
-    here = [study for study in studies if available(study.dataset) is not None]
-    images = {study.dataset: study.images("test") for study in here}
+    images = {study.dataset: study.images("test") for study in studies if _is_here(study.dataset)}
     for row in shipped_table().to_dict("records"):
         measured, problem = float("nan"), ""
         try:
@@ -361,7 +382,7 @@ def verify(studies: Sequence[Study]) -> Iterator[dict[str, Any]]:
             if run is None:
                 problem = "the file is missing"
             elif row["dataset"] in images:
-                measured = evaluate(run.model, images[row["dataset"]]).accuracy
+                measured = _measured(run.model, images[row["dataset"]])
                 if not abs(measured - row["accuracy"]) <= TOLERANCE:
                     problem = f"expected an accuracy of {row['accuracy']:.4f}, got {measured:.4f}"
         except ValueError as error:

@@ -55,17 +55,23 @@ def grad_cam(
         >>> {stage: tuple(m.shape) for stage, m in maps.items()}
         {'L1': (2, 32, 32), 'L2': (2, 16, 16), 'L3': (2, 8, 8), 'L4': (2, 4, 4)}
     """
+    check_method(method)
+    found = gradients(model, images, lambda logits: logits.gather(1, _targets(target, logits)[:, None]).sum(), layers)
+    with torch.autocast(images.device.type, enabled=False):
+        return {stage: to_map(activation, gradient, method) for stage, (activation, gradient) in found.items()}
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless a method is known."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
-    maps = {}
-    for stage, (activation, gradient) in gradients(
-        model, images, lambda logits: logits.gather(1, _targets(target, logits)[:, None]).sum(), layers
-    ).items():
-        with torch.autocast(images.device.type, enabled=False):
-            if method == "cam":
-                gradient = gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient)  # (n, k, h, w)
-            maps[stage] = torch.einsum("nkhw,nkhw->nhw", gradient, activation).relu()
-    return maps
+
+
+def to_map(features: Tensor, gradient: Tensor, method: str = "cam") -> Tensor:
+    """The map (n, h, w) of features (n, k, h, w) and the gradient with respect to them, by one of ``METHODS``."""
+    if method == "cam":
+        gradient = gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient)
+    return torch.einsum("nkhw,nkhw->nhw", gradient, features).relu()
 
 
 def agreement(first: Tensor, second: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def parse_name(name: str, width: float | None = None) -> tuple[str, float]:
         raise ValueError(f"expected a model such as resnet10@0.125, got {name!r}") from error
 
 
-def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(path: Path, model: Any, header: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write weights as safetensors with a JSON header: the architecture and what ``header`` adds
     (class names, normalisation, metrics).
 
@@ -212,12 +212,15 @@ def save_checkpoint(path: Path, model: Network, header: Mapping[str, Any], dtype
     save_file(weights, path, metadata={"kdx": text})
 
 
-def load_checkpoint(path: Path | str) -> tuple[Network, dict[str, Any]]:
-    """The network (float32, on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote."""
+def load_checkpoint(path: Path | str, make: Callable[..., Any] = build) -> tuple[Any, dict[str, Any]]:
+    """The network (float32, on the CPU, in evaluation mode) and header that :func:`save_checkpoint` wrote.
+
+    ``make`` builds the network of an architecture.
+    """
     header = read_header(path)
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = build(**header["architecture"], seed=0)
+    model = make(**header["architecture"], seed=0)
     model.load_state_dict(weights)
     return model.eval(), header
 

@@ -1,0 +1,242 @@
+"""Boxes of objects in images: annotations in the layouts of Pascal VOC and of COCO, read and checked one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from kdx.data.folders import SPLITS, printable
+from kdx.paths import DataError, one_line
+
+MOST_BYTES = 500_000_000  # of an annotation file
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """An image file and what is marked in it.
+
+    Attributes:
+        path: Of the image.
+        file: Its name inside of the folder, as printable text.
+        split: ``"train"`` or ``"test"``; empty if the folder does not say.
+        size: Width and height in pixels, of which the boxes tell.
+        objects: Class and box of each.
+    """
+
+    path: Path
+    file: str
+    split: str
+    size: tuple[int, int]
+    objects: tuple[tuple[str, Box], ...]
+
+
+def read_annotations(folder: Path, classes: Sequence[str] = ()) -> tuple[list[Annotated], dict[str, str]]:
+    """Images with their boxes, from a folder in the layout of VOC or COCO.
+
+    VOC: ``Annotations/*.xml`` and ``JPEGImages/``, perhaps ``ImageSets/Main/{train,val,trainval,test}.txt``.
+    COCO: ``annotations/instances_<split>*.json`` and ``<split>*/``, or ``<split>/_annotations.coco.json`` beside the
+    images. Where there is no test split, that of validation takes its place.
+
+    Args:
+        folder: The folder, or one that holds it alone.
+        classes: Names that are known; () takes all that occur.
+
+    Returns:
+        The images, sorted, and a dict from each refused annotation (file and object) to the reason.
+
+    Raises:
+        DataError: The folder is in neither layout, or a file of annotations cannot be read at all.
+    """
+    folder = find_annotated(folder)
+    read = _voc if (folder / "Annotations").is_dir() else _coco
+    refused: dict[str, str] = {}
+    return sorted(read(folder, classes, refused), key=lambda one: one.file), refused
+
+
+def find_annotated(folder: Path) -> Path:
+    """The folder itself, or the one inside that is laid out as VOC or COCO.
+
+    Raises:
+        DataError: There is none.
+    """
+    if folder.is_dir():
+        for place in (folder, *sorted(f for f in folder.glob("*") if f.is_dir()), *sorted(folder.glob("*/*/"))):
+            if (place / "Annotations").is_dir() or _coco_files(place):
+                return place
+    raise DataError(
+        f"expected annotations of VOC (Annotations/*.xml, JPEGImages/) or COCO (annotations/instances_train.json, "
+        f"train/), found neither in {printable(folder)}"
+    )
+
+
+# --- VOC -----------------------------------------------------------------------------------------------
+
+
+def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iterator[Annotated]:
+    split_of = _image_sets(folder / "ImageSets" / "Main")
+    for path in sorted((folder / "Annotations").glob("*.xml")):
+        file = f"Annotations/{printable(path.name)}"
+        try:
+            root = _xml(path)
+            size = (_number(root.findtext("size/width")), _number(root.findtext("size/height")))
+            if not all(side >= 1 and side.is_integer() for side in size):
+                raise ValueError(f"expected a size in whole pixels, got {size}")
+            image = _image(folder / "JPEGImages", root.findtext("filename") or "", path.stem)
+        except ValueError as reason:
+            refused[file] = one_line(reason)
+            continue
+        width, height = map(int, size)
+        objects = []
+        for i, thing in enumerate(root.iter("object"), 1):
+            try:
+                corners = [_number(thing.findtext(f"bndbox/{side}")) for side in SIDES]
+                objects.append(_checked((thing.findtext("name") or "").strip(), corners, (width, height), classes))
+            except ValueError as reason:
+                refused[f"{file}, object {i}"] = one_line(reason)
+        if split_of and path.stem not in split_of:
+            refused[file] = "in no list of ImageSets/Main"
+            continue
+        split = split_of.get(path.stem, "")
+        yield Annotated(image, printable(image.relative_to(folder)), split, (width, height), tuple(objects))
+
+
+def _xml(path: Path) -> ElementTree.Element:
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+    text = path.read_bytes()
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+        raise ValueError("declares a document type or entities, which annotations have no need of")
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"not XML: {error}") from error
+
+
+def _image(folder: Path, name: str, stem: str) -> Path:
+    """The image that an annotation names, or else the one of the annotation's own name."""
+    for candidate in (name, *(stem + suffix for suffix in SUFFIXES)):
+        path = folder / candidate
+        if candidate and _within(path, folder) and path.is_file():
+            return path
+    raise ValueError(f"no image {printable(name or stem)} in {folder.name}")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _image_sets(folder: Path) -> dict[str, str]:
+    """File stem -> train or test; {} where there are no lists."""
+    lists = {
+        path.stem: path.read_text().split("\n") for path in folder.glob("*.txt") if path.stem in (*SPLITS, "trainval")
+    }
+    stems = {name: [line.split()[0] for line in lines if line.strip()] for name, lines in lists.items()}
+    held_out = next((name for name in ("test", "val") if stems.get(name)), "")
+    learnt = [name for name in ("train", "trainval", "val") if name in stems and name != held_out]
+    if held_out == "val":
+        learnt = [name for name in learnt if name != "trainval"]
+    found = {stem: "train" for name in learnt for stem in stems[name]}
+    return found | dict.fromkeys(stems.get(held_out, []), "test")
+
+
+# --- COCO ----------------------------------------------------------------------------------------------
+
+
+def _coco_files(folder: Path) -> dict[Path, tuple[Path, str]]:
+    """Annotation file -> folder of its images, and its split."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for path in sorted(folder.glob("annotations/instances_*.json")):
+        part = path.stem.removeprefix("instances_")
+        if split := SPLITS.get(re.sub(r"\d+$", "", part).lower()):
+            places = [folder / part, folder / "images" / part, folder / "images", folder]
+            found[path] = next(place for place in places if place.is_dir()), split
+    for path in sorted(folder.glob("*/_annotations.coco.json")):
+        if split := SPLITS.get(path.parent.name.lower()):
+            found[path] = path.parent, split
+    held_out = "test" if any(split == "test" for _, split in found.values()) else "val"
+    return {path: (place, "test" if split == held_out else "train") for path, (place, split) in found.items()}
+
+
+def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iterator[Annotated]:
+    for path, (place, split) in _coco_files(folder).items():
+        content, file = _json(path), printable(path.relative_to(folder))
+        names = {entry.get("id"): str(entry.get("name")) for entry in content["categories"]}
+        objects: dict[Any, list[tuple[str, Box]]] = {}
+        sizes: dict[Any, tuple[int, int]] = {}
+        images: dict[Any, Path] = {}
+        for entry in content["images"]:
+            try:
+                key, size = entry.get("id"), (_number(entry.get("width")), _number(entry.get("height")))
+                if key in images or not all(side >= 1 and side.is_integer() for side in size):
+                    raise ValueError(f"expected an id of its own and a size in whole pixels, got {key!r} and {size}")
+                images[key] = _image(place, str(entry.get("file_name")), "")
+                sizes[key], objects[key] = (int(size[0]), int(size[1])), []
+            except ValueError as reason:
+                refused[f"{file}, image {entry.get('id')!r}"] = one_line(reason)
+        for entry in content["annotations"]:
+            try:
+                key = entry.get("image_id")
+                if key not in images:
+                    raise ValueError(f"of an image that is not there ({key!r})")
+                if entry.get("iscrowd"):
+                    raise ValueError("a crowd, not one object")
+                box = entry.get("bbox")
+                if not isinstance(box, list) or len(box) != 4:
+                    raise ValueError(f"expected a bbox of left, top, width, height, got {box!r}")
+                left, top, width, height = map(_number, box)
+                name = names.get(entry.get("category_id"), "")
+                objects[key].append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
+            except ValueError as reason:
+                refused[f"{file}, annotation {entry.get('id')!r}"] = one_line(reason)
+        for key, image in images.items():
+            yield Annotated(image, printable(image.relative_to(folder)), split, sizes[key], tuple(objects[key]))
+
+
+def _json(path: Path) -> Mapping[str, list[Mapping[str, Any]]]:
+    if path.stat().st_size > MOST_BYTES:
+        raise DataError(f"{path}: expected annotations of at most {MOST_BYTES:,} bytes")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({one_line(error)})") from error
+    for part in ("images", "annotations", "categories"):
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{path}: expected COCO's lists images, annotations and categories, found no {part}")
+    return content
+
+
+# --- one object ----------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float:
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
+
+
+def _checked(name: str, corners: Sequence[float], size: tuple[int, int], classes: Sequence[str]) -> tuple[str, Box]:
+    """Class and box, if the class is known and the box lies in the image and has an area."""
+    left, top, right, bottom = corners
+    if not name or (classes and name not in classes):
+        raise ValueError(f"unknown class {name!r}; expected one of {', '.join(classes) or 'the categories'}")
+    if right < left or bottom < top:
+        raise ValueError(f"a box with swapped corners: {[*corners]}")
+    if right == left or bottom == top:
+        raise ValueError(f"a box without area: {[*corners]}")
+    if left < 0 or top < 0 or right > size[0] or bottom > size[1]:
+        raise ValueError(f"a box that is not inside of {size[0]} x {size[1]} pixels: {[*corners]}")
+    return name, (left, top, right, bottom)

@@ -1,0 +1,127 @@
+"""Average precision of detectors, by pycocotools."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdx.data.detection import Detection
+from kdx.inference import jackknife
+
+THRESHOLDS = {"AP50": (0.5,), "AP": tuple(np.linspace(0.5, 0.95, 10).tolist())}
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """An average precision.
+
+    Attributes:
+        value: In 0..1, the mean over classes.
+        images: Number of images.
+    """
+
+    value: float
+    images: int
+    _without: Callable[[int], float] = field(repr=False)
+
+    @cached_property
+    def pseudo(self) -> Tensor:
+        """The part of each image by the jackknife, float64 (n,); their mean is the value.
+
+        It has the interval of a mean, and the mean of the differences of two detectors' parts on the same images that
+        of their difference.
+        """
+        return torch.from_numpy(jackknife(self.value, [self._without(i) for i in range(self.images)]))
+
+
+def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str = "AP50") -> Precision:
+    """Average precision as in COCO, with pseudo-values of images.
+
+    Args:
+        truth: Images with their boxes.
+        found: Of each image boxes, labels and scores, as :func:`kdx.detect` returns.
+        which: ``"AP50"``, at an intersection over union of 0.5, or ``"AP"``, the mean over 0.5 to 0.95.
+
+    Returns:
+        The mean over classes that occur, with the pseudo-value of each image.
+
+    Raises:
+        ValueError: Another measure, or not one set of detections for each image.
+        ModuleNotFoundError: pycocotools is not installed (``pip install kdx[detection]``).
+    """
+    _pycocotools()
+    if which not in THRESHOLDS:
+        raise ValueError(f"unknown measure {which!r}; choose from: {', '.join(THRESHOLDS)}")
+    if len(found) != len(truth):
+        raise ValueError(f"expected detections of {len(truth)} images, got {len(found)}")
+    n = len(truth)
+    if not any(len(one["scores"]) for one in found):
+        return Precision(0.0, n, lambda i: 0.0)
+    judged = _judged(truth, found, which)
+    return Precision(_accumulated(judged), n, partial(_accumulated, judged))
+
+
+def _pycocotools() -> tuple[ModuleType, ModuleType]:
+    try:
+        from pycocotools import coco, cocoeval
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "average precision needs pycocotools: install it with `pip install kdx[detection]`", name=error.name
+        ) from error
+    return coco, cocoeval
+
+
+def _judged(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -> Any:
+    """COCO's evaluation of each image and class."""
+    coco, cocoeval = _pycocotools()
+    boxes = [
+        {"id": 0, "image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for i, (of_image, labels) in enumerate(zip(truth.boxes, truth.labels, strict=True))
+        for box, label in zip(_left_top_width_height(of_image), labels.tolist(), strict=True)
+    ]
+    detections = [
+        [i, *box, score, label]
+        for i, one in enumerate(found)
+        for box, score, label in zip(
+            _left_top_width_height(one["boxes"]), one["scores"].tolist(), one["labels"].tolist(), strict=True
+        )
+    ]
+    with redirect_stdout(io.StringIO()):
+        right = coco.COCO()
+        right.dataset = {
+            "images": [{"id": i} for i in range(len(truth))],
+            "categories": [{"id": c} for c in range(len(truth.classes))],
+            "annotations": [box | {"id": number} for number, box in enumerate(boxes, 1)],
+            "info": {},
+        }
+        right.createIndex()
+        judged = cocoeval.COCOeval(right, right.loadRes(np.array(detections).reshape(-1, 7)), "bbox")
+        judged.params.iouThrs = np.array(THRESHOLDS[which])
+        judged.params.areaRng, judged.params.areaRngLbl = [[0, 1e10]], ["all"]
+        judged.params.maxDets = [100]
+        judged.evaluate()
+    return judged
+
+
+def _left_top_width_height(boxes: Tensor) -> list[list[float]]:
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
+
+
+def _accumulated(judged: Any, without: int | None = None) -> float:
+    """The mean over thresholds and classes that occur, perhaps without an image; 0 if there is no box."""
+    every, images = judged.evalImgs, len(judged.params.imgIds)
+    judged.evalImgs = [None if i % images == without else one for i, one in enumerate(every)]
+    with redirect_stdout(io.StringIO()):
+        judged.accumulate()
+    judged.evalImgs = every
+    precision = judged.eval["precision"]
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else 0.0

@@ -1,0 +1,67 @@
+"""The detectors that come with the checkout: a teacher, and students of one start, with second seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdx.data.detection import Detection, load_detection
+from kdx.distil.detector_fit import fit_detector
+from kdx.distil.run_store import Run
+from kdx.distil.shipped import Place, Ship
+from kdx.distil.training import Recipe
+
+TEACHER = "teacher"
+STUDENTS: dict[str, tuple[str, int, Mapping[str, Any]]] = {  # role -> technique, seed, settings
+    "base": ("label", 0, {}),
+    "fgd": ("fgd", 0, {}),
+    "prior": ("prior", 0, {"prior_width": 32, "prior_blocks": 1}),
+    "second base": ("label", 1, {}),
+    "second fgd": ("fgd", 1, {}),
+    "second prior": ("prior", 1, {"prior_width": 32, "prior_blocks": 1}),
+}
+
+
+@dataclass(frozen=True)
+class DetectorStudy:
+    """A :class:`kdx.distil.shipped.Study` of detectors.
+
+    All students start with the neck and head of the teacher, also those that do not learn from it.
+
+    Attributes:
+        dataset: A name in ``DETECTION_DATASETS``.
+        models: Backbones of teacher and student.
+        recipes: Likewise.
+    """
+
+    dataset: str = "bccd"
+    models: tuple[str, str] = ("resnet10@0.5", "resnet10@0.125")
+    recipes: tuple[Recipe, Recipe] = (Recipe(20, 8, 0.02), Recipe(4, 8, 0.02))
+
+    @property
+    def places(self) -> list[Place]:
+        return [(role, 1) for role in (TEACHER, *STUDENTS)]
+
+    def images(self, split: str) -> Detection:
+        return load_detection(self.dataset, split)
+
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+        """One after the other, the teacher first; it is shipped with its students."""
+        images = self.images("train")
+        teacher = fit_detector(self.models[0], images, recipe=self.recipes[0], device=device)
+        teacher = ship(teacher, TEACHER, 1)
+        for role, (technique, seed, settings) in STUDENTS.items():
+            if (role, 1) in wanted:
+                run: Run = fit_detector(
+                    self.models[1],
+                    images,
+                    technique=technique,
+                    teacher=None if technique == "label" else teacher,
+                    start=teacher,
+                    recipe=self.recipes[1],
+                    seed=seed,
+                    device=device,
+                    **settings,
+                )
+                ship(run, role, 1)
