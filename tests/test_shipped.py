@@ -160,4 +160,4 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
             assert p["settings"].items() <= study.settings.items()
         assert wanted <= set(study.plans(study.recipe).values())
         asked += 1
-    assert asked == 11
+    assert asked == 12
