@@ -6,6 +6,7 @@ from .data.dataset import prepare as prepare
 from .data.label_embeddings import label_embeddings as label_embeddings
 from .data.registry import DATASETS as DATASETS
 from .data.sources import fetch as fetch
+from .data.sst import load_sentences as load_sentences
 from .distil.answers import answers as answers
 from .distil.chains import distill_chain as distill_chain
 from .distil.cross_validation import cross_chains as cross_chains
@@ -51,6 +52,8 @@ from .measure.teachers import complexity as complexity
 from .measure.teachers import fidelity as fidelity
 from .measure.teachers import rank_teachers as rank_teachers
 from .measure.who_taught import who_taught as who_taught
+from .measure.words import word_agreement as word_agreement
+from .measure.words import word_scores as word_scores
 from .networks.capture import activations as activations
 from .networks.capture import capture as capture
 from .networks.models import MODELS as MODELS

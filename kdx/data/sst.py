@@ -136,6 +136,12 @@ def load_sentences(corpus: str = NAME, split: str = "test", limit: int = 0, seed
     return read_trees(lines).limit(limit, seed)
 
 
+def join(*parts: Sentences) -> Sentences:
+    """All sentences of several sets of the same classes, in order."""
+    words, polarities = (tuple(one for part in parts for one in getattr(part, of)) for of in ("words", "polarities"))
+    return replace(parts[0], words=words, polarities=polarities, labels=torch.cat([part.labels for part in parts]))
+
+
 def read_trees(lines: Sequence[str]) -> Sentences:
     """Sentences from trees, one a line, such as ``(3 (2 a) (3 (3 lovely) (2 film)))``. Neutral ones are left out.
 
@@ -182,14 +188,15 @@ COUNTS = {"train": 800, "dev": 100, "test": 200}
 
 
 def generated(split: str, seed: int = 0) -> list[str]:
-    """Trees of generated sentences: neutral words, among them one to three polar ones that agree with the label."""
+    """Trees of generated sentences: among neutral words, two or three of the label's class, and in half of the
+    sentences a mild one of the other polarity."""
     rng = np.random.default_rng([seed, list(COUNTS).index(split)])
     lines = []
-    for label in rng.permutation(np.arange(COUNTS[split]) % 4):
-        label += label >= NEUTRAL
-        leaves = [(NEUTRAL, word) for word in rng.choice(PLAIN, rng.integers(4, 12))]
-        for word in rng.choice(POLAR[int(label)], rng.integers(1, 4)):
-            leaves.insert(rng.integers(len(leaves) + 1), (label, str(word)))
+    for label in rng.permutation(np.repeat(list(POLAR), COUNTS[split] // 4)).tolist():
+        leaves = [(NEUTRAL, str(word)) for word in rng.choice(PLAIN, rng.integers(4, 10))]
+        mild = 1 if label > NEUTRAL else 3
+        for of in [label] * rng.integers(2, 4) + [mild] * rng.integers(2):
+            leaves.insert(rng.integers(len(leaves) + 1), (of, str(rng.choice(POLAR[of]))))
         tree = "({} {})".format(*leaves[-1])
         for leaf in reversed(leaves[:-1]):
             tree = "({} ({} {}) {})".format(label, *leaf, tree)

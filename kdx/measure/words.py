@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from kdx.data.sst import Sentences
+from kdx.distil.fit_text import answer
 from kdx.explain.tokens import sum_pieces
 from kdx.inference import jackknife
 from kdx.networks.devices import pick_device
@@ -140,7 +142,7 @@ def _explainer(network: TextNetwork) -> Callable[[Tensor, Tensor, Tensor, Tensor
     return explain
 
 
-def agreement(
+def word_agreement(
     values: Values, sentences: Sentences, rows: NDArray[np.bool_] | None = None, blocks: int = 40, seed: int = 0
 ) -> pd.DataFrame:
     r"""How well scores of words towards the sentence's class agree with the polarity of the words.
@@ -175,9 +177,7 @@ def agreement(
     sentence, signs = np.repeat(np.arange(n), lengths), np.repeat(sentences.signs.numpy(), lengths)
     kept = (polarity != 0) & ~np.isnan(of) & counted[sentence]
     scores, targets, sentence = of[kept], (polarity == signs)[kept], sentence[kept]
-    block = np.empty(n, dtype=int)
-    for i, members in enumerate(np.array_split(np.random.default_rng(seed).permutation(n), blocks)):
-        block[members] = i
+    block = blocks_of(n, blocks, seed)
     single = within(scores, targets, sentence, n)
     whole = _pooled(scores, targets, single)
     without = [
@@ -219,7 +219,7 @@ def within(
 
 
 def baselines(sentences: Sentences, train: Sentences, seed: int = 0) -> dict[str, Values]:
-    """Scores of words that ask no network, as for :func:`agreement`.
+    """Scores of words that ask no network, as for :func:`word_agreement`.
 
     Args:
         sentences: To be scored.
@@ -249,4 +249,73 @@ def baselines(sentences: Sentences, train: Sentences, seed: int = 0) -> dict[str
             sign * np.array([float(lexicon.get(word.lower(), 0.0)) for word in words])
             for words, sign in zip(sentences.words, sentences.signs.tolist(), strict=True)
         ]
+    return found
+
+
+def score_networks(
+    networks: Mapping[tuple[str, int], TextNetwork],
+    sentences: Sentences,
+    *,
+    blocks: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+    **settings: Any,
+) -> pd.DataFrame:
+    """Answers and :func:`word_agreement` of several networks on the same sentences, each over those that it classifies
+    rightly.
+
+    Args:
+        networks: (role, seed) -> network. Their words are explained towards the right class.
+        sentences: To be answered.
+        blocks: As for :func:`word_agreement`.
+        seed: Likewise.
+        device: As for :func:`kdx.fit`.
+        **settings: Of :func:`word_scores`.
+
+    Returns:
+        network, seed, and the columns of :func:`word_agreement`; its scores and, over all sentences, ``accuracy`` and
+        ``accuracy of polarity`` (the more probable half of the classes). Rows also have gap (the largest of
+        :class:`WordScores`).
+    """
+    rows = []
+    for (role, number), network in networks.items():
+        hits = answers_of(network, sentences, device)
+        right = hits["accuracy"]
+        answered = [_share(name, of, blocks, seed) for name, of in hits.items()]
+        parts = [pd.DataFrame(answered)]
+        if right.any():
+            some = sentences[torch.from_numpy(right.nonzero()[0])]
+            found = word_scores(network, some.words, some.labels, device=device, **settings)
+            values = [np.full(len(words), np.nan) for words in sentences.words]
+            for at, of in zip(right.nonzero()[0], found.values, strict=True):
+                values[at] = of
+            parts.append(word_agreement(values, sentences, right, blocks, seed).assign(gap=found.gap.max()))
+        rows += [part.assign(network=role, seed=number) for part in parts]
+    columns = ["network", "seed", "score", "value", "low", "high", "parts", "sentences", "words", "gap"]
+    return pd.concat(rows, ignore_index=True)[columns]
+
+
+def answers_of(network: TextNetwork, sentences: Sentences, device: str = "auto") -> dict[str, NDArray[np.bool_]]:
+    """Which sentences a network classifies rightly, bool (n,): ``accuracy``, and ``accuracy of polarity``, by the more
+    probable half of its classes."""
+    logits = answer(network, sentences, device)
+    half = logits.softmax(1)[:, logits.shape[1] // 2 :].sum(1) > 0.5
+    right = logits.argmax(1) == sentences.labels
+    return {"accuracy": right.numpy(), "accuracy of polarity": ((sentences.signs > 0) == half).numpy()}
+
+
+def _share(name: str, hits: NDArray[np.bool_], blocks: int, seed: int) -> dict[str, Any]:
+    """A share of sentences as a row of :func:`word_agreement`, with the same blocks."""
+    block = blocks_of(len(hits), blocks, seed)
+    parts = jackknife(hits.mean(), [hits[block != b].mean() for b in range(blocks)])
+    half = stats.t.ppf(0.975, blocks - 1) * stats.sem(parts)
+    ends = {"low": hits.mean() - half, "high": hits.mean() + half}
+    return {"score": name, "value": hits.mean(), **ends, "parts": parts, "sentences": len(hits), "words": 0}
+
+
+def blocks_of(n: int, blocks: int, seed: int) -> NDArray[np.int64]:
+    """The block of each of n sentences, drawn at random: (n,)."""
+    found = np.empty(n, dtype=np.int64)
+    for i, members in enumerate(np.array_split(np.random.default_rng(seed).permutation(n), blocks)):
+        found[members] = i
     return found

@@ -155,7 +155,7 @@ class Architecture:
         config = BertConfig(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=2 * self.width, max_position_embeddings=self.positions,
-            hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.1, num_labels=classes,
+            hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.0, initializer_range=0.1, num_labels=classes,
         )  # fmt: skip
         return TextNetwork(BertForSequenceClassification(config), tokenizer)
 
@@ -177,15 +177,17 @@ def learn_pieces(sentences: Sequence[Sequence[str]], size: int) -> Any:
     """A tokenizer with at most ``size`` word pieces, learned from sentences by their words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator((" ".join(words) for words in sentences), trainer)
-    # the order of pieces that are equally frequent differs from call to call
-    ordered = [*SPECIAL, *sorted(set(tokenizer.get_vocab()) - set(SPECIAL))]
-    vocabulary = {piece: i for i, piece in enumerate(ordered)}
-    tokenizer.model = models.WordPiece(vocab=vocabulary, unk_token="[UNK]")
+    texts = [" ".join(words) for words in sentences]
+    learner = Tokenizer(models.WordPiece(unk_token=SPECIAL[1]))
+    learner.normalizer = normalizers.BertNormalizer()
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = sorted(set(learner.normalizer.normalize_str(" ".join(texts))) - {" "})
+    # given in order, since ties between pieces are broken by the order in which letters were met
+    first = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordPiece(vocab=learner.get_vocab(), unk_token=SPECIAL[1]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
     ends = [(mark, tokenizer.token_to_id(mark)) for mark in SPECIAL[2:]]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, ends)
     return tokenizer
