@@ -56,6 +56,7 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
 @data.command("list")
 def data_list() -> None:
     """Show the datasets of the registry, and the probe set Broden."""
+    from kdx.data import sst
     from kdx.data.broden_copy import BRODEN, find_broden
     from kdx.data.registry import DATASETS
     from kdx.data.sources import find_source
@@ -67,16 +68,22 @@ def data_list() -> None:
         typer.echo(f"{card.name:12} {card.title}: {len(card.classes)} classes, {images}")
     here = f"in {find_broden()}" if find_broden() else "not on this machine"
     typer.echo(f"{BRODEN.name:12} {BRODEN.title}: a probe, images with concept masks, {here}; {BRODEN.licence}")
+    here = f"in {sst.find_sst()}" if sst.find_sst() else "not on this machine"
+    typer.echo(f"{sst.NAME:12} {sst.TITLE}: sentences of {len(sst.CLASSES)} classes, {here}; licence: {sst.LICENCE}")
 
 
 @data.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`")]) -> None:
     """Download a dataset into data/raw and verify it; a verified one is not downloaded again."""
     with _errors():
+        from kdx.data import sst
         from kdx.data.broden_copy import BRODEN
         from kdx.data.registry import find_card
         from kdx.data.sources import fetch
 
+        if name == sst.NAME:
+            typer.echo(f"{name}: ready in {sst.fetch_sst()}")
+            return
         if name == BRODEN.name:
             raise ValueError(f"{name} is not downloaded, since no checksum of it is published: {BRODEN.how_to_get}")
         if find_card(name).source:
@@ -88,16 +95,19 @@ def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`
 
 @data.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="petimages, plantvillage, broden, or a folder of class folders")],
+    name: Annotated[str, typer.Argument(help="petimages, plantvillage, broden, sst, or a folder of class folders")],
     origin: Annotated[Path | None, typer.Option("--from", help="a folder or an archive that you have")] = None,
     size: Annotated[int | None, typer.Option(help="pixels a side; default: the card's")] = None,
 ) -> None:
     """Decode the images of a dataset into a compact cache; list the files that cannot be used."""
     with _errors():
-        from kdx.data import broden_copy
+        from kdx.data import broden_copy, sst
         from kdx.data.dataset import prepare
         from kdx.data.sources import adopt
 
+        if name == sst.NAME:
+            typer.echo(f"{name}: ready in {sst.fetch_sst() if origin is None else sst.adopt_sst(origin)}")
+            return
         if name == broden_copy.BRODEN.name:
             if size is not None:
                 raise ValueError("--size: expected none for broden, whose images stay as they are")
