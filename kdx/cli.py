@@ -242,7 +242,14 @@ def build(
 def explain(
     student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
     base: Annotated[Path, typer.Option(help="checkpoint of the network that the student would replace")],
-    data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
+    data: Annotated[Path | None, typer.Option(help="folder of images, with a subfolder for each class or flat")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead of images: CSV file with columns text and label; checkpoints are text "
+            "networks of kdx, or folders of sequence classifiers of transformers"
+        ),
+    ] = None,
     base2: Annotated[Path | None, typer.Option(help="a base from another seed, as the control")] = None,
     student2: Annotated[Path | None, typer.Option(help="a student from another seed")] = None,
     teacher: Annotated[Path | None, typer.Option(help="the student's teacher, of any family")] = None,
@@ -276,10 +283,23 @@ def explain(
     """What a student gained and lost against its base: one folder with a self-contained report."""
     with _errors(code=2, debug=debug), _seconds("explain"):
         paths = {"student": student, "base": base, "base2": base2, "student2": student2, "teacher": teacher}
-        paths |= {"labels": labels, "slices": slices, "data": data}
+        paths |= {"labels": labels, "slices": slices, "data": data, "text": text}
         for name, path in paths.items():
             if path and not path.exists():
                 raise ValueError(f"{name}: no file or folder {path}")
+        if (data is None) == (text is None):
+            raise ValueError("expected --data with images or --text with sentences, got both or neither")
+        if text is not None:
+            from kdx.pages.text_report import explain_text
+
+            if unused := [name for name in ("student2", "labels", "slices") if paths[name]] + ["fail-on"] * bool(
+                fail_on
+            ):
+                raise ValueError(f"--text: expected student, base, base2 and teacher alone, got --{unused[0]}")
+            named = {"student": student, "base": base, "second base": base2, "teacher": teacher}
+            command = shlex.join(["kdx", *sys.argv[1:]])
+            typer.echo(explain_text({role: path for role, path in named.items() if path}, text, out, command))
+            return
         from kdx.pages.gates import Gate
 
         gates = [Gate.parse(text) for text in fail_on or []]

@@ -31,7 +31,7 @@ def test_a_run_is_found_again_and_is_no_run_of_images(data, home):
     assert first.classes == data[0].classes
     assert first.file.parent == home / "runs" / first.key
     assert manifests() == {}
-    again = evaluate_text(first.model, data[1], "cpu")
+    again = evaluate_text(first.network, data[1], "cpu")
     assert again.accuracy == pytest.approx(first.history["accuracy"].iloc[-1])
     assert first.history["loss"].iloc[2] < first.history["loss"].iloc[0]
 
@@ -48,9 +48,9 @@ def test_a_student_is_trained_by_its_teacher(data):
     teacher = job(data)
     student = job(data, technique="response", teacher=teacher, seed=1, settings={"alpha": 1.0, "temperature": 2.0})
     run = student.fit()  # trains the teacher, too
-    wanted = answer(teacher.find().model, data[0], "cpu")
+    wanted = answer(teacher.find().network, data[0], "cpu")
     loss = {}
-    for name, network in (("before", student.untrained), ("after", run.model)):
+    for name, network in (("before", student.untrained), ("after", run.network)):
         seen = [Seen(z, {}, torch.arange(80), data[0].labels) for z in (answer(network, data[0], "cpu"), wanted)]
         loss[name] = float(student.parts[0].guidance(seen[0], seen[1], None))
     assert loss["after"] < loss["before"]
@@ -112,5 +112,5 @@ def test_no_epochs_give_the_untrained_network(data):
     run = job(data, recipe=TextRecipe(0, 20)).fit()
     assert isinstance(run.history, pd.DataFrame)
     assert not len(run.history)
-    both = zip(run.model.parameters(), job(data).untrained.parameters(), strict=True)
+    both = zip(run.network.parameters(), job(data).untrained.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in both)

@@ -24,7 +24,7 @@ def test_a_shipped_network_is_found_without_its_run(job, networks_home, home, mo
     monkeypatch.setenv("KDX_HOME", str(home / "other"))
     found = job.find()
     assert found.path == path
-    assert torch.equal(answer(found.model, job.validation, "cpu"), answer(load_text(path)[0], job.validation, "cpu"))
+    assert torch.equal(answer(found.network, job.validation, "cpu"), answer(load_text(path)[0], job.validation, "cpu"))
     assert len(found.history) == 2
     assert found.digest == job.digest
     assert ship(found, "response, pretrained teacher", 0.5, 0.75) == path  # not written twice

@@ -133,14 +133,9 @@ class TextRun(Run):
         return load_text(self.file)
 
     @property
-    def architecture(self) -> Architecture:
-        """What the network was built from."""
-        return Architecture(**self.manifest["spec"]["model"])
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What defined the training."""
-        return self.manifest["spec"]
+    def network(self) -> TextNetwork:
+        """The trained network, on the CPU and in evaluation mode."""
+        return self._checkpoint[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +210,7 @@ class TextJob:
     def find(self) -> TextRun | None:
         """The network, if it was trained before or is shipped."""
         found = find_run(self.key) or find_shipped(self.digest)
-        return found and TextRun(found.key, found.path, found.manifest, found.history)
+        return None if found is None else TextRun(found.key, found.path, found.manifest, found.history)
 
     @property
     def untrained(self) -> TextNetwork:
@@ -235,7 +230,7 @@ class TextJob:
         device, start = pick_device(self.device), time.perf_counter()
         network = self.untrained.to(device)
         pieces = Pieces(*(of.to(device) for of in network.encode(self.train.words)))
-        taught = answer(self.teacher.fit().model, self.train, device).to(device) if self.teacher else None
+        taught = answer(self.teacher.fit().network, self.train, device).to(device) if self.teacher else None
         name = f"{self.architecture.checkpoint or 'from scratch'}, {self.technique}, seed {self.seed}"
         rows = []
         with progress(total=self.recipe.epochs * (len(self.train) // self.recipe.batch_size), desc=name) as bar:
@@ -248,7 +243,12 @@ class TextJob:
                 held_out = evaluate_text(network, self.validation, device)
                 rows += [(epoch, "train", loss, accuracy), (epoch, "validation", held_out.loss, held_out.accuracy)]
         history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
-        facts = {"spec": self.spec, "digest": self.digest, "versions": versions(), "device": device_name(device)}
+        facts: dict[str, Any] = {
+            "spec": self.spec,
+            "digest": self.digest,
+            "versions": versions(),
+            "device": device_name(device),
+        }
         facts["seconds"] = round(time.perf_counter() - start, 1)
         with written_whole(data_home() / "runs" / self.key) as scratch:
             write(scratch, network.cpu(), self.train.classes, facts, history)

@@ -50,11 +50,14 @@ class TextNetwork(nn.Module):
         tokenizer: Of the library tokenizers.
     """
 
-    def __init__(self, classifier: nn.Module, tokenizer: Any) -> None:
+    config: Any
+    padding: int
+
+    def __init__(self, classifier: Any, tokenizer: Any) -> None:
         super().__init__()
         self.classifier = classifier
         self.tokenizer = tokenizer
-        self.config: Any = classifier.config
+        self.config = classifier.config
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.config.max_position_embeddings)
         self.padding = self.config.pad_token_id or 0
@@ -152,12 +155,12 @@ class Architecture:
         from transformers import BertConfig, BertForSequenceClassification
 
         tokenizer = learn_pieces(sentences, self.vocabulary)
-        config = BertConfig(
+        sizes: dict[str, Any] = dict(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=2 * self.width, max_position_embeddings=self.positions,
             hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.0, initializer_range=0.1, num_labels=classes,
         )  # fmt: skip
-        return TextNetwork(BertForSequenceClassification(config), tokenizer)
+        return TextNetwork(BertForSequenceClassification(BertConfig(**sizes)), tokenizer)
 
 
 def packaged_encoder() -> str:
@@ -240,3 +243,27 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def open_text(path: Path | str) -> tuple[TextNetwork, tuple[str, ...]]:
+    """A network from a file of :func:`save_text`, or from a folder or name that transformers knows, in evaluation mode,
+    and the names of its classes.
+
+    Raises:
+        ValueError: It is no such network.
+    """
+    if Path(path).suffix == ".safetensors":
+        network, header = load_text(path)
+        return network, tuple(header["classes"])
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        with _quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a file of kdx, or a sequence classifier of transformers with a fast tokenizer ({error})"
+        ) from error
+    names = model.config.id2label
+    return TextNetwork(model, tokenizer).eval(), tuple(str(names[i]) for i in range(model.config.num_labels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -60,9 +60,9 @@ def coloured_words(sentences: Sequence[Coloured], label: str) -> Figure:
     height = sum(len(lines) for _, _, lines in rows) * 1.7 + 0.6 * len(rows) + 1.9 * len(sentences)
     width = LINE + LETTERS + 2
     inch = SIZE / 72 * 0.602  # the width of a letter of DejaVu Sans Mono
-    figure, axes = plt.subplots(figsize=(width * inch, (height + 4) * inch * 1.6))
+    figure, axes = plt.subplots(figsize=(width * inch, (height + 6) * inch * 1.75))
     axes.set(xlim=(0, width), ylim=(height, 0))
-    letters = {"family": "monospace", "fontsize": SIZE, "va": "center"}
+    letters: dict[str, Any] = {"family": "monospace", "fontsize": SIZE, "va": "center"}
     y, last = 0.0, None
     for one, name, lines in rows:
         if one is not last:
@@ -73,13 +73,15 @@ def coloured_words(sentences: Sequence[Coloured], label: str) -> Figure:
             for place, word in line:
                 x, value = LETTERS + place, float(one.values[name][word])
                 text = one.words[word]
-                face = colour.to_rgba(value) if np.isfinite(value) else UNSEEN
+                face = colour.to_rgba(np.array(value)) if np.isfinite(value) else UNSEEN
                 axes.add_patch(Rectangle((x - 0.3, y), len(text) + 0.6, 1.1, facecolor=face, linewidth=0))
                 dark = np.dot(face[:3], (0.3, 0.6, 0.1)) < 0.5 if np.isfinite(value) else False
                 axes.text(x, y + 0.6, text, color="white" if dark else INK, **letters)
                 if np.isfinite(value):
                     length = abs(value) / (most or 1.0) * len(text)
-                    style = {"facecolor": INK} if value > 0 else {"facecolor": "white", "edgecolor": INK}
+                    style: dict[str, Any] = (
+                        {"facecolor": INK} if value > 0 else {"facecolor": "white", "edgecolor": INK}
+                    )
                     axes.add_patch(Rectangle((x, y + 1.2), length, 0.22, linewidth=0.5, **style))
             y += 1.7
         y += 0.6
@@ -124,7 +126,14 @@ def word_scores(table: pd.DataFrame, networks: Sequence[str], marks: Mapping[str
             axes.errorbar([value], [y], xerr=spread, fmt="o", ms=4, capsize=2, color=palette[name])
         for i, (name, value) in enumerate(marks.get(score, {}).items()):
             axes.axvline(value, color=INK, lw=0.9, ls=("--", ":", "-.")[i % 3], zorder=0, label=name)
-        axes.set(title=score, yticks=range(len(networks)), yticklabels=networks, ylim=(len(networks) - 0.5, -0.5))
+        left, right = axes.get_xlim()
+        axes.set(
+            title=score,
+            xlim=(max(left, -0.02), min(right, 1.02)),
+            yticks=range(len(networks)),
+            yticklabels=networks,
+            ylim=(len(networks) - 0.5, -0.5),
+        )
         axes.grid(axis="x", alpha=0.3)
     handles, labels = next(
         (a.get_legend_handles_labels() for a in grid[0] if a.get_legend_handles_labels()[0]), ([], [])

@@ -47,14 +47,14 @@ if __name__ == "__main__":
     for (role, seed), job in text_set.jobs(train, dev, device="cpu").items():
         if (run := job.find() if arguments.stored else job.fit()) is None:
             continue
-        named = {(role, seed): run.model}
+        named = {(role, seed): run.network}
         if role == text_set.SCRATCH:
             named["untrained", seed] = job.untrained
         begun = time.process_time()
         tables.append(words.score_networks(named, chosen, blocks=BLOCKS, device="cpu"))
         rows = tables[-1].set_index(["network", "score"])["value"]
         if is_small(job):
-            whole = words.answers_of(run.model, test)
+            whole = words.answers_of(run.network, test)
             shipped_texts.ship(run, role, whole["accuracy"].mean(), whole["accuracy of polarity"].mean())
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
