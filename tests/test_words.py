@@ -2,6 +2,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -9,6 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import kdx
 from kdx.data.sst import Sentences, load_sentences
 from kdx.distil.shipped_texts import table
+from kdx.inference import two_factor
 from kdx.measure import words
 from kdx.networks.text_networks import load_text
 from kdx.paths import networks_home
@@ -157,3 +159,16 @@ def test_completeness_on_200_sentences_of_the_treebank():
     network, _ = load_text(networks_home() / "text" / shipped.set_index(["role", "seed"]).loc[("response", 1), "file"])
     found = words.word_scores(network, some.words)
     assert found.gap.max() <= 0.01
+
+
+def test_networks_of_several_seeds_are_averaged():
+    rows = [("a", 1, "AUROC", 0.6, 0.5, 0.7, [0.5, 0.7]), ("a", 2, "AUROC", 0.8, 0.7, 0.9, [0.7, 0.9])]
+    rows += [("b", 1, "AUROC", 0.4, 0.3, 0.5, [0.4, 0.4])]
+    table = pd.DataFrame(rows, columns=["network", "seed", "score", "value", "low", "high", "parts"])
+    found = words.over_seeds(table.assign(parts=table["parts"].map(np.array))).set_index("network")
+    assert found.loc["a", "value"] == pytest.approx(0.7)
+    assert (found.loc["a", "low"], found.loc["a", "high"]) == pytest.approx(
+        two_factor([[0.5, 0.7], [0.7, 0.9]], 0).interval()
+    )
+    assert found.loc["b", ["value", "low", "high", "seeds"]].tolist() == [0.4, 0.3, 0.5, 1]
+    assert found.loc["a", "parts"].shape == (2, 2)

@@ -22,7 +22,7 @@ from torch import Tensor
 from kdx.data.sst import Sentences
 from kdx.distil.fit_text import answer
 from kdx.explain.tokens import sum_pieces
-from kdx.inference import jackknife
+from kdx.inference import jackknife, two_factor
 from kdx.networks.devices import pick_device
 from kdx.networks.stages import evaluating
 from kdx.networks.text_networks import TextNetwork
@@ -302,6 +302,25 @@ def answers_of(network: TextNetwork, sentences: Sentences, device: str = "auto")
     half = logits.softmax(1)[:, logits.shape[1] // 2 :].sum(1) > 0.5
     right = logits.argmax(1) == sentences.labels
     return {"accuracy": right.numpy(), "accuracy of polarity": ((sentences.signs > 0) == half).numpy()}
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of :func:`score_networks`, or of :func:`word_agreement` with columns network and seed, over the seeds of
+    each network.
+
+    Returns:
+        network, score, value, low, high, seeds, and parts (seeds, blocks), for :func:`kdx.inference.two_factor`. The
+        95 % interval is over seeds and sentences; of a single network it is over sentences.
+    """
+    rows = []
+    for (network, score), group in table.groupby(["network", "score"], sort=False):
+        parts = np.stack(list(group["parts"]))
+        value, low, high = group[["value", "low", "high"]].iloc[0]
+        if len(group) > 1:
+            estimate = two_factor(parts, 0)
+            value, (low, high) = estimate.mean, estimate.interval()
+        rows.append((network, score, value, low, high, len(group), parts))
+    return pd.DataFrame(rows, columns=["network", "score", "value", "low", "high", "seeds", "parts"])
 
 
 def _share(name: str, hits: NDArray[np.bool_], blocks: int, seed: int) -> dict[str, Any]:
