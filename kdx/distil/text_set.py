@@ -14,7 +14,7 @@ SCRATCH, TEACHER, PRETRAINED = "scratch", "teacher", "pretrained teacher"
 SMALL = Architecture(layers=4, width=64)  # the teacher that has no other words than those of the training sentences
 TUNED = Architecture(PACKAGED, layers=6)
 STUDENT = Architecture(layers=3, width=40)
-RECIPE = TextRecipe(epochs=4, batch_size=32, lr=1.5e-3)
+RECIPE = TextRecipe(epochs=5, batch_size=64, lr=2e-3)
 TEACHERS = {  # name -> what it is built from, and how it is trained
     TEACHER: (SMALL, TextRecipe(epochs=4, batch_size=32, lr=1e-3)),
     PRETRAINED: (TUNED, TextRecipe(epochs=1, batch_size=32, lr=1e-4, weight_decay=0.01)),
