@@ -28,7 +28,7 @@ from kdx.distil.run_store import Run, code_digest, find_run, run_key, versions
 from kdx.distil.shipped_texts import find_shipped
 from kdx.distil.technique import Seen, Technique
 from kdx.distil.techniques import find_techniques
-from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device
+from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.networks.text_networks import Architecture, Pieces, TextNetwork, load_text, save_text
 from kdx.paths import data_home, sha256_of, written_whole
@@ -275,8 +275,7 @@ def answer(network: TextNetwork, sentences: Sentences, device: str | torch.devic
     pieces = network.encode(sentences.words)
     lengths = (pieces.ids != network.padding).sum(1)
     logits = torch.empty(len(sentences), network.config.num_labels)
-    with evaluating(network), precision(network, device):
-        network.to(device)
+    with placed(network, device), evaluating(network), precision(network, device):
         for rows in lengths.argsort(stable=True).split(64):
             logits[rows] = network(pieces.ids[rows, : int(lengths[rows].max())].to(device)).float().cpu()
     return logits

@@ -23,7 +23,7 @@ from kdx.data.sst import Sentences
 from kdx.distil.fit_text import answer
 from kdx.explain.tokens import sum_pieces
 from kdx.inference import jackknife, two_factor
-from kdx.networks.devices import pick_device
+from kdx.networks.devices import pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.networks.text_networks import TextNetwork
 
@@ -77,7 +77,7 @@ def word_scores(
     twice the points.
 
     Args:
-        network: From :func:`kdx.distil.fit_text.fit_text`, or of one's own.
+        network: From :class:`kdx.distil.fit_text.TextJob`, or from :func:`kdx.networks.text_networks.open_text`.
         words: Of each sentence.
         targets: int64 (n,), the class whose logit is explained; None: the class that the network predicts.
         steps: Points of the Gauss-Legendre quadrature, at first.
@@ -99,7 +99,7 @@ def word_scores(
     per_piece = torch.zeros(pieces.ids.shape, dtype=torch.float64)
     logits, change = torch.empty(n, network.config.num_labels), np.empty(n)
     gap, taken, open_rows = np.empty(n), np.zeros(n, dtype=np.int64), torch.arange(n)
-    with torch.inference_mode(False), evaluating(network.to(chosen)):
+    with torch.inference_mode(False), placed(network, chosen), evaluating(network):
         while len(open_rows):
             ordered = open_rows[lengths[open_rows].argsort(stable=True)]
             for rows in ordered.split(max(1, at_once // steps)):
