@@ -19,7 +19,7 @@ from kdx.distil import shipped_texts, text_set
 from kdx.measure import words
 from kdx.pages import results
 
-SENTENCES = 1000  # of the development and test splits
+SENTENCES = 600  # of the development and test splits
 BLOCKS = 40
 
 
