@@ -60,7 +60,7 @@ def coloured_words(sentences: Sequence[Coloured], label: str) -> Figure:
     height = sum(len(lines) for _, _, lines in rows) * 1.7 + 0.6 * len(rows) + 1.9 * len(sentences)
     width = LINE + LETTERS + 2
     inch = SIZE / 72 * 0.602  # the width of a letter of DejaVu Sans Mono
-    figure, axes = plt.subplots(figsize=(width * inch, (height + 6) * inch * 1.75))
+    figure, axes = plt.subplots(figsize=(1.04 * width * inch, (height + 6) * inch * 1.75))
     axes.set(xlim=(0, width), ylim=(height, 0))
     letters: dict[str, Any] = {"family": "monospace", "fontsize": SIZE, "va": "center"}
     y, last = 0.0, None
