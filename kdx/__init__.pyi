@@ -7,6 +7,7 @@ from .data.detection import load_detection as load_detection
 from .data.label_embeddings import label_embeddings as label_embeddings
 from .data.registry import DATASETS as DATASETS
 from .data.sources import fetch as fetch
+from .data.sst import load_sentences as load_sentences
 from .distil.answers import answers as answers
 from .distil.average_precision import average_precision as average_precision
 from .distil.chains import distill_chain as distill_chain
@@ -59,6 +60,8 @@ from .measure.teachers import complexity as complexity
 from .measure.teachers import fidelity as fidelity
 from .measure.teachers import rank_teachers as rank_teachers
 from .measure.who_taught import who_taught as who_taught
+from .measure.words import word_agreement as word_agreement
+from .measure.words import word_scores as word_scores
 from .networks.capture import activations as activations
 from .networks.capture import capture as capture
 from .networks.fpn_detectors import build_detector as build_detector

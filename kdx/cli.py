@@ -55,7 +55,8 @@ def _errors(code: int = 1, debug: bool = False) -> Iterator[None]:
 
 @data.command("list")
 def data_list() -> None:
-    """Show the datasets of the registry, those with boxes, and the probe set Broden."""
+    """Show the datasets of the registry, those with boxes, sentences, and the probe set Broden."""
+    from kdx.data import sst
     from kdx.data.broden_copy import BRODEN, find_broden
     from kdx.data.detection import DETECTION_DATASETS, find_detection
     from kdx.data.registry import DATASETS
@@ -71,12 +72,15 @@ def data_list() -> None:
         typer.echo(f"{boxed.name:12} {boxed.title}: boxes of {len(boxed.classes)} classes, {here}; {boxed.licence}")
     here = f"in {find_broden()}" if find_broden() else "not on this machine"
     typer.echo(f"{BRODEN.name:12} {BRODEN.title}: a probe, images with concept masks, {here}; {BRODEN.licence}")
+    here = f"in {sst.find_sst()}" if sst.find_sst() else "not on this machine"
+    typer.echo(f"{sst.NAME:12} {sst.TITLE}: sentences of {len(sst.CLASSES)} classes, {here}; licence: {sst.LICENCE}")
 
 
 @data.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`")]) -> None:
     """Download a dataset into data/raw and verify it; a verified one is not downloaded again."""
     with _errors():
+        from kdx.data import sst
         from kdx.data.broden_copy import BRODEN
         from kdx.data.detection import DETECTION_DATASETS, fetch_detection
         from kdx.data.registry import find_card
@@ -84,6 +88,9 @@ def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`
 
         if name in DETECTION_DATASETS:
             typer.echo(f"{name}: ready in {fetch_detection(name)}")
+            return
+        if name == sst.NAME:
+            typer.echo(f"{name}: ready in {sst.fetch_sst()}")
             return
         if name == BRODEN.name:
             raise ValueError(f"{name} is not downloaded, since no checksum of it is published: {BRODEN.how_to_get}")
@@ -96,16 +103,19 @@ def data_get(name: Annotated[str, typer.Argument(help="name from `kdx data list`
 
 @data.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="petimages, plantvillage, broden, or a folder of class folders")],
+    name: Annotated[str, typer.Argument(help="petimages, plantvillage, broden, sst, or a folder of class folders")],
     origin: Annotated[Path | None, typer.Option("--from", help="a folder or an archive that you have")] = None,
     size: Annotated[int | None, typer.Option(help="pixels a side; default: the card's")] = None,
 ) -> None:
     """Decode the images of a dataset into a compact cache; list the files that cannot be used."""
     with _errors():
-        from kdx.data import broden_copy, detection
+        from kdx.data import broden_copy, detection, sst
         from kdx.data.dataset import prepare
         from kdx.data.sources import adopt
 
+        if name == sst.NAME:
+            typer.echo(f"{name}: ready in {sst.fetch_sst() if origin is None else sst.adopt_sst(origin)}")
+            return
         if name == broden_copy.BRODEN.name:
             if size is not None:
                 raise ValueError("--size: expected none for broden, whose images stay as they are")
@@ -257,7 +267,14 @@ def build(
 def explain(
     student: Annotated[Path, typer.Option(help="checkpoint: safetensors, or torch.save of a state dict")],
     base: Annotated[Path, typer.Option(help="checkpoint of the network that the student would replace")],
-    data: Annotated[Path, typer.Option(help="folder of images, with a subfolder for each class or flat")],
+    data: Annotated[Path | None, typer.Option(help="folder of images, with a subfolder for each class or flat")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead of images: CSV file with columns text and label; checkpoints are text "
+            "networks of kdx, or folders of sequence classifiers of transformers"
+        ),
+    ] = None,
     base2: Annotated[Path | None, typer.Option(help="a base from another seed, as the control")] = None,
     student2: Annotated[Path | None, typer.Option(help="a student from another seed")] = None,
     teacher: Annotated[Path | None, typer.Option(help="the student's teacher, of any family")] = None,
@@ -291,10 +308,23 @@ def explain(
     """What a student gained and lost against its base: one folder with a self-contained report."""
     with _errors(code=2, debug=debug), _seconds("explain"):
         paths = {"student": student, "base": base, "base2": base2, "student2": student2, "teacher": teacher}
-        paths |= {"labels": labels, "slices": slices, "data": data}
+        paths |= {"labels": labels, "slices": slices, "data": data, "text": text}
         for name, path in paths.items():
             if path and not path.exists():
                 raise ValueError(f"{name}: no file or folder {path}")
+        if (data is None) == (text is None):
+            raise ValueError("expected --data with images or --text with sentences, got both or neither")
+        if text is not None:
+            from kdx.pages.text_report import explain_text
+
+            if unused := [name for name in ("student2", "labels", "slices") if paths[name]] + ["fail-on"] * bool(
+                fail_on
+            ):
+                raise ValueError(f"--text: expected student, base, base2 and teacher alone, got --{unused[0]}")
+            named = {"student": student, "base": base, "second base": base2, "teacher": teacher}
+            command = shlex.join(["kdx", *sys.argv[1:]])
+            typer.echo(explain_text({role: path for role, path in named.items() if path}, text, out, command))
+            return
         from kdx.pages.gates import Gate
 
         gates = [Gate.parse(text) for text in fail_on or []]

@@ -169,10 +169,14 @@ class Reference:
             for stage, of in self.outputs_of(*x).items():
                 if len(images) > 2:
                     of = tuple(resample(f, of[0]) for f in of)
-                for name, new in Moments.among(of, questions).items():
+                for name, new in Moments.among(self.counted(of, x), questions).items():
                     known = found[name].get(stage)
                     found[name][stage] = new if known is None else known + new
         return found
+
+    def counted(self, features: tuple[Tensor, ...], images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The part of features or answers that enters regressions: all places of all images."""
+        return features
 
     def parts(self, images: tuple[Tensor, ...], count: int, seed: int = 0) -> list[dict[str, dict[str, Moments]]]:
         """:meth:`moments` of random parts of the images."""

@@ -33,6 +33,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 
 import kdx
+from kdx.data import sst
 from kdx.data.dataset import available
 from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
@@ -168,6 +169,7 @@ def page_key(page: Page) -> str:
     data = PACKAGE.parent / "data"
     tables = [path.read_text() for path in sorted([*data.glob("results/*.csv"), *data.glob("paper/*.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
+    files[sst.NAME] = str(sst.find_sst()) if page.notebook.stem == "10_text" else ""
     text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

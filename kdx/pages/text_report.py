@@ -1,0 +1,134 @@
+"""``kdx explain --text``: what a student classifier of sentences gained and lost against its base, in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from kdx.data.sst import Sentences
+from kdx.distil.fit_text import answer
+from kdx.measure.ledger import BASE, STUDENT, Ledger
+from kdx.measure.words import word_scores
+from kdx.networks.text_networks import TextNetwork, open_text
+from kdx.pages import sentences as told
+from kdx.pages import text_plots
+from kdx.pages.report import STYLE
+from kdx.paths import check_new, written_whole
+
+SHOWN = 5  # sentences that were gained, and that were lost, with coloured words
+
+
+def explain_text(paths: Mapping[str, Path | str], data: Path, out: Path, command: str = "") -> Path:
+    """Compare a student with its base on labelled sentences, and write ``report.html`` and ``answers.csv``.
+
+    Args:
+        paths: Role -> network, as for :func:`kdx.networks.text_networks.open_text`: ``student``, ``base`` and, if
+            there are any, ``second base`` and ``teacher``.
+        data: CSV file with columns ``text`` and ``label``, the name of a class or its index.
+        out: A folder that does not exist yet or is empty.
+        command: What is said to have made the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: Networks of different classes, or a table that does not fit them; nothing is then written.
+    """
+    check_new(out)
+    networks, names = {}, None
+    for role, path in paths.items():
+        networks[role], classes = open_text(path)
+        if names is not None and classes != names:
+            raise ValueError(
+                f"{role}: expected the classes {', '.join(names)} of the student, got {', '.join(classes)}"
+            )
+        names = classes
+    assert names is not None
+    texts, labels = read_texts(data, names)
+    words = tuple(tuple(text.split()) for text in texts)
+    sentences = Sentences(words, labels, tuple((0,) * len(w) for w in words), names)
+    answers = {role: answer(network, sentences).argmax(1) for role, network in networks.items()}
+    ledger = Ledger(labels, answers, names)
+    with written_whole(out.absolute()) as scratch:
+        table = pd.DataFrame({"text": texts, "label": [names[i] for i in labels.tolist()]})
+        for role, given in answers.items():
+            table[role] = [names[i] for i in given.tolist()]
+        table.to_csv(scratch / "answers.csv", index=False)
+        (scratch / "report.html").write_text(_page(ledger, sentences, networks, command))
+    return out / "report.html"
+
+
+def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Texts and labels of a CSV file.
+
+    Raises:
+        ValueError: No columns ``text`` and ``label``, an empty text, or a label that is no class.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{path}: expected a CSV file ({error})") from error
+    if missing := [name for name in ("text", "label") if name not in table]:
+        raise ValueError(f"{path}: expected columns text and label, got no {' and no '.join(missing)}")
+    known = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    for number, (text, label) in enumerate(table[["text", "label"]].itertuples(index=False), 2):
+        if not text.strip() or label not in known:
+            choices = ", ".join(classes)
+            raise ValueError(
+                f"{path}, line {number}: expected a text and one of {choices}, got {text!r:.40}, {label!r}"
+            )
+    if not len(table):
+        raise ValueError(f"{path}: expected at least one text, got none")
+    return list(table["text"]), torch.tensor([known[label] for label in table["label"]])
+
+
+def _page(ledger: Ledger, sentences: Sentences, networks: Mapping[str, TextNetwork], command: str) -> str:
+    evidence = told.Evidence(len(sentences), ledger=ledger, classes=ledger.by_class())
+    # the sentences are those of reports on images
+    found = [line.replace("images", "sentences").replace("image", "sentence") for line in told.sentences(evidence)]
+    tables = {"Right answers": ledger.accuracy(), "Gained and lost": ledger.rates(), "By class": ledger.by_class()}
+    parts = [
+        "<h1>What the student gained and lost</h1>",
+        "<ul>",
+        *(f"<li>{html.escape(s)}</li>" for s in found),
+        "</ul>",
+    ]
+    for title, table in tables.items():
+        table = table.rename(columns={"images": "sentences"})
+        parts += [f"<h2>{title}</h2>", table.to_html(index=False, float_format="{:.3f}".format, border=0, na_rep="")]
+    student, base = ledger.right(STUDENT), ledger.right(BASE)
+    for title, rows in (("Gained", student & ~base), ("Lost", base & ~student)):
+        parts.append(f"<h2>{title}: words that speak for the right class</h2>")
+        parts.append(_words(rows.nonzero()[0][:SHOWN], sentences, networks))
+    made_by = f"<footer><p>Made by <code>{html.escape(command)}</code></p></footer>" if command else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>What the student gained and lost</title>'
+        f"<style>{STYLE}</style></head>\n<body><main>{''.join(parts)}</main>{made_by}</body></html>\n"
+    )
+
+
+def _words(rows: np.ndarray, sentences: Sentences, networks: Mapping[str, TextNetwork]) -> str:
+    """A figure of coloured words as HTML, or that there is nothing to draw."""
+    if not len(rows):
+        return "<p>None.</p>"
+    some = sentences[torch.from_numpy(rows)]
+    values = {role: word_scores(network, some.words, some.labels).values for role, network in networks.items()}
+    drawn = [
+        text_plots.Coloured(some.classes[label], some.words[i], {role: v[i] for role, v in values.items()})
+        for i, label in enumerate(some.labels.tolist())
+    ]
+    figure = text_plots.coloured_words(drawn, "share in the logit of the right class")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=180, bbox_inches="tight")
+    plt.close(figure)
+    alt = "Sentences whose words are coloured by how much they add to the logit of the right class"
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
