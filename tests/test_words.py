@@ -147,6 +147,8 @@ def test_networks_are_scored_on_what_they_know():
     assert rows.loc["accuracy", "value"] == pytest.approx(right["accuracy"].mean())
     assert rows.loc["accuracy of polarity", "value"] == pytest.approx(right["accuracy of polarity"].mean())
     assert len(found) == 12
+    answers = words.score_networks({("a", 1): network}, some, explained=False, blocks=4, device="cpu")
+    assert answers["score"].tolist() == ["accuracy", "accuracy of polarity"]
     known = words.word_scores(network, some.words, some.labels, device="cpu").values
     alone = kdx.word_agreement(known, some, right["accuracy"], blocks=4).set_index("score")["value"]
     assert rows.loc["AUROC", "value"] == pytest.approx(alone["AUROC"], nan_ok=True)

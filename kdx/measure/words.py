@@ -256,6 +256,7 @@ def score_networks(
     networks: Mapping[tuple[str, int], TextNetwork],
     sentences: Sentences,
     *,
+    explained: bool = True,
     blocks: int = 40,
     seed: int = 0,
     device: str = "auto",
@@ -267,6 +268,7 @@ def score_networks(
     Args:
         networks: (role, seed) -> network. Their words are explained towards the right class.
         sentences: To be answered.
+        explained: Whether words are scored; else the table holds answers alone.
         blocks: As for :func:`word_agreement`.
         seed: Likewise.
         device: As for :func:`kdx.fit`.
@@ -283,7 +285,7 @@ def score_networks(
         right = hits["accuracy"]
         answered = [_share(name, of, blocks, seed) for name, of in hits.items()]
         parts = [pd.DataFrame(answered)]
-        if right.any():
+        if explained and right.any():
             some = sentences[torch.from_numpy(right.nonzero()[0])]
             found = word_scores(network, some.words, some.labels, device=device, **settings)
             values = [np.full(len(words), np.nan) for words in sentences.words]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdx.pages.plots import INK, bare, colours
 
 SPEAKS = "PuOr_r"  # orange speaks for the class, violet against it; the bars under words tell them apart in grey
-LINE, LETTERS = 96, 20  # characters of a line of words, and of the names before it
+LINE, LETTERS = 94, 28  # characters of a line of words, and of the names before it
 SIZE = 7.5  # of the letters, in points
 UNSEEN = "#e8e8e8"
 

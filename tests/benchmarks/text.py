@@ -51,15 +51,15 @@ if __name__ == "__main__":
         if role == text_set.SCRATCH:
             named["untrained", seed] = job.untrained
         begun = time.process_time()
-        points = 16 if is_small(job) else 8  # what gradients miss is checked, so both do
-        tables.append(words.score_networks(named, chosen, blocks=BLOCKS, device="cpu", steps=points))
+        small = is_small(job)  # words of large ones would take many minutes
+        tables.append(words.score_networks(named, chosen, explained=small, blocks=BLOCKS, device="cpu"))
         rows = tables[-1].set_index(["network", "score"])["value"]
-        if is_small(job):
+        if small:
             whole = words.answers_of(run.network, test)
             shipped_texts.ship(run, role, whole["accuracy"].mean(), whole["accuracy of polarity"].mean())
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"{role} {seed}: accuracy {rows[role, 'accuracy']:.3f}, AUROC {rows[role, 'AUROC']:.3f}, gap "
+            f"{role} {seed}: accuracy {rows[role, 'accuracy']:.3f}, AUROC {rows.get((role, 'AUROC'), np.nan):.3f}, gap "
             f"{tables[-1]['gap'].max():.4f}; {time.process_time() - begun:.0f} s of a processor, {memory:.1f} GB",
             flush=True,
         )
