@@ -136,5 +136,5 @@ def test_the_order_is_that_of_the_stored_contest(board):
     there = results.load("planted_contest")[0].groupby("explainer")["AUPRC"].mean()
     of = board[(board["case"] == "all") & (board["score"] == "AUPRC")].set_index("name")["value"]
     names = there.index.intersection(of.index)
-    assert len(names) > 20
+    assert len(names) >= 12
     assert stats.spearmanr(there[names], of[names]).statistic > 0.9
