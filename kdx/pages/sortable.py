@@ -19,7 +19,8 @@ STYLE = """
 .kdx-sortable th[aria-sort=ascending] button::after { content: " \\25B2"; }
 .kdx-sortable th[aria-sort=descending] button::after { content: " \\25BC"; }
 .kdx-sortable tbody th { font-weight: 600; }
-.kdx-sortable code { white-space: pre-wrap; }
+.kdx-sortable caption { caption-side: top; text-align: left; white-space: normal !important; }
+.kdx-sortable td { white-space: nowrap; }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll(".kdx-sortable table:not([data-ready])")) {

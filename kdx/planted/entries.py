@@ -21,6 +21,7 @@ Entry = Callable[..., Maps]
 MASKS, CELLS, KEPT = 64, 7, 0.5  # of RISE
 WINDOWS = 4  # a side of a map, for patching
 STEPS = 16  # of integrated gradients
+BLANK = (torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))  # for explainers without a reference set
 FUSED = ("UniCAM, fused", "Grad-CAM difference, fused", "HiResCAM difference, window, fused")
 
 
@@ -130,19 +131,22 @@ def _integrated(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def _known(name: str, fuse: bool) -> Entry:
-    def explain(student: nn.Module, base: nn.Module, images: Tensor, labels: Tensor, reference: Any) -> Maps:
-        every = (fused_explainers if fuse else explainers)(*reference)
-        return every[name](student, base, images, labels)
+def _known(name: str) -> Entry:
+    """An explainer of :mod:`kdx.explain.explainers`, or of those with all stages fused."""
 
-    return explain
+    def explain(student: nn.Module, base: nn.Module, images: Tensor, labels: Tensor, reference: Any = BLANK) -> Maps:
+        every = fused_explainers if name in FUSED else explainers
+        return every(*reference)[name](student, base, images, labels)
+
+    def without(student: nn.Module, base: nn.Module, images: Tensor, labels: Tensor) -> Maps:
+        return explain(student, base, images, labels)
+
+    return explain if name.startswith(("unexplained", "UniCAM", "feature energy")) else without
 
 
 def entries() -> dict[str, Entry]:
     """Name -> explainer: those of :mod:`kdx.explain.explainers`, some with all stages fused, and their rivals."""
-    blank = torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0)  # for the names alone
-    found = {name: _known(name, False) for name in explainers(*blank)}
-    found |= {name: _known(name, True) for name in FUSED}
+    found = {name: _known(name) for name in (*explainers(*BLANK), *FUSED)}
     return found | {
         "oracle": oracle,
         "constant": constant,
