@@ -86,7 +86,7 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
     Raises:
         ValueError: There is no such student.
     """
-    stored = manifests()
+    stored = {key: manifest for key, manifest in manifests().items() if "batch_seed" in manifest["spec"]}  # classifiers
     bases: dict[Any, dict[int, str]] = {}  # twin -> seed -> key
     for key, manifest in stored.items():
         spec = manifest["spec"]

@@ -294,7 +294,7 @@ def score_networks(
             parts.append(word_agreement(values, sentences, right, blocks, seed).assign(gap=found.gap.max()))
         rows += [part.assign(network=role, seed=number) for part in parts]
     columns = ["network", "seed", "score", "value", "low", "high", "parts", "sentences", "words", "gap"]
-    return pd.concat(rows, ignore_index=True)[columns]
+    return pd.concat(rows, ignore_index=True).reindex(columns=columns)
 
 
 def answers_of(network: TextNetwork, sentences: Sentences, device: str = "auto") -> dict[str, NDArray[np.bool_]]:
