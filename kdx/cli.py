@@ -243,6 +243,12 @@ def benchmark(
     with errors(code=2, debug=debug):
         if out is not None:
             check_new(out)
+            if case or tested != 100:
+                raise ValueError(
+                    "--out: expected a result over all cases and 100 images; leave out --case and --tested"
+                )
+            if not out.absolute().parent.is_dir():
+                raise ValueError(f"--out: expected a file in a folder that exists, got {out}")
         from kdx.planted import benchmark as module
         from kdx.planted import entries, leaderboard, suite
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import kdx
-from kdx.data import shapes
+from kdx.data import shapes, sst
 from kdx.data.sources import find_source
 from kdx.paths import DataError
 
@@ -158,6 +158,13 @@ def browser(chromedriver, tmp_path_factory):
     driver.set_script_timeout(60)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def treebank():
+    """The Stanford Sentiment Treebank is on this machine."""
+    if sst.find_sst() is None:
+        pytest.skip("the treebank is not on this machine")
 
 
 def _unless_ci(reason):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kdx.cli import app
 from kdx.pages import results
-from kdx.planted import leaderboard
+from kdx.planted import leaderboard, suite
 
 
 def entry(name, **values):
@@ -68,6 +68,17 @@ def test_an_entry_is_ranked_among_those_of_the_same_networks(folder, monkeypatch
     new = pd.DataFrame(rows, columns=["case", "score", "better", "chance", "best", "value", "low", "high", "seeds"])
     assert leaderboard.ranked(new, "mine")[["rank", "of"]].to_numpy().tolist() == [[3, 4]]
     assert leaderboard.ranked(new, "first")[["rank", "of"]].to_numpy().tolist() == [[2, 3]]  # its old row is replaced
+    with pytest.raises(ValueError, match="expected results on the same networks, got others of other; run these again"):
+        leaderboard.overall(leaderboard.load(folder))
+
+
+def test_a_file_for_the_board_holds_all_cases_and_images(tmp_path):
+    for more in (["--case", "sizes"], ["--tested", "6"]):
+        done = CliRunner().invoke(app, ["benchmark", "constant", *more, "--out", str(tmp_path / "mine.json")])
+        assert done.exit_code == 2
+        assert "--out: expected a result over all cases and 100 images; leave out --case and --tested" in done.output
+    done = CliRunner().invoke(app, ["benchmark", "constant", "--out", str(tmp_path / "no" / "mine.json")])
+    assert "expected a file in a folder that exists" in done.output
 
 
 def test_how_far_a_value_is_from_chance_to_the_best():
@@ -87,7 +98,8 @@ def test_an_entry_of_ten_lines_goes_from_the_command_line_to_the_board(tmp_path,
         "    gap = gap.sum(1)\n"
         '    return Maps({"input": gap.relu()}, {"input": (-gap).relu()})\n'
     )
-    command = ["benchmark", "mine:explain", "--name", "my maps", "--case", "held-out cues", "--tested", "6"]
+    monkeypatch.setattr(suite, "CASES", {"held-out cues": suite.CASES["held-out cues"]})
+    command = ["benchmark", "mine:explain", "--name", "my maps"]
     done = CliRunner().invoke(app, [*command, "--out", "board.json"])
     assert done.exit_code == 0, done.output
     assert "s in the explainer" in done.output

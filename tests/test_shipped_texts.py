@@ -53,6 +53,7 @@ def test_shipped_files_are_those_of_the_table(monkeypatch):
 
 
 @pytest.mark.real_data
+@pytest.mark.usefixtures("treebank")
 def test_shipped_networks_are_those_that_the_page_asks_for():
     data = [load_sentences("sst", split) for split in ("train", "dev")]
     jobs = text_set.jobs(*data, device="cpu")

@@ -127,9 +127,8 @@ def test_fetch_tries_every_source_and_verifies(copy, home, monkeypatch):
 
 
 @pytest.mark.real_data
+@pytest.mark.usefixtures("treebank")
 def test_the_treebank_is_the_published_one():
-    if sst.find_sst() is None:
-        pytest.skip("the treebank is not on this machine")
     found = {split: kdx.load_sentences("sst", split) for split in sst.SHA256}
     assert [len(of) for of in found.values()] == [6920, 872, 1821]
     test = found["test"]

@@ -62,6 +62,13 @@ def test_texts_in_place_of_words_are_refused(network):
             network.encode(wrong)
 
 
+def test_a_word_that_is_spelt_like_padding_cuts_nothing_off(pretrained):
+    words = [["a", "[PAD]", "film"], ["a", "long", "and", "moving", "film", "of", "nothing"]]
+    ids = pretrained.encode(words).ids
+    assert pretrained.lengths(ids).tolist() == [5, 9]
+    assert ids[0, 2] == pretrained.padding
+
+
 def test_padding_does_not_matter_and_images_are_pieces(network):
     one = network.encode([TEXT[0]])
     both = network.encode(TEXT)

@@ -81,3 +81,5 @@ def test_labels_are_names_or_numbers(tmp_path):
     texts, labels = read_texts(tmp_path / "t.csv", ("no", "yes"))
     assert texts == ["a film", "no, none", "NA"]
     assert labels.tolist() == [1, 0, 1]
+    (tmp_path / "t.csv").write_text("text,label\na film,1\n$_$ and $x,2\n")
+    assert read_texts(tmp_path / "t.csv", ("1", "2"))[1].tolist() == [0, 1]  # a name comes before a number

@@ -155,6 +155,7 @@ def test_networks_are_scored_on_what_they_know():
 
 
 @pytest.mark.real_data
+@pytest.mark.usefixtures("treebank")
 def test_completeness_on_200_sentences_of_the_treebank():
     shipped = table()
     some = load_sentences("sst", "test", limit=200)

@@ -93,7 +93,7 @@ def train_sentences(
             seen = torch.zeros(2)
             for at in torch.randperm(steps).tolist():
                 rows = batches[at].to(device)
-                ids = pieces.ids[rows, : int((pieces.ids[rows] != network.padding).sum(1).max())]
+                ids = pieces.ids[rows, : int(network.lengths(pieces.ids[rows]).max())]
                 with precision(network, device):
                     logits = network(ids).float()
                 loss = weight * F.cross_entropy(logits, labels[rows], label_smoothing=smoothing)
@@ -273,7 +273,7 @@ def answer(network: TextNetwork, sentences: Sentences, device: str | torch.devic
     """Logits of a network for sentences, float32 (n, classes) on the CPU; a few of like length at a time."""
     device = pick_device(device)
     pieces = network.encode(sentences.words)
-    lengths = (pieces.ids != network.padding).sum(1)
+    lengths = network.lengths(pieces.ids)
     logits = torch.empty(len(sentences), network.config.num_labels)
     with placed(network, device), evaluating(network), precision(network, device):
         for rows in lengths.argsort(stable=True).split(64):

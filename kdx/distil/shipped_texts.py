@@ -68,10 +68,12 @@ def ship(run: Run, role: str, accuracy: float, two: float) -> Path:
         "accuracy": round(accuracy, 4), "two": round(two, 4), "file": path.name, "sha256": sha256_of(scratch),
         "digest": run.digest, "seconds": run.manifest["seconds"],
     }  # fmt: skip
-    os.replace(scratch, path)
     known = table()
     rows = pd.concat([known[known["file"] != path.name], pd.DataFrame([row])]).sort_values(["role", "seed"])
-    rows[COLUMNS].to_csv(path.parent / "networks.csv", index=False)
+    listed = path.parent / "networks.csv.partial"
+    rows[COLUMNS].to_csv(listed, index=False)
+    os.replace(scratch, path)
+    os.replace(listed, path.parent / "networks.csv")
     return path
 
 

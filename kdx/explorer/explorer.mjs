@@ -129,9 +129,9 @@ class Explorer {
     if (!given.has("image")) return false;
     const choices = this.choices();
     for (const [name, value] of given) {
-      if (choices[name]?.includes(value)) this.state[name] = value;
+      if (Object.hasOwn(choices, name) && choices[name].includes(value)) this.state[name] = value;
       const number = Number(value);
-      const most = { image: this.data.images.length - 1, divide: 100, opacity: 100 }[name];
+      const most = new Map([["image", this.data.images.length - 1], ["divide", 100], ["opacity", 100]]).get(name);
       if (most !== undefined && Number.isInteger(number) && number >= 0 && number <= most) this.state[name] = number;
     }
     if (!this.shown().includes(this.state.image)) this.state.outcome = "all images";

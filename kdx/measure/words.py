@@ -95,7 +95,7 @@ def word_scores(
     n = len(pieces.ids)
     if targets is not None and targets.shape != (n,):
         raise ValueError(f"targets: expected a class for each of {n} sentences, got {tuple(targets.shape)}")
-    lengths = (pieces.ids != network.padding).sum(1)
+    lengths = network.lengths(pieces.ids)
     per_piece = torch.zeros(pieces.ids.shape, dtype=torch.float64)
     logits, change = torch.empty(n, network.config.num_labels), np.empty(n)
     gap, taken, open_rows = np.empty(n), np.zeros(n, dtype=np.int64), torch.arange(n)

@@ -62,6 +62,11 @@ class TextNetwork(nn.Module):
         tokenizer.enable_truncation(self.config.max_position_embeddings)
         self.padding = self.config.pad_token_id or 0
 
+    def lengths(self, ids: Tensor) -> Tensor:
+        """Pieces (n,) up to the last that is no padding, of ids (n, t); a word may have the id of padding, too."""
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        return ((ids != self.padding) * places).amax(1)
+
     def forward(self, pieces: Tensor) -> Tensor:
         """Logits (n, classes) for ids (n, t), or for :attr:`Pieces.images`."""
         ids = pieces[:, 0, 0].long() if pieces.ndim == 4 else pieces

@@ -62,13 +62,13 @@ def coloured_words(sentences: Sequence[Coloured], label: str) -> Figure:
     inch = SIZE / 72 * 0.602  # the width of a letter of DejaVu Sans Mono
     figure, axes = plt.subplots(figsize=(1.04 * width * inch, (height + 6) * inch * 1.75))
     axes.set(xlim=(0, width), ylim=(height, 0))
-    letters: dict[str, Any] = {"family": "monospace", "fontsize": SIZE, "va": "center"}
+    letters: dict[str, Any] = {"family": "monospace", "fontsize": SIZE, "va": "center", "parse_math": False}
     y, last = 0.0, None
     for one, name, lines in rows:
         if one is not last:
-            axes.text(0, y + 0.8, one.title, va="center", fontsize=SIZE + 1, fontweight="bold")
+            axes.text(0, y + 0.8, one.title, va="center", fontsize=SIZE + 1, fontweight="bold", parse_math=False)
             y, last = y + 1.9, one
-        axes.text(0, y + 0.6, name, va="center", fontsize=SIZE, color=INK)
+        axes.text(0, y + 0.6, name, va="center", fontsize=SIZE, color=INK, parse_math=False)
         for line in lines:
             for place, word in line:
                 x, value = LETTERS + place, float(one.values[name][word])

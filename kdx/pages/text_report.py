@@ -79,7 +79,7 @@ def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
         raise ValueError(f"{path}: expected a CSV file ({error})") from error
     if missing := [name for name in ("text", "label") if name not in table]:
         raise ValueError(f"{path}: expected columns text and label, got no {' and no '.join(missing)}")
-    known = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for number, (text, label) in enumerate(table[["text", "label"]].itertuples(index=False), 2):
         if not text.strip() or label not in known:
             choices = ", ".join(classes)

@@ -88,8 +88,8 @@ def benchmark(
         case (``all``: over the repetitions of all cases), score (``SCORES``), better (always ``higher``), chance (of
         maps that are constant), best (of the masks themselves at the resolution of these maps), value, low, high (95 %
         t interval over the seeds of the repetitions; ratios on the logarithmic scale), seeds, rank among the ``of``
-        explainers of the leaderboard and this one. ``attrs`` has ``name``, what is ``given`` to the explainer, the
-        ``seconds`` that it took, and those of the ``whole`` call.
+        explainers of the leaderboard and this one (missing for ``all`` if only some cases are asked for). ``attrs`` has
+        ``name``, what is ``given`` to the explainer, the ``seconds`` that it took, and those of the ``whole`` call.
 
     Raises:
         ValueError: Unknown arguments in the signature, unknown cases, or maps that are not as they should be.
@@ -106,8 +106,12 @@ def benchmark(
         ['AUPRC', 'cue removal', 'pointing game', 'ratio']
     """
     given = wanted(explain)
-    if unknown := [case for case in cases if case not in suite.CASES]:
-        raise ValueError(f"cases: unknown {unknown[0]!r}; choose from: {', '.join(suite.CASES)}")
+    unknown = [case for case in cases if case not in suite.CASES]
+    if unknown or not cases:
+        what = f"unknown {unknown[0]!r}" if unknown else "expected one or more, got none"
+        raise ValueError(f"cases: {what}; choose from: {', '.join(suite.CASES)}")
+    if tested < 1:
+        raise ValueError(f"tested: expected 1 image or more, got {tested}")
     start = time.perf_counter()
     places = [(case, fold) for case in cases for fold in range(1, len(suite.CASES[case].seeds) + 1)]
     found = [
@@ -116,6 +120,8 @@ def benchmark(
     ]
     name = name or getattr(explain, "__name__", type(explain).__name__)
     table = summary(found, name, given)
+    if set(cases) < set(suite.CASES):
+        table.loc[table["case"] == "all", ["rank", "of"]] = pd.NA  # others are ranked over all cases
     table.attrs["whole"] = round(time.perf_counter() - start, 1)
     return table
 
@@ -142,6 +148,7 @@ def wanted(explain: Callable[..., Any]) -> list[str]:
     more = [p for p in parameters[4:] if p.name in GIVEN[4:]]
     unknown = [p for p in parameters[4:] if p not in more and p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     unknown += [p for p in parameters[4:] if p.kind == p.KEYWORD_ONLY and p not in more and p.default is p.empty]
+    unknown += [p for p in parameters[:4] if p.kind > p.POSITIONAL_OR_KEYWORD or p.name in GIVEN[4:]]
     if len(parameters) < 4 or unknown:
         raise ValueError(
             f"explain: expected a function of {', '.join(GIVEN[:4])} and perhaps {', '.join(GIVEN[4:])}, got "
@@ -207,11 +214,23 @@ class Repetition:
         """Maps of every pair, and the seconds that they took."""
         start, found = time.perf_counter(), {}
         for pair, networks in self.networks.items():
-            offered = {"reference": self.others, "teacher": networks["teacher"], "truth": self.truths[pair]}
+            offered = {  # copies, or what an explainer leaves in them would change the next pair
+                "reference": ReferenceSet(*(of.clone() for of in self.others)),
+                "teacher": networks["teacher"],
+                "truth": {direction: of.clone() for direction, of in self.truths[pair].items()},
+            }
             more = {name: offered[name] for name in given}
+            images, labels = self.plain.clone(), self.images.labels.clone()
             with locked(*networks.values()):
-                maps = explain(networks["student"], networks["base"], self.plain, self.images.labels, **more)
+                maps = explain(networks["student"], networks["base"], images, labels, **more)
             found[pair] = checked(maps, len(self.plain))
+        stages = {pair: [list(getattr(maps, d)) for d in DIRECTIONS] for pair, maps in found.items()}
+        first = next(iter(stages))
+        if differing := [pair for pair, of in stages.items() if of != stages[first]]:
+            raise ValueError(
+                f"explain: expected the same stages for all pairs of networks, got {stages[first]} for {first!r} and "
+                f"{stages[differing[0]]} for {differing[0]!r}"
+            )
         return found, time.perf_counter() - start
 
     def ideal(self, found: Mapping[Any, Maps], known: bool) -> dict[Any, Maps]:
@@ -251,7 +270,8 @@ class Repetition:
             for stage in found[self.doses[0]].distilled:
                 sizes = torch.stack([_sizes(found[dose].distilled[stage]) for dose in self.doses], 1)
                 values["dose"].append(order(sizes, truth.expand_as(sizes)))
-        means = {score: float(np.mean(of)) for score, of in values.items() if of}
+        told = {score: [one for one in of if not math.isnan(one)] for score, of in values.items()}  # no order: no score
+        means = {score: float(np.mean(of)) for score, of in told.items() if of}
         return {score: math.exp(value) if score in LOGARITHMIC else value for score, value in means.items()}
 
     @cached_property

@@ -175,7 +175,7 @@ def find(call: str) -> Entry:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(name), function, None)
-    except ImportError as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise ValueError(f"{call}: the module cannot be imported: {error}") from error
     if not callable(found):
         raise ValueError(f"{call}: expected a function {function!r} in {name}, got {type(found).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from importlib.resources import files
@@ -60,7 +61,9 @@ def networks_digest(case: str = "", fold: int = 0) -> str:
 def write(found: dict[str, Any], path: Path) -> None:
     """Write a result; an existing file is an error."""
     check_new(path)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(scratch, path)
 
 
 def home() -> Path:
@@ -89,7 +92,10 @@ def load(folder: Path | None = None) -> pd.DataFrame:
             found = json.loads(path.read_text())
             facts = {key: found[key] for key in ("name", "call", "networks", "date")}
             facts |= {"given": ", ".join(found["given"]), "seconds": found["seconds"]}
-            rows += [facts | row for row in found["scores"]]
+            if found["schema"] != SCHEMA or not found["scores"]:
+                raise ValueError(f"schema {found['schema']} and {len(found['scores'])} scores")
+            for row in found["scores"]:
+                rows.append(facts | row | {name: float(row[name]) for name in ("chance", "best", "value")})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a result of `kdx benchmark`, got {error!r}") from error
         if (other := names.setdefault(found["name"], path)) != path:
@@ -108,16 +114,17 @@ def ranked(table: pd.DataFrame, name: str) -> pd.DataFrame:
     known = load()
     if len(known):
         known = known[(known["name"] != name) & (known["networks"] == networks_digest())]
-    both = pd.concat([known, table.assign(name=None)], ignore_index=True)
+    both = pd.concat([known.drop(columns="networks", errors="ignore"), table.assign(name=None)], ignore_index=True)
     keys = ["case", "score"]
     both["rank"], both["of"] = _ranks(both), both.groupby(keys)["value"].transform("size")
     return both[both["name"].isna()].reset_index(drop=True)
 
 
 def _ranks(table: pd.DataFrame) -> pd.Series:
-    """1 for the largest value of a case and score; equal values share the better rank."""
+    """1 for the largest value of a case and score, on the same networks; equal values share the better rank."""
     rounded = table.assign(value=table["value"].round(DIGITS))
-    return rounded.groupby(["case", "score"])["value"].rank(method="min", ascending=False).astype(int)
+    alike = [name for name in ("networks", "case", "score") if name in table]
+    return rounded.groupby(alike)["value"].rank(method="min", ascending=False).astype("Int64")
 
 
 def overall(table: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +136,13 @@ def overall(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         name, place, mean rank (over the scores of case ``all``), each score, call, given, seconds. Explainers of one
         mean rank share a place.
+
+    Raises:
+        ValueError: Results on different networks, which cannot be compared.
     """
+    if len(sets := table.groupby("networks")["name"].unique()) > 1:
+        rare = min(sets, key=len)
+        raise ValueError(f"expected results on the same networks, got others of {', '.join(rare)}; run these again")
     of_all = table[table["case"] == "all"]
     scores = of_all.pivot(index="name", columns="score", values="value")[list(dict.fromkeys(of_all["score"]))]
     ranks = of_all.groupby("name")["rank"].mean()
