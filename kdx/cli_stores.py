@@ -21,10 +21,11 @@ def errors(code: int = 1, debug: bool = False) -> Iterator[None]:
     """Turn expected errors into one message and an exit code, without a traceback unless ``debug``."""
     try:
         yield
-    except (ModuleNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (ModuleNotFoundError, OSError, ValueError, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
-        extra = "; install the extra: pip install 'kdx[book]'" if isinstance(error, ModuleNotFoundError) else ""
+        bare = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+        extra = "; install the extra: pip install 'kdx[book]'" if bare else ""
         typer.secho(f"error: {error}{extra}", fg="red", err=True)
         raise typer.Exit(code) from error
     except KeyboardInterrupt as error:

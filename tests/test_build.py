@@ -90,13 +90,20 @@ def test_page_key_covers_cells_metadata_parameters_package_and_tables(tmp_path, 
     assert build.page_key(replace(page, notebook=tmp_path / "tags.ipynb")) != key
     package = shutil.copytree(ROOT / "kdx", tmp_path / "kdx")
     tables = shutil.copytree(ROOT / "data" / "paper", tmp_path / "data" / "paper")
-    shutil.copytree(ROOT / "data" / "results", tmp_path / "data" / "results")
+    for name in ("results", "leaderboard"):
+        shutil.copytree(ROOT / "data" / name, tmp_path / "data" / name)
     monkeypatch.setattr(build, "PACKAGE", package)
     assert build.page_key(page) == key
     table = (tables / "table1.csv").read_text()
     (tables / "table1.csv").write_text(table.replace("0.0794", "0.0795"))
     assert build.page_key(page) != key
     (tables / "table1.csv").write_text(table)
+    for file in (tmp_path / "data" / "leaderboard" / "mine.json", tmp_path / "networks" / "text" / "networks.csv"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+        assert build.page_key(page) != key
+        file.unlink()
+    assert build.page_key(page) == key
     (package / "measure" / "scores.py").write_text((package / "measure" / "scores.py").read_text() + "\nLEVEL = 0.9\n")
     assert build.page_key(page) != key
 

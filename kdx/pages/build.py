@@ -35,10 +35,11 @@ from papermill.iorw import load_notebook_node
 import kdx
 from kdx.data import sst
 from kdx.data.dataset import available
+from kdx.data.detection import DETECTION_DATASETS, find_detection
 from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
 from kdx.pages import results
-from kdx.paths import data_home, places, sha256_of
+from kdx.paths import data_home, networks_home, places, sha256_of
 from kdx.progress import TERMINAL, progress, terminal
 
 GLUE_PREFIX = "application/papermill.record/"  # of quotes for other pages, in myst-nb's form
@@ -167,9 +168,10 @@ def page_key(page: Page) -> str:
     cells = [(c.cell_type, c.source, c.metadata) for c in load_notebook_node(str(page.notebook)).cells]
     code = _package_code(tuple((path, path.stat().st_mtime_ns) for path in sorted(PACKAGE.rglob("*.py"))))
     data = PACKAGE.parent / "data"
-    tables = [path.read_text() for path in sorted([*data.glob("results/*.csv"), *data.glob("paper/*.csv")])]
+    stored = [*data.glob("results/*.csv"), *data.glob("paper/*.csv"), *data.glob("leaderboard/*.json")]
+    tables = [path.read_text() for path in sorted([*stored, *networks_home().rglob("networks.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
-    files[sst.NAME] = str(sst.find_sst()) if page.notebook.stem == "10_text" else ""
+    files |= {name: str(find_detection(name)) for name in DETECTION_DATASETS} | {sst.NAME: str(sst.find_sst())}
     text = json.dumps([cells, page.title, page.parameters, files, code, tables], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
