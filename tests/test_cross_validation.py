@@ -94,6 +94,7 @@ def test_cross_fit_names_what_is_wrong(small):
     cases = {
         "only_stored: expected roles of these networks, got smoothing": {"only_stored": ["smoothing"]},
         "controls: expected 0 to 2 folds, got 3": {"controls": 3},
+        "first: expected 1 to 2 folds, got 3": {"first": 3},
         "expected different ways to learn from a teacher, got \\[\\]": {"techniques": []},
         "got \\['label'\\]": {"techniques": ["label"]},
         "got \\['smoothing'\\]": {"techniques": ["smoothing"]},

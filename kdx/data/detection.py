@@ -255,6 +255,8 @@ def fetch_detection(name: str) -> Path:
     raw.mkdir(parents=True, exist_ok=True)
     check_space(name, 4 * card.download_bytes, raw)
     with FileLock(raw / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=raw) as scratch:
+        if folder := find_detection(name):  # by another process, for which this one waited
+            return folder
         log.info("%s: %.0f MB from %s", name, card.download_bytes / 1e6, card.url)
         archive = download(card.url, Path(scratch) / "archive.zip")
         unpack(archive, Path(scratch) / name)

@@ -103,6 +103,8 @@ def cross_fit(
         the base is the teacher), base, the techniques, and the controls by their names above.
     """
     used = k if first is None else first
+    if not 1 <= used <= k:
+        raise ValueError(f"first: expected 1 to {k} folds, got {first}")
     plans = plan_fit(teacher, student, techniques, used, controls, seed, recipe, temperatures, **training)
     if unknown := set(only_stored) - {role for role, _ in plans}:
         raise ValueError(f"only_stored: expected roles of these networks, got {', '.join(sorted(unknown))}")
