@@ -27,7 +27,7 @@ from kdx.distil.training import Recipe
 from kdx.networks.devices import autocast_dtype, device_name, pick_device
 from kdx.networks.fpn_detectors import Detector, architecture_of_detector, build_detector, inherit
 from kdx.networks.stages import evaluating
-from kdx.paths import data_home
+from kdx.paths import alone, data_home
 from kdx.progress import progress
 
 RECIPE = 1  # raise it when shipped detectors are to be trained anew
@@ -168,7 +168,11 @@ class DetectorJob:
         return find_run(self.key) or find_shipped(self.digest)
 
     def run(self) -> Run:
-        """Train, and store the run."""
+        """Train, and store the run; if another process is at it, wait for its run."""
+        with alone(self.key):
+            return find_run(self.key) or self._train_and_store()
+
+    def _train_and_store(self) -> Run:
         device = pick_device(self.device)
         start = time.perf_counter()
         student = build_detector(**self.architecture, seed=self.seed)

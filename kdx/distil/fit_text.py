@@ -31,7 +31,7 @@ from kdx.distil.techniques import find_techniques
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.networks.text_networks import Architecture, Pieces, TextNetwork, load_text, save_text
-from kdx.paths import data_home, sha256_of, written_whole
+from kdx.paths import alone, data_home, sha256_of, written_whole
 from kdx.progress import progress
 
 WIDE = 256  # width from which bfloat16 pays
@@ -226,7 +226,15 @@ class TextJob:
         return self.find() or self.run()
 
     def run(self) -> TextRun:
-        """Train, and store the run."""
+        """Train, and store the run; if another process is at it, wait for its run."""
+        with alone(self.key):
+            if find_run(self.key) is None:
+                self._train_and_store()
+        found = self.find()
+        assert found is not None
+        return found
+
+    def _train_and_store(self) -> None:
         device, start = pick_device(self.device), time.perf_counter()
         network = self.untrained.to(device)
         pieces = Pieces(*(of.to(device) for of in network.encode(self.train.words)))
@@ -252,9 +260,6 @@ class TextJob:
         facts["seconds"] = round(time.perf_counter() - start, 1)
         with written_whole(data_home() / "runs" / self.key) as scratch:
             write(scratch, network.cpu(), self.train.classes, facts, history)
-        found = self.find()
-        assert found is not None
-        return found
 
 
 def write(

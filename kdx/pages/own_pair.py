@@ -36,7 +36,7 @@ from kdx.paths import sha256_of
 from kdx.version import __version__
 
 FEWEST = 20  # images of a report
-TRIED = 256, 64  # images on which other normalisations are tried, those of up to 64 pixels and larger ones
+TRIED = 500  # images on which other normalisations are tried
 SURE = 0.001  # p from which another normalisation is called better
 
 
@@ -353,7 +353,7 @@ def _doubts(pair: OwnPair, assumed: Sequence[str]) -> list[str]:
             f"The student is right on {right[STUDENT].mean():.1%} of the images and its teacher on "
             f"{right[TEACHER].mean():.1%}: is {pair.size} pixels the size that it was trained with?"
         )
-    few = slice(None, None, max(1, len(pair) // TRIED[pair.size > 64]))  # of all classes
+    few = slice(None, None, max(1, len(pair) // TRIED))  # of all classes
     for role in assumed:
         if role not in right:
             continue
