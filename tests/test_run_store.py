@@ -194,7 +194,7 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
             "import kdx\n"
             "images = kdx.load_dataset('shapes', 'train', limit=160, size=32)\n"
             "kdx.cross_fit(images, teacher='resnet10', student='resnet10', "
-            "techniques=['response'], k=2, width=0.125, "
+            "techniques=['response'], k=2, controls=1, width=0.125, "
             "recipe=kdx.Recipe(epochs=epochs, batch_size=32))"
         ),
     ]
@@ -213,11 +213,12 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     job.wait()
     assert not (tmp_path / "out.ipynb").exists()
     before = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < 9
     for key in before:  # whatever lies under a key is whole
         assert find_run(key).model
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     after = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
-    assert len(after) == 4  # two bases and a student each
+    # two bases, a student each, and the controls: two bases, a student, a teacher and its student
+    assert len(after) == 9
     assert before.items() <= after.items()  # what was finished was not trained again
     assert (tmp_path / "out.ipynb").exists()
