@@ -132,7 +132,8 @@ def _ladder(recipe: Recipe) -> Plans:
 
 
 FEATURES = ("attention", "overhaul", "inter-channel", "alp", "factor", "prior", "contrastive")
-TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in FEATURES))
+JOINED = ("attention", "factor", "contrastive")  # those that the paper trains with the response as well
+TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in JOINED))
 
 
 def _taught(recipe: Recipe) -> Plans:
