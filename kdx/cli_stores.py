@@ -178,8 +178,10 @@ def networks_train(
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with errors(), seconds("train"):
         from kdx.distil import shipped, shipped_detectors
+        from kdx.networks.devices import reuse_memory
         from kdx.planted import suite
 
         os.nice(19)
+        reuse_memory()
         studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         shipped.train(studies, dataset or (), only or (), fold or (), workers, device)

@@ -21,7 +21,7 @@ from kdx.distil.run_store import Run
 from kdx.distil.techniques import TECHNIQUES, needs_teacher, settings_of
 from kdx.distil.training import Recipe
 from kdx.networks import models
-from kdx.networks.devices import pick_device
+from kdx.networks.devices import pick_device, reuse_memory
 from kdx.paths import data_home
 from kdx.progress import TERMINAL, progress
 
@@ -379,6 +379,7 @@ def announce(jobs: Sequence[Job]) -> None:
 def _run_elsewhere(home: str, threads: int, name: Any, job: Job) -> tuple[Any, str]:
     os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
     torch.set_num_threads(threads)
+    reuse_memory()
     # pickled with the job, the key would hide that the worker has read newer code
     fresh = replace(job)
     if fresh.find() is None:

@@ -18,13 +18,14 @@ from pandas.io.formats.style import Styler
 from kdx.data.dataset import Dataset, load_dataset
 from kdx.distil.run_store import versions
 from kdx.intervals import mean_interval, share_interval
-from kdx.networks.devices import autocast_dtype, device_name, pick_device
+from kdx.networks.devices import autocast_dtype, device_name, pick_device, reuse_memory
 from kdx.pages.claims import Verdict, badge
 from kdx.paths import CHECKOUT
 from kdx.progress import terminal
 
 LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 IPYTHON = {"In", "Out"}
+reuse_memory()  # the process is a notebook's kernel
 
 
 def check_parameters(namespace: Mapping[str, Any], **least: float) -> dict[str, Any]:
