@@ -14,6 +14,7 @@ from kdx.explain.reference import ANSWER, Reference, inputs_of
 from kdx.explain.regression import resample
 from kdx.explain.road import perturb
 from kdx.intervals import share_interval
+from kdx.networks.devices import autocast
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.4)
 RANDOM = "random"
@@ -187,12 +188,13 @@ def deletion(
 
 
 def _left_over(reference: Reference, x: tuple[Tensor, ...], direction: str, batch_size: int) -> Tensor:
-    """The answer (n, classes) of one network that the other cannot express."""
+    """The answer (n, classes) of one network that the other cannot express, in the device's quick precision."""
     which = {"distilled": (0, 1), "residual": (1, 0)}[direction]
     answer = reference.regressions[direction][ANSWER]
     parts = []
     for part in zip(*(of.split(batch_size) for of in x), strict=True):
-        answers = reference.answers_of(*part)
+        with autocast(part[0].device):
+            answers = reference.answers_of(*part)
         parts.append(answer.left_over(*(answers[i] for i in which)))
     return torch.cat(parts)
 
