@@ -14,18 +14,20 @@ class FigureIndex(SphinxDirective):
 
 
 def number_figures(app, doctree):
-    """Give each picture of a page an id."""
+    """Put a target before each picture of a page. An id of its own would be the link's too, which Sphinx draws around
+    it."""
     page = app.env.docname
     if page.startswith(PAGES):
-        for number, image in enumerate(doctree.findall(nodes.image), 1):
-            image["ids"] = [f"figure-{page.removeprefix(PAGES)}-{number}"]
+        for number, image in enumerate(list(doctree.findall(nodes.image)), 1):
+            image["figure"] = f"figure-{page.removeprefix(PAGES)}-{number}"
+            image.parent.insert(image.parent.index(image), nodes.target("", "", ids=[image["figure"]]))
 
 
 def figures(app, page):
     """Links to the figures of a page; the pictures of a cell have one text, and one link."""
     first = {}
     for image in app.env.get_doctree(page).findall(nodes.image):
-        first.setdefault(image.get("alt"), image["ids"][0])
+        first.setdefault(image.get("alt"), image["figure"])
     address = app.builder.get_relative_uri(INDEX, page)
     links = [nodes.reference("", text, refuri=f"{address}#{name}", internal=True) for text, name in first.items()]
     return nodes.bullet_list("", *(nodes.list_item("", nodes.paragraph("", "", link)) for link in links))
