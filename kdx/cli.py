@@ -255,7 +255,8 @@ def benchmark(
         explain = entries.find(explainer)
         name = name or ("" if ":" in explainer else explainer)
         table = module.benchmark(explain, name, cases=case or tuple(suite.CASES), tested=tested)
-        typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+        ends = {end: ["one seed" if v != v else f"{v:.3f}" for v in table[end]] for end in ("low", "high")}
+        typer.echo(table.assign(**ends).to_string(index=False, float_format="{:.3f}".format))
         facts = table.attrs
         typer.echo(f"{facts['name']}: {facts['whole']} s, of them {facts['seconds']} s in the explainer")
         if out is not None:

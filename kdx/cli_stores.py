@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -138,7 +139,9 @@ def data_prepare(
 
 @networks.command("list")
 def networks_list() -> None:
-    """Show the shipped networks: role, architecture, and test accuracy (of detectors AP50) of each fold."""
+    """Show the shipped networks: role, architecture, and test accuracy (of detectors AP50) of each fold, of text
+    networks of each seed."""
+    from kdx.distil import shipped_texts
     from kdx.distil.run_store import shipped_table
 
     table = shipped_table()
@@ -147,23 +150,32 @@ def networks_list() -> None:
             f"{accuracy:.2%} (fold {fold})" for fold, accuracy in zip(group["fold"], group["accuracy"], strict=True)
         )
         typer.echo(f"{dataset}: {role}, {model}: {accuracies}")
-    typer.echo(f"{len(table)} networks")
+    texts = shipped_texts.table()
+    for (role, layers), group in texts.groupby(["role", "layers"], sort=False):
+        accuracies = ", ".join(f"{of.accuracy:.2%} (seed {of.seed})" for of in group.itertuples())
+        typer.echo(f"text: {role}, {layers} blocks: {accuracies}")
+    typer.echo(f"{len(table)} networks of images, {len(texts)} of sentences")
 
 
 @networks.command("verify")
 def networks_verify() -> None:
-    """Evaluate every shipped network on the test images and compare with the table."""
+    """Evaluate every shipped network on the test images or sentences and compare with the tables."""
     with errors(), seconds("verify"):
-        from kdx.distil import shipped, shipped_detectors
+        from kdx.data import sst
+        from kdx.distil import shipped, shipped_detectors, shipped_texts
+        from kdx.distil.fit_text import evaluate_text
         from kdx.planted import suite
 
+        test = sst.load_sentences() if sst.find_sst() else None
+        accuracy = None if test is None else lambda network: evaluate_text(network, test).accuracy
+        studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         rows = []
-        for row in shipped.verify((*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())):
+        for row in chain(shipped.verify(studies), shipped_texts.verify(accuracy)):
             rows.append(row)
             typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
-            raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the table says: {', '.join(wrong)}")
-        typer.echo(f"{len(rows)} networks are as the table says")
+            raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the tables say: {', '.join(wrong)}")
+        typer.echo(f"{len(rows)} networks are as the tables say")
 
 
 @networks.command("train")

@@ -6,6 +6,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kdx.cli import app
+from kdx.distil import shipped, shipped_texts
 from tests.checkout import ROOT
 
 
@@ -25,7 +26,19 @@ def test_datasets_are_listed_and_made(cli):
 
 def test_networks_are_listed(cli, monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS")
-    assert "cifar10: base, resnet10@0.1875: " in cli("networks", "list").output
+    listed = cli("networks", "list").output
+    assert "cifar10: base, resnet10@0.1875: " in listed
+    assert "text: response, pretrained teacher, 3 blocks: " in listed
+    assert f"of images, {len(shipped_texts.table())} of sentences" in listed
+
+
+def test_networks_of_sentences_are_verified_too(cli, monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    monkeypatch.setattr(shipped, "verify", lambda studies: iter(()))
+    done = cli("networks", "verify")
+    assert done.exit_code == 0, done.output
+    assert "text/scratch-1.safetensors: " in done.output
+    assert f"{len(shipped_texts.table())} networks are as the tables say" in done.output
 
 
 def test_cli_prepares_a_folder_and_names_what_it_refuses(cli, tmp_path):

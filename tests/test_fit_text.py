@@ -10,6 +10,7 @@ from kdx.distil.fit_text import Architecture, TextJob, TextRecipe, answer, evalu
 from kdx.distil.run_store import manifests
 from kdx.distil.technique import Seen
 from kdx.distil.techniques import find_techniques
+from kdx.networks.text_networks import PACKAGED
 from tests.texts import TINY, tiny
 
 QUICK = TextRecipe(epochs=2, batch_size=20, lr=0.01)
@@ -42,6 +43,18 @@ def test_trainings_differ_by_what_defines_them(data):
     jobs += [job(data, technique="response", teacher=of) for of in jobs[:2]]
     assert len({of.digest for of in jobs}) == len({of.key for of in jobs}) == len(jobs)
     assert job(data).digest == jobs[0].digest
+
+
+def test_other_weights_under_the_path_of_an_encoder_are_another_training(data, tmp_path):
+    of = lambda name: TextJob(Architecture(name), *data, recipe=QUICK, device="cpu")  # noqa: E731
+    (tmp_path / "config.json").write_text("{}")
+    before = of(str(tmp_path))
+    assert before.spec["model"]["files"] == of(str(tmp_path)).spec["model"]["files"]
+    key, digest = before.key, before.digest
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert of(str(tmp_path)).key != key
+    assert of(str(tmp_path)).digest != digest
+    assert set(of(PACKAGED).spec["model"]) == {"checkpoint", "layers"}  # its package is one file of one version
 
 
 def test_a_student_is_trained_by_its_teacher(data):

@@ -72,11 +72,14 @@ def test_an_entry_is_ranked_among_those_of_the_same_networks(folder, monkeypatch
         leaderboard.overall(leaderboard.load(folder))
 
 
-def test_a_file_for_the_board_holds_all_cases_and_images(tmp_path):
+def test_a_file_for_the_board_holds_all_cases_and_images(tmp_path, monkeypatch):
     for more in (["--case", "sizes"], ["--tested", "6"]):
         done = CliRunner().invoke(app, ["benchmark", "constant", *more, "--out", str(tmp_path / "mine.json")])
         assert done.exit_code == 2
         assert "--out: expected a result over all cases and 100 images; leave out --case and --tested" in done.output
+    monkeypatch.delenv("KDX_NETWORKS")
+    done = CliRunner().invoke(app, ["benchmark", "constant", "--case", "sizes", "--tested", "6"])
+    assert done.output.count("one seed") == 2 * 2 * 4  # two ends, of four scores, of the case and of all
     done = CliRunner().invoke(app, ["benchmark", "constant", "--out", str(tmp_path / "no" / "mine.json")])
     assert "expected a file in a folder that exists" in done.output
 

@@ -3,11 +3,17 @@
 import base64
 import functools
 import http.server
+import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from urllib.parse import urlparse
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -16,7 +22,7 @@ import kdx
 from kdx.distil.stored_pairs import stored_pairs
 from kdx.explorer import page
 from kdx.explorer.view import View
-from tests.checkout import asked_for
+from tests.checkout import ROOT, asked_for
 
 MOST = 4_000_000  # bytes of a page
 
@@ -219,3 +225,56 @@ def test_a_bad_link_and_a_narrow_window_do_no_harm(browser, site):
         assert widths[0] <= widths[1]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# --- as a widget ---------------------------------------------------------------------------------
+
+NOTEBOOK = """import json
+from pathlib import Path
+from kdx.explorer import page
+page.widget(json.loads(Path("payload.json").read_text()))"""
+
+
+@pytest.fixture
+def voila(found, tmp_path):
+    """The address of an app that shows the explorer twice, as widgets of Voilà."""
+    pytest.importorskip("anywidget")
+    (tmp_path / "payload.json").write_text(json.dumps(found))
+    cells = [nbformat.v4.new_code_cell(NOTEBOOK, id=name) for name in ("first", "second")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "app.ipynb")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join([str(ROOT / "book" / "_voila"), os.environ.get("JUPYTER_PATH", "")])
+    command = [sys.executable, "-m", "voila", "--template", "kdx", "--no-browser", f"--port={port}", "app.ipynb"]
+    with (tmp_path / "voila.log").open("w") as log:
+        app = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"JUPYTER_PATH": paths}, stdout=log, stderr=log)
+        yield f"http://127.0.0.1:{port}/"
+        app.terminate()
+        app.wait(30)
+
+
+@pytest.mark.book
+@pytest.mark.browser
+def test_the_same_module_serves_voila_as_a_widget(browser, site, voila, found):
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get("about:blank")
+    browser.get(site["file"])
+    drawn = browser.execute_script(DRAWN)
+    browser.get_log("browser")
+    asked_for(browser)
+    wait = WebDriverWait(browser, 120, ignored_exceptions=[WebDriverException])
+    wait.until(lambda driver: driver.get(voila) or driver.find_elements(By.CSS_SELECTOR, "#rendered_cells"))
+    wait.until(lambda driver: len(driver.find_elements(By.CSS_SELECTOR, ".kdx-explorer .picture")) == 2)
+    assert browser.execute_script(DRAWN) == drawn  # as in the page
+    assert browser.execute_script(CHOOSE, "technique", "attention") == "attention"
+    assert browser.execute_script(DRAWN) != drawn
+    ids = browser.execute_script("return [...document.querySelectorAll('.thumbs canvas')].map(of => of.id)")
+    assert len(set(ids)) == 2 * len(found["images"])
+    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:", "about:"))]
+    assert {urlparse(url).netloc for url in asked} == {urlparse(voila).netloc}
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

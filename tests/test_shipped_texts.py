@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from kdx.data.sst import load_sentences
 from kdx.distil import shipped_texts, text_set
-from kdx.distil.fit_text import TextJob, TextRecipe, answer
+from kdx.distil.fit_text import TextJob, TextRecipe, answer, evaluate_text
 from kdx.distil.shipped_texts import find_shipped, ship
 from kdx.networks.text_networks import load_text
 from kdx.paths import networks_home, sha256_of
@@ -38,6 +40,24 @@ def test_damage_is_named(job, networks_home):
     path.unlink()
     assert find_shipped(job.digest) is None
     assert find_shipped("unknown") is None
+
+
+def test_verify_names_what_is_not_as_the_table_says(job, networks_home):
+    run = job.fit()
+    accuracy = lambda network: evaluate_text(network, job.validation, "cpu").accuracy  # noqa: E731
+    path = ship(run, "scratch", accuracy(run.network), 0.5)
+    (row,) = shipped_texts.verify(accuracy)
+    assert (row["file"], row["problem"]) == ("text/scratch-0.safetensors", "")
+    assert row["measured"] == pytest.approx(row["accuracy"], abs=1e-4)
+    (row,) = shipped_texts.verify(lambda network: 0.99)
+    assert row["problem"] == f"expected an accuracy of {row['accuracy']:.4f}, got 0.9900"
+    (row,) = shipped_texts.verify(None)
+    assert math.isnan(row["measured"])
+    assert row["problem"] == ""
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    assert "is damaged" in next(shipped_texts.verify(None))["problem"]
+    path.unlink()
+    assert next(shipped_texts.verify(accuracy))["problem"] == "the file is missing"
 
 
 def test_shipped_files_are_those_of_the_table(monkeypatch):

@@ -54,6 +54,14 @@ def test_join_and_rows():
     assert both.fingerprint != parts[0].fingerprint
 
 
+def test_rows_that_do_not_fit_are_refused():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="each of 2 sentences, got 2 labels and 1 rows of polarities"):
+        sst.Sentences((("a", "film"), ("b",)), labels, ((0, 0),))
+    with pytest.raises(ValueError, match=r"polarities: expected one for each word .* got 2 in row 1, of 1 words"):
+        sst.Sentences((("a", "film"), ("b",)), labels, ((0, 0), (0, 1)))
+
+
 def test_generated_sentences_have_their_label_in_most_polar_words():
     some = kdx.load_sentences("generated", "test")
     sums = torch.tensor([sum(p) for p in some.polarities])

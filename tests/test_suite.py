@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from kdx.distil.run_store import shipped_table
+from kdx.paths import networks_home
 from kdx.planted import suite
 
 
@@ -17,6 +18,9 @@ def rows(monkeypatch):
 def test_the_shipped_networks_are_those_that_the_suite_declares(rows):
     assert sorted(rows.index) == sorted(suite.Study().places)
     assert set(rows["model"]) == {"resnet10@0.125"}
+    files = list((networks_home() / "planted").rglob("*.safetensors"))
+    assert len(files) == len(rows)
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
 @pytest.mark.parametrize("case", ["standard", "held-out cues"])
@@ -47,6 +51,9 @@ def test_plantings_of_one_repetition_share_networks(rows):
     assert by_name["distilled"]["student"] is by_name["both"]["student"]
     assert by_name["nothing"]["teacher"] is by_name["nothing"]["second base"]
     assert len({run.key for of in by_name.values() for run in of.values()}) == 7
+    later = {one.planting: one.networks for one in suite.load("standard", 2, tested=3, reference=3)}
+    assert set(later["nothing"]) == {"student", "base", "teacher"}  # the second base of the first repetition alone
+    assert len({run.key for of in later.values() for run in of.values()}) == 6
     doses = suite.load_doses("standard", 1)
     assert [one.dose for one in doses] == list(suite.CASES["standard"].doses)
     assert {one.networks["teacher"].key for one in doses} == {by_name["distilled"]["teacher"].key}

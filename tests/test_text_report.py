@@ -1,10 +1,14 @@
+import html
 import re
 
 import pandas as pd
 import pytest
+import torch
 
 from kdx.data.sst import load_sentences
+from kdx.measure.ledger import Ledger
 from kdx.networks.text_networks import save_text
+from kdx.pages import text_report
 from kdx.pages.text_report import explain_text, read_texts
 from tests.texts import tiny
 
@@ -58,6 +62,23 @@ def test_networks_of_other_classes_are_refused(given, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="expected a file of kdx, or a sequence classifier"):
         explain_text(given | {"base": tmp_path / "nothing"}, tmp_path / "texts.csv", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("closed_figures")
+def test_names_of_classes_stay_as_they_are(tmp_path, given):
+    names = ("image", "no images", "a & b", "images")
+    for seed, path in enumerate(given.values()):
+        save_text(path, tiny(seed), {"classes": names})
+    labels = torch.arange(240) % 4
+    answers = {"student": torch.zeros(240, dtype=int), "base": labels}
+    lines = "\n".join(text_report._told(Ledger(labels, answers, names)))
+    assert "On 240 sentences of 4 classes" in lines
+    assert "clearly worse on no images, a & b, images" in lines
+    table = pd.read_csv(tmp_path / "texts.csv")
+    table["label"] = [names[NAMES.index(label)] for label in table["label"]]
+    table.to_csv(tmp_path / "texts.csv", index=False)
+    page = explain_text(given, tmp_path / "texts.csv", tmp_path / "out").read_text()
+    assert all(f"<td>{html.escape(name)}</td>" in page for name in names)
 
 
 @pytest.mark.parametrize(

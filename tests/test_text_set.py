@@ -1,8 +1,11 @@
+import nbformat
 import pytest
 
 from kdx.data.sst import load_sentences
 from kdx.distil import text_set
 from kdx.distil.fit_text import TextRecipe
+from kdx.paths import DataError
+from tests.checkout import ROOT
 from tests.texts import TINY
 
 QUICK = TextRecipe(1, 20, 0.01)
@@ -37,3 +40,25 @@ def test_students_of_a_seed_begin_with_the_same_weights():
 def test_no_seeds_are_refused():
     with pytest.raises(ValueError, match="seeds: expected one or more, got 0"):
         jobs(seeds=0)
+
+
+def page(**parameters):
+    """Run the page's first cells of code, as far as the one that makes the trainings, with other parameters."""
+    notebook = nbformat.read(ROOT / "notebooks" / "10_text.ipynb", as_version=4)
+    first, *others = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    known = {}
+    exec(first, known)
+    known |= parameters
+    for source in others:
+        exec(source, known)
+        if "runs = {}" in source:
+            return known
+
+
+def test_the_page_shows_stored_scores_of_the_networks_that_it_describes():
+    assert page()["runs"] == {}  # the treebank is not here
+    for other in ({"epochs": 1}, {"seeds": 1}, {"pretrained": False}, {"limit": 40}, {"corpus": "generated"}):
+        with pytest.raises(ValueError, match="stored='text': expected parameters of sentences, networks and training"):
+            page(**other)
+    with pytest.raises(DataError, match=r'stored="": .* not on this machine: get it with `kdx data get sst`'):
+        page(stored="")

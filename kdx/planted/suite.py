@@ -30,7 +30,7 @@ class Case:
         scene: Description of the images.
         doses: Weights of the teacher in the loss of further students of *distilled*, in the first repetition.
         epochs: Of every network.
-        second_base: Whether a base from other initial weights is shipped too.
+        second_base: Whether a base from other initial weights is shipped too, in the first repetition.
     """
 
     seeds: tuple[int, ...]
@@ -50,7 +50,7 @@ CASES = {
 }
 
 
-def _names(case: str) -> dict[tuple[str, str], str]:
+def _names(case: str, fold: int) -> dict[tuple[str, str], str]:
     """(planting, role) -> role by which the network is shipped. A network that plantings share has its first name."""
     of = CASES[case]
     found: dict[tuple[str, str], str] = {}
@@ -59,19 +59,23 @@ def _names(case: str) -> dict[tuple[str, str], str]:
         plan = PLANTINGS[planting]
         networks = (("student", plan.teacher), (0, plan.base), (1, plan.teacher), (1, plan.base))
         for role, network in zip(ROLES, networks, strict=True):
-            if of.second_base or role != "second base":
-                prefix = planting if case == "standard" else case
-                found[planting, role] = first.setdefault(network, f"{prefix}, {role}")
+            name = first.setdefault(network, f"{planting if case == 'standard' else case}, {role}")
+            if role != "second base" or _has_second_base(case, fold):
+                found[planting, role] = name
     return found
 
 
 def roles(case: str, fold: int) -> list[str]:
     """The roles of the networks of one repetition, see :func:`kdx.load_network`."""
-    return [*dict.fromkeys(_names(case).values()), *(f"dose {dose:g}" for dose in _doses(case, fold))]
+    return [*dict.fromkeys(_names(case, fold).values()), *(f"dose {dose:g}" for dose in _doses(case, fold))]
 
 
 def _doses(case: str, fold: int) -> tuple[float, ...]:
     return CASES[case].doses if fold == 1 else ()
+
+
+def _has_second_base(case: str, fold: int) -> bool:
+    return CASES[case].second_base and fold == 1
 
 
 def grow(case: str, fold: int, workers: int = 1, device: str = "auto") -> list[Grown]:
@@ -79,7 +83,7 @@ def grow(case: str, fold: int, workers: int = 1, device: str = "auto") -> list[G
     of = CASES[case]
     return plant(
         of.scene, 1, plantings={name: PLANTINGS[name] for name in of.plantings}, seed=of.seeds[fold - 1],
-        images=TRAINED_ON, recipe=_recipe(of), workers=workers, device=device, second_base=of.second_base,
+        images=TRAINED_ON, recipe=_recipe(of), workers=workers, device=device, second_base=_has_second_base(case, fold),
     )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ def load(case: str, fold: int, tested: int = 100, reference: int = 192) -> list[
     of = CASES[case]
     seed = of.seeds[fold - 1]
     sets = [images_of(of.scene, n, 3 * seed + i) for i, n in ((1, tested), (2, reference))]
-    names = _names(case)
+    names = _names(case, fold)
     runs = {name: open_network("planted", name, fold) for name in dict.fromkeys(names.values())}
     return [
         Grown(planting, seed, of.scene, {r: runs[names[planting, r]] for p, r in names if p == planting}, *sets)
@@ -109,7 +113,7 @@ def load(case: str, fold: int, tested: int = 100, reference: int = 192) -> list[
 
 def load_doses(case: str, fold: int) -> list[Dosed]:
     """The students of each dose, with base and teacher of the planting *distilled*."""
-    of, names = CASES[case], _names(case)
+    of, names = CASES[case], _names(case, fold)
     seed = of.seeds[fold - 1]
     cue = PLANTINGS["distilled"].turned(seed, len(of.scene.cues)).distilled[0]
     if not _doses(case, fold):
@@ -140,8 +144,8 @@ class Study:
             recipe = _recipe(CASES["standard"])
             ship(fit_ignorant(Scene(), TRAINED_ON, SHIPPED, MODEL, recipe, device), *IGNORANT)
         for name, case in CASES.items():
-            names = _names(name)
             for fold, seed in enumerate(case.seeds, 1):
+                names = _names(name, fold)
                 if set(wanted) & {(role, fold) for role in names.values()}:
                     for one in grow(name, fold, workers, device):
                         for role, run in one.networks.items():
