@@ -180,7 +180,8 @@ def _fitted(one: Annotated, size: tuple[int, int]) -> tuple[np.ndarray, float] |
     except RefusedError as reason:
         return reason
     scale = min(size[0] / picture.height, size[1] / picture.width)
-    scaled = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
+    sides = [max(1, round(side * scale)) for side in picture.size]  # a narrow strip keeps one pixel
+    scaled = picture.resize((sides[0], sides[1]), Image.Resampling.BILINEAR)
     canvas = np.zeros((3, *size), np.uint8)
     canvas[:, : scaled.height, : scaled.width] = np.asarray(scaled).transpose(2, 0, 1)
     return canvas, scale
