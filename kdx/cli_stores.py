@@ -160,10 +160,13 @@ def networks_verify() -> None:
         rows = []
         for row in shipped.verify((*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())):
             rows.append(row)
-            typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
+            skipped = row["skipped"] and f"not measured, {row['skipped']}"
+            typer.echo(f"{row['file']}: {row['problem'] or skipped or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
             raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the table says: {', '.join(wrong)}")
-        typer.echo(f"{len(rows)} networks are as the table says")
+        measured = sum(not row["skipped"] for row in rows)
+        rest = f"; {len(rows) - measured} were not measured" if measured < len(rows) else ""
+        typer.echo(f"{measured} networks are as the table says{rest}")
 
 
 @networks.command("train")
