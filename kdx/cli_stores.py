@@ -172,10 +172,13 @@ def networks_verify() -> None:
         rows = []
         for row in chain(shipped.verify(studies), shipped_texts.verify(accuracy)):
             rows.append(row)
-            typer.echo(f"{row['file']}: {row['problem'] or format(row['measured'], '.2%')}")
+            skipped = row["skipped"] and f"not measured, {row['skipped']}"
+            typer.echo(f"{row['file']}: {row['problem'] or skipped or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
             raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the tables say: {', '.join(wrong)}")
-        typer.echo(f"{len(rows)} networks are as the tables say")
+        measured = sum(not row["skipped"] for row in rows)
+        rest = f"; {len(rows) - measured} were not measured" if measured < len(rows) else ""
+        typer.echo(f"{measured} networks are as the tables say{rest}")
 
 
 @networks.command("train")

@@ -116,6 +116,14 @@ def two_factor(values: ArrayLike, ratio: float | None = None) -> Estimate:
     return Estimate(mean, tuple(parts))
 
 
+def known_images(values: ArrayLike) -> NDArray[np.float64]:
+    """The columns of (folds, images) without NaN; all of them if fewer than two would be left, so that what is
+    estimated from them is NaN."""
+    x = np.asarray(values, dtype=float)
+    known = x[:, ~np.isnan(x).any(0)]
+    return known if known.shape[1] > 1 else x
+
+
 def tukey(values: ArrayLike, level: float = 0.95, ratio: float | None = None) -> float:
     """The half-width of intervals for the differences of n networks that hold jointly, all n(n - 1)/2 of them.
 

@@ -43,6 +43,18 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path):
     assert [one.split for one in read_annotations(tmp_path)[0]] == ["train", "test"]
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_a_list_of_validation_has_any_of_its_names(tmp_path, name):
+    write_voc(tmp_path, {name: (40, 30, [GOOD]) for name in "ab"}, {"train": ["a"], name: ["b"]})
+    assert [one.split for one in read_annotations(tmp_path)[0]] == ["train", "test"]
+
+
+def test_a_list_of_bad_bytes_names_nothing_and_the_others_stay(tmp_path):
+    write_voc(tmp_path, {name: (40, 30, [GOOD]) for name in "ab"}, {"test": ["b"]})
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(b"\xff\xfe\0\na\n")
+    assert [one.split for one in read_annotations(tmp_path)[0]] == ["train", "test"]
+
+
 HOSTILE = {
     "right of the image": (("cell", 2, 3, 41, 13), "not inside of 40 x 30"),
     "left of the image": (("cell", -1, 3, 12, 13), "not inside"),
@@ -53,6 +65,7 @@ HOSTILE = {
     "no number": (("cell", "x", 3, 12, 13), "expected a finite number, got 'x'"),
     "NaN": (("cell", "nan", 3, 12, 13), "expected a finite number"),
     "infinite": (("cell", 2, 3, "inf", 13), "expected a finite number"),
+    "400 digits": (("cell", 2, 3, "1" + 400 * "0", 13), "expected a finite number"),
     "unknown class": (("dog", 2, 3, 12, 13), "unknown class 'dog'; expected one of cell"),
     "no class": (("", 2, 3, 12, 13), "unknown class ''"),
 }
@@ -73,7 +86,10 @@ def test_one_hostile_object_is_refused_and_the_others_stay(tmp_path, name):
     ("change", "reason"),
     [(lambda text: text[:-5], "not XML"), (lambda text: "<!DOCTYPE x>" + text, "declares a document type"),
      (lambda text: text.replace("<width>40", "<width>0"), "expected a size in whole pixels"),
-     (lambda text: text.replace("<height>30</height>", ""), "expected a finite number, got None")],
+     (lambda text: text.replace("<height>30</height>", ""), "expected a finite number, got None"),
+     (lambda text: '<?xml version="1.0" encoding="klingon"?>' + text, "unknown encoding"),
+     (lambda text: '<?xml version="1.0" encoding="utf-7"?>' + text, "multi-byte encodings are not supported"),
+     (lambda text: text.replace("cell", "\0"), "is not UTF-8")],
 )  # fmt: skip
 def test_a_hostile_file_is_refused_and_the_others_stay(tmp_path, change, reason):
     write_voc(tmp_path, {name: (40, 30, [GOOD]) for name in "ab"})
@@ -82,6 +98,27 @@ def test_a_hostile_file_is_refused_and_the_others_stay(tmp_path, change, reason)
     (found,), refused = read_annotations(tmp_path)
     assert found.file == "JPEGImages/b.jpg"
     assert reason in refused["Annotations/a.xml"]
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    write_voc(tmp_path, {name: (40, 30, [GOOD]) for name in "ab"})
+    path = tmp_path / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("a.jpg", 300 * "a" + ".jpg"))
+    (tmp_path / "Annotations" / "c.xml").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "Annotations" / "d.xml").mkdir()
+    (found,), refused = read_annotations(tmp_path)
+    assert found.file == "JPEGImages/b.jpg"
+    assert "File name too long" in refused["Annotations/a.xml"]
+    assert all("expected a file" in refused[f"Annotations/{name}.xml"] for name in "cd")
+
+
+def test_a_file_counts_once(tmp_path):
+    write_voc(tmp_path, {name: (40, 30, [GOOD]) for name in "ab"}, {"train": ["a"], "test": ["b"]})
+    path = tmp_path / "Annotations" / "b.xml"
+    path.write_text(path.read_text().replace("b.jpg", "a.jpg"))
+    (found,), refused = read_annotations(tmp_path)
+    assert found.split == "train"
+    assert refused == {"JPEGImages/a.jpg, again": "an earlier entry is of the same file; that one is kept"}
 
 
 def test_an_annotation_cannot_lead_out_of_the_folder(tmp_path):
@@ -124,6 +161,50 @@ def test_one_hostile_annotation_of_coco_is_refused(tmp_path, entry, reason):
     (found,), refused = read_annotations(tmp_path)
     assert len(found.objects) == 1
     assert reason in refused["annotations/instances_train.json, annotation 1"]
+
+
+NUMBER = int("1" + 400 * "0")
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "reason"),
+    [("annotations", {"id": [1], "image_id": [7]}, "expected an id that is a whole number or text, got [7]"),
+     ("annotations", {"id": 5, "image_id": NUMBER}, "expected an id"),
+     ("annotations", {"id": 5, "image_id": 7, "category_id": {"id": 1}, "bbox": [2, 3, 4, 5]}, "expected an id"),
+     ("annotations", {"id": 5, "image_id": 7, "category_id": 1, "bbox": [2, 3, NUMBER, 5]}, "a finite number"),
+     ("annotations", {"id": 5, "image_id": 7, "category_id": 1, "bbox": [2, 3, "LONG", 5]}, "a finite number"),
+     ("images", {"id": [7], "width": 40, "height": 30, "file_name": "a.jpg"}, "expected an id"),
+     ("images", {"id": True, "width": 40, "height": 30, "file_name": "a.jpg"}, "expected an id"),
+     ("images", {"id": 8, "width": NUMBER, "height": 30, "file_name": "a.jpg"}, "a finite number"),
+     ("images", {"id": 7, "width": 40, "height": 30, "file_name": "a.jpg"}, "expected an id of its own, got 7"),
+     ("images", {"id": 8, "width": 40, "height": 30, "file_name": 300 * "a"}, "File name too long"),
+     ("images", {"id": 8, "width": 40, "height": 30, "file_name": "a\0.jpg"}, "null"),
+     ("images", {"id": 8, "width": 40, "height": 30, "file_name": "\ud800.jpg"}, "surrogates not allowed"),
+     ("images", {"id": 8, "width": 40, "height": 30, "file_name": "a.jpg"}, "of the same file"),
+     ("categories", {"id": {}, "name": "cell"}, "expected an id"), ("categories", {"id": 2}, "expected a name"),
+     ("categories", {"id": 1, "name": "plate"}, "expected an id of its own")],
+    ids=str,
+)  # fmt: skip
+def test_one_hostile_entry_of_coco_is_refused_and_the_others_stay(tmp_path, part, entry, reason):
+    coco(tmp_path, [[2, 3, 10, 10]])
+    path = tmp_path / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content[part].append(entry)
+    path.write_text(json.dumps(content).replace('"LONG"', 5000 * "9"))  # more digits than Python turns into a number
+    (found,), refused = read_annotations(tmp_path)
+    assert found.objects == (("cell", (2.0, 3.0, 12.0, 13.0)),)
+    (why,) = refused.values()
+    assert reason in why
+
+
+def test_bad_bytes_in_a_name_spoil_that_entry_alone(tmp_path):
+    coco(tmp_path, [[2, 3, 10, 10]])
+    path = tmp_path / "annotations" / "instances_train.json"
+    more = b'"images": [{"id": 9, "file_name": "caf\xe9.jpg", "width": 40, "height": 30}, '
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b'"images": [', more))
+    (found,), refused = read_annotations(tmp_path)
+    assert found.file == "train/a.jpg"
+    assert "no image" in refused["annotations/instances_train.json, image 9"]
 
 
 def test_other_folders_and_files_are_refused_as_a_whole(tmp_path):

@@ -64,6 +64,11 @@ def test_pseudo_values_are_those_of_the_jackknife():
     assert whole.pseudo.tolist() == pytest.approx(expected)
     assert whole.pseudo.mean().item() == pytest.approx(whole.value)
     assert ap(found()).pseudo.tolist() == [1.0] * 6
+    halves = kdx.average_precision(TRUTH, detections, blocks=2)
+    rows = [torch.arange(3), torch.arange(3, 6)]
+    one, other = (ap([detections[j] for j in of.tolist()], truth=TRUTH[of]).value for of in rows)
+    assert halves.pseudo.tolist() == pytest.approx([whole.value + (one - other) / 2, whole.value + (other - one) / 2])
+    assert kdx.average_precision(TRUTH, detections, blocks=9).blocks == 6
 
 
 def test_classes_without_boxes_play_no_part():

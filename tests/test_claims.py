@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from kdx.inference import two_factor
-from kdx.pages.claims import ALPHA, Verdict, beyond_controls, effects, judge
+from kdx.pages.claims import ACCURACY_MARGIN, ALPHA, SCORE_MARGIN, Verdict, beyond_controls, effects, judge, margins
 
 
 def fold_means(mean, spread=0.1):
@@ -67,6 +67,19 @@ def test_all_effects_of_a_supported_claim_pass_the_uncorrected_test():
     below = [-v for v in barely]
     assert judge(table(below)) == "not supported"
     assert judge(table(below, *[POSITIVE] * 11)) == "undecided"  # one of twelve has to be clearer
+
+
+def test_each_effect_is_judged_in_its_own_unit():
+    assert margins([("base", "accuracy"), "detectors"]) == {
+        ("base", "accuracy"): ACCURACY_MARGIN,
+        "detectors": SCORE_MARGIN,
+    }
+    small = {"accuracy": [0.001, -0.001, 0.0005], "detectors": [0.011, 0.012, -0.009]}
+    table = effects(small, margins(small))
+    assert table["margin"].tolist() == [ACCURACY_MARGIN, SCORE_MARGIN]
+    alone = {name: effects({name: v}, margins([name])[name]).loc[name, "within"] for name, v in small.items()}
+    assert table["within"].to_dict() == alone
+    assert "(δ = 0.010 or 0.020)" in Verdict("H1", "both", small, margins(small)).show().caption
 
 
 def test_judge_wants_an_effect():

@@ -59,6 +59,13 @@ def test_a_folder_of_ones_own_finds_its_classes_and_splits_by_name(tmp_path):
     assert kdx.load_detection(str(tmp_path), "train", (64, 64), classes=["b"]).classes == ("b",)
 
 
+def test_a_narrow_strip_is_fitted_too(tmp_path):
+    write_voc(tmp_path, {"a": (3000, 8, [voc_object("b", 0, 0, 3000, 8)])}, {"test": ["a"]})
+    data = kdx.load_detection(str(tmp_path), "test", size=(64, 96))
+    assert (data.images[0, :, 0] > 150).all()
+    assert not data.images[0, :, 1:].any()
+
+
 def test_fingerprint_depends_on_boxes_labels_and_pixels():
     data = squares(3)
     other = [squares(3) for _ in range(3)]

@@ -78,6 +78,26 @@ def test_one_box_of_all_is_a_part_of_the_sum(detector):
     torch.testing.assert_close(sum(single), score_gradients(detector, IMAGES[:1])["P3"][1], rtol=1e-3, atol=1e-6)
 
 
+def test_what_a_coarser_level_finds_shows_at_p5_alone():
+    detector = kdx.build_detector("fcos", "resnet10@0.0625", 2, (128, 192), seed=0).eval()
+    detector.score_thresh = 0.0
+    images = squares(2, (128, 192)).images
+    sizes = []
+
+    def coarsest_alone(module, args, outputs):
+        sizes.extend(outputs["cls_logits"].shape[1:2])
+        logits = outputs["cls_logits"].clone()
+        logits[:, : -2 * 3] = -20.0  # all places but those at 1/64 of the image
+        return outputs | {"cls_logits": logits}
+
+    detector.head.register_forward_hook(coarsest_alone)
+    found = score_gradients(detector, images, [0, 0])
+    assert sizes == [16 * 24 + 8 * 12 + 4 * 6 + 2 * 3]
+    assert {level: bool(gradient.any()) for level, (_, gradient) in found.items()} == {
+        "P3": False, "P4": False, "P5": True,
+    }  # fmt: skip
+
+
 def test_where_nothing_is_found_maps_are_empty():
     blind = kdx.build_detector("fcos", "resnet10@0.0625", 2, (64, 96), seed=0)
     blind.score_thresh = 1.0

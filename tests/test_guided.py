@@ -60,7 +60,10 @@ def ignored(x):
 @pytest.mark.parametrize(
     "relu",
     [F.relu, torch.relu, torch.relu_, ignored, nn.ReLU(True), lambda x: F.relu(x, True), lambda x: x.relu(),
-     lambda x: F.relu(input=x, inplace=True)],
+     lambda x: F.relu(input=x, inplace=True), lambda x: x.clamp(min=0), lambda x: torch.clamp(x, 0),
+     torch.nn.Threshold(0, 0),
+     lambda x: torch.threshold_(x, 0, 0), lambda x: x.clamp_min(0), lambda x: torch.clamp_min_(x, 0.0),
+     lambda x: x.clip_(0), lambda x: x.clamp(max=1e9).relu(), lambda x: x.relu().clamp_min(-1)],
 )  # fmt: skip
 def test_functions_and_layers_in_place_are_guided_as_modules_are(relu):
     network = Small(relu, nn.Identity()).eval()
@@ -71,7 +74,11 @@ def test_functions_and_layers_in_place_are_guided_as_modules_are(relu):
     torch.testing.assert_close(guided_backpropagation(network, IMAGES, target), expected.detach())
 
 
-@pytest.mark.parametrize("relu6", [nn.ReLU6(), nn.ReLU6(True), F.relu6, nn.Hardtanh(0.0, 6.0)])
+@pytest.mark.parametrize(
+    "relu6",
+    [nn.ReLU6(), nn.ReLU6(True), F.relu6, nn.Hardtanh(0.0, 6.0),
+     lambda x: F.hardtanh_(x, 0, 6), lambda x: x.clamp(0, 6), lambda x: torch.clip(x, min=0, max=6.0)],
+)  # fmt: skip
 def test_relu6_passes_back_between_0_and_6_alone(relu6):
     class Line(nn.Module):
         def forward(self, x):
@@ -85,7 +92,12 @@ def test_relu6_passes_back_between_0_and_6_alone(relu6):
 @pytest.mark.parametrize(
     ("activation", "name"),
     [(nn.GELU(), "GELU"), (nn.SiLU(), "SiLU"), (F.silu, "SiLU"), (nn.Hardswish(), "Hardswish"),
-     (nn.LeakyReLU(), "LeakyReLU"), (nn.Hardtanh(), "Hardtanh"), (nn.PReLU(), "PReLU"), (nn.ELU(), "ELU")],
+     (nn.LeakyReLU(), "LeakyReLU"), (nn.Hardtanh(), "Hardtanh"), (nn.PReLU(), "PReLU"), (nn.ELU(), "ELU"),
+     (nn.ELU(inplace=True), "ELU"), (F.elu_, "ELU"), (torch.selu, "SELU"), (torch.selu_, "SELU"), (nn.SELU(), "SELU"),
+     (torch.celu, "CELU"), (torch.celu_, "CELU"), (nn.CELU(), "CELU"), (F.leaky_relu_, "LeakyReLU"),
+     (torch.rrelu, "RReLU"), (lambda x: x.prelu(torch.ones(1)), "PReLU"), (nn.Threshold(0.1, 0), "Threshold"),
+     (F.hardtanh_, "Hardtanh"), (lambda x: x.clamp(-1, 1), "Hardtanh"),
+     (lambda x: x.clamp(torch.zeros(())), "Hardtanh")],
 )  # fmt: skip
 def test_other_activation_functions_are_refused_by_name(activation, name):
     with pytest.raises(ValueError, match=f"Small computes {name}"):

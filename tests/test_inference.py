@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdx.inference import Estimate, holm, ratio_values, tukey, two_factor
+from kdx.inference import Estimate, holm, known_images, ratio_values, tukey, two_factor
 
 
 def test_two_factor_by_hand():
@@ -17,6 +17,13 @@ def test_two_factor_by_hand():
     half = stats.t.ppf(0.975, 1) * math.hypot(fold, image)
     assert found.interval() == pytest.approx((2 - half, 2 + half))
     assert two_factor([[-1.0, 3.0], [1.0, 5.0]], ratio=0).parts[0][0] == pytest.approx(1)  # 2 / 2 folds
+
+
+def test_images_without_a_value_are_left_out_unless_too_few_remain():
+    gap = math.nan
+    assert known_images([[1, 2, gap], [3, 4, 5]]).tolist() == [[1, 2], [3, 4]]
+    assert math.isnan(two_factor(known_images([[1, gap, gap], [3, 4, 5]])).mean)
+    assert math.isnan(two_factor(known_images(np.full((2, 3), gap))).mean)
 
 
 def test_two_factor_components_match_a_simulation():

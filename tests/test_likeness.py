@@ -3,7 +3,9 @@ import torch
 
 import kdx
 from kdx.distance import u_center
+from kdx.inference import known_images, two_factor
 from kdx.measure.likeness import box_masks, cka_values, compare_detectors, handed_over, precision_table, shares_table
+from kdx.pages.claims import Verdict
 from tests.boxes import squares
 
 
@@ -47,6 +49,19 @@ def test_what_the_base_cannot_express_and_the_teacher_can_is_handed_over():
     assert handed_over(base, base, teacher).mean == pytest.approx(0, abs=0.01)
     with pytest.raises(ValueError, match="3 folds or more"):
         handed_over(student, base, teacher, 2)
+
+
+def test_a_detector_that_finds_nothing_has_no_grad_cam_and_no_estimate():
+    blind, teacher = (kdx.build_detector("fcos", "resnet10@0.0625", 2, (64, 96), seed=s) for s in (0, 1))
+    blind.score_thresh = 1.0
+    table = compare_detectors({"blind": blind}, teacher, squares(6))
+    of = table[(table["network"] == "blind") & (table["level"] == "P3")].pivot(
+        index="measure", columns="image", values="value"
+    )
+    assert of.loc[["agreement of Grad-CAMs", "Grad-CAM in boxes"]].isna().all(axis=None)
+    assert not of.loc[["agreement of feature maps", "CKA"]].isna().any(axis=None)
+    estimate = two_factor(known_images(of.loc[["agreement of Grad-CAMs"] * 2]))  # two seeds, as on the page
+    assert Verdict("S2", "distilled minus base", {"Grad-CAM": [[estimate.mean] * 3] * 2}, 0.1).word == "undecided"
 
 
 def test_masks_of_boxes_cover_every_pixel_they_touch():

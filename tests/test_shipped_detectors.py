@@ -1,7 +1,11 @@
+import sys
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import kdx
+from kdx.cli import app
 from kdx.distil import shipped
 from kdx.distil.average_precision import average_precision
 from kdx.distil.detector_fit import detect
@@ -21,7 +25,7 @@ def study(tmp_path, monkeypatch):
     return DetectorStudy(models=("resnet10@0.09375", "resnet10@0.0625"), recipes=(TINY, TINY))
 
 
-def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home):
+def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home, monkeypatch):
     shipped.train([study], only=["base", "fgd"], device="cpu")
     table = shipped_table().set_index("role")
     assert sorted(table.index) == ["base", "fgd", "teacher"]  # the teacher comes with its students
@@ -34,6 +38,14 @@ def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home):
     assert [row["problem"] for row in shipped.verify([study])] == [""] * 3
     shipped.train([study], only=["base", "fgd"], device="cpu")  # nothing is trained again
     assert len(shipped_table()) == 3
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    skipped = list(shipped.verify([study]))
+    assert ["pip install kdx[detection]" in row["skipped"] for row in skipped] == [True] * 3
+    assert [row["problem"] for row in skipped] == [""] * 3
+    said = CliRunner().invoke(app, ["networks", "verify"])
+    assert "not measured, average precision needs pycocotools: install it with" in said.output
+    assert "0 networks are as the tables say; 3 were not measured" in said.output
+    assert said.exit_code == 0
 
 
 def test_roles_are_those_of_the_page_and_missing_data_are_passed_over(monkeypatch, caplog):

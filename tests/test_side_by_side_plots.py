@@ -30,6 +30,11 @@ def test_boxes_are_outlined_on_the_image():
     (box,) = axes[0].patches
     assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (1, 2, 4, 6)
     assert not axes[1].patches
+    boxes = torch.tensor([[1.0, 2, 5, 8], [0, 0, 2, 2]])
+    drawn = side_by_side([Row("", IMAGE, {"base": torch.ones(2, 3)}, boxes, ["lost", "gained"])]).axes[0].patches
+    assert len({(patch.get_edgecolor(), patch.get_linestyle()) for patch in drawn}) == 2
+    with pytest.raises(ValueError, match="zip"):
+        side_by_side([Row("", IMAGE, {"base": torch.ones(2, 3)}, boxes, ["lost"])])
 
 
 def test_a_constant_row_and_no_rows():

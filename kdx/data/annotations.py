@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kdx.data.folders import SPLITS, printable
 from kdx.paths import DataError, one_line
 
 MOST_BYTES = 500_000_000  # of an annotation file
+DIGITS = 19  # a longer whole number counts as infinite
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -42,7 +44,7 @@ class Annotated:
 def read_annotations(folder: Path, classes: Sequence[str] = ()) -> tuple[list[Annotated], dict[str, str]]:
     """Images with their boxes, from a folder in the layout of VOC or COCO.
 
-    VOC: ``Annotations/*.xml`` and ``JPEGImages/``, perhaps ``ImageSets/Main/{train,val,trainval,test}.txt``.
+    VOC: ``Annotations/*.xml`` and ``JPEGImages/``, perhaps ``ImageSets/Main/{train,valid,trainval,test}.txt``.
     COCO: ``annotations/instances_<split>*.json`` and ``<split>*/``, or ``<split>/_annotations.coco.json`` beside the
     images. Where there is no test split, that of validation takes its place.
 
@@ -59,7 +61,13 @@ def read_annotations(folder: Path, classes: Sequence[str] = ()) -> tuple[list[An
     folder = find_annotated(folder)
     read = _voc if (folder / "Annotations").is_dir() else _coco
     refused: dict[str, str] = {}
-    return sorted(read(folder, classes, refused), key=lambda one: one.file), refused
+    found: dict[Path, Annotated] = {}
+    for one in read(folder, classes, refused):
+        if (place := one.path.resolve()) in found:
+            refused[f"{one.file}, again"] = "an earlier entry is of the same file; that one is kept"
+        else:
+            found[place] = one
+    return sorted(found.values(), key=lambda one: one.file), refused
 
 
 def find_annotated(folder: Path) -> Path:
@@ -110,14 +118,14 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
 
 
 def _xml(path: Path) -> ElementTree.Element:
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"expected a file of at most {MOST_BYTES:,} bytes")
     text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ValueError("declares a document type or entities, which annotations have no need of")
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text or b"\0" in text:  # UTF-16 would hide both
+        raise ValueError("declares a document type or entities, which annotations have no need of, or is not UTF-8")
     try:
         return ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: an unknown encoding
         raise ValueError(f"not XML: {error}") from error
 
 
@@ -125,8 +133,11 @@ def _image(folder: Path, name: str, stem: str) -> Path:
     """The image that an annotation names, or else the one of the annotation's own name."""
     for candidate in (name, *(stem + suffix for suffix in SUFFIXES)):
         path = folder / candidate
-        if candidate and _within(path, folder) and path.is_file():
-            return path
+        try:
+            if candidate and _within(path, folder) and path.is_file():
+                return path
+        except OSError as error:  # such as a name that is too long
+            raise ValueError(f"no image {printable(name or stem):.40}: {error.strerror}") from error
     raise ValueError(f"no image {printable(name or stem)} in {folder.name}")
 
 
@@ -136,16 +147,21 @@ def _within(path: Path, folder: Path) -> bool:
 
 def _image_sets(folder: Path) -> dict[str, str]:
     """File stem -> train or test; {} where there are no lists."""
-    lists = {
-        path.stem: path.read_text().split("\n") for path in folder.glob("*.txt") if path.stem in (*SPLITS, "trainval")
-    }
-    stems = {name: [line.split()[0] for line in lines if line.strip()] for name, lines in lists.items()}
+    stems: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.txt")):
+        if part := (SPLITS | {"trainval": "trainval"}).get(path.stem.lower()):
+            stems.setdefault(part, []).extend(line.split()[0] for line in _text(path).split("\n") if line.strip())
     held_out = next((name for name in ("test", "val") if stems.get(name)), "")
     learnt = [name for name in ("train", "trainval", "val") if name in stems and name != held_out]
     if held_out == "val":
         learnt = [name for name in learnt if name != "trainval"]
     found = {stem: "train" for name in learnt for stem in stems[name]}
     return found | dict.fromkeys(stems.get(held_out, []), "test")
+
+
+def _text(path: Path) -> str:
+    """The text of a file; what is not UTF-8 in it cannot spoil the rest."""
+    return path.read_bytes().decode("utf-8-sig", errors="replace")
 
 
 # --- COCO ----------------------------------------------------------------------------------------------
@@ -169,23 +185,25 @@ def _coco_files(folder: Path) -> dict[Path, tuple[Path, str]]:
 def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iterator[Annotated]:
     for path, (place, split) in _coco_files(folder).items():
         content, file = _json(path), printable(path.relative_to(folder))
-        names = {entry.get("id"): str(entry.get("name")) for entry in content["categories"]}
-        objects: dict[Any, list[tuple[str, Box]]] = {}
-        sizes: dict[Any, tuple[int, int]] = {}
-        images: dict[Any, Path] = {}
+        names: dict[int | str, str] = {}
+        objects: dict[int | str, list[tuple[str, Box]]] = {}
+        sizes: dict[int | str, tuple[int, int]] = {}
+        images: dict[int | str, Path] = {}
+        for entry in content["categories"]:
+            with _refusing(refused, f"{file}, category", entry):
+                if not isinstance(name := entry.get("name"), str):
+                    raise ValueError(f"expected a name, got {name!r}")
+                names[_new_id(entry, names)] = printable(name)
         for entry in content["images"]:
-            try:
-                key, size = entry.get("id"), (_number(entry.get("width")), _number(entry.get("height")))
-                if key in images or not all(side >= 1 and side.is_integer() for side in size):
-                    raise ValueError(f"expected an id of its own and a size in whole pixels, got {key!r} and {size}")
+            with _refusing(refused, f"{file}, image", entry):
+                key, size = _new_id(entry, images), (_number(entry.get("width")), _number(entry.get("height")))
+                if not all(side >= 1 and side.is_integer() for side in size):
+                    raise ValueError(f"expected a size in whole pixels, got {size}")
                 images[key] = _image(place, str(entry.get("file_name")), "")
                 sizes[key], objects[key] = (int(size[0]), int(size[1])), []
-            except ValueError as reason:
-                refused[f"{file}, image {entry.get('id')!r}"] = one_line(reason)
         for entry in content["annotations"]:
-            try:
-                key = entry.get("image_id")
-                if key not in images:
+            with _refusing(refused, f"{file}, annotation", entry):
+                if (key := _id(entry.get("image_id"))) not in images:
                     raise ValueError(f"of an image that is not there ({key!r})")
                 if entry.get("iscrowd"):
                     raise ValueError("a crowd, not one object")
@@ -193,19 +211,38 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
                 if not isinstance(box, list) or len(box) != 4:
                     raise ValueError(f"expected a bbox of left, top, width, height, got {box!r}")
                 left, top, width, height = map(_number, box)
-                name = names.get(entry.get("category_id"), "")
+                name = names.get(_id(entry.get("category_id")), "")
                 objects[key].append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
-            except ValueError as reason:
-                refused[f"{file}, annotation {entry.get('id')!r}"] = one_line(reason)
         for key, image in images.items():
             yield Annotated(image, printable(image.relative_to(folder)), split, sizes[key], tuple(objects[key]))
+
+
+@contextmanager
+def _refusing(refused: dict[str, str], what: str, entry: Mapping[str, Any]) -> Iterator[None]:
+    """Write down why an entry is refused, so that the others can be read."""
+    try:
+        yield
+    except ValueError as reason:
+        refused[f"{what} {repr(entry.get('id'))[:40]}"] = one_line(reason)
+
+
+def _id(value: Any) -> int | str:
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise ValueError(f"expected an id that is a whole number or text, got {value!r}")
+    return value
+
+
+def _new_id(entry: Mapping[str, Any], known: Collection[int | str]) -> int | str:
+    if (found := _id(entry.get("id"))) in known:
+        raise ValueError(f"expected an id of its own, got {found!r} once more")
+    return found
 
 
 def _json(path: Path) -> Mapping[str, list[Mapping[str, Any]]]:
     if path.stat().st_size > MOST_BYTES:
         raise DataError(f"{path}: expected annotations of at most {MOST_BYTES:,} bytes")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(_text(path), parse_int=lambda digits: int(digits) if len(digits) < DIGITS else math.inf)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({one_line(error)})") from error
     for part in ("images", "annotations", "categories"):
@@ -221,7 +258,7 @@ def _json(path: Path) -> Mapping[str, list[Mapping[str, Any]]]:
 def _number(value: Any) -> float:
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {value!r}")

@@ -30,6 +30,7 @@ from kdx.data.sources import fingerprint, place_copy
 from kdx.paths import DataError, check_space, data_home, places, sha256_of
 
 log = logging.getLogger(__name__)
+MOST_SIDE = 640  # pixels of own images whose size is not given
 TEST_SHARE = 0.3  # of a folder that does not say which images are for tests
 
 
@@ -153,9 +154,56 @@ def load_detection(name: str, split: str, size: tuple[int, int] = (192, 256), cl
     annotated, refused = read_annotations(folder, classes or card.classes)
     names = tuple(classes or card.classes) or tuple(sorted({thing for one in annotated for thing, _ in one.objects}))
     chosen = [one for one in annotated if (one.split or _hashed_split(one.file)) == split]
+    if not any(one.objects for one in chosen):
+        raise _no_boxes(f"{name}: no box in the {split} images", refused)
+    return _decoded(chosen, size, replace(card, classes=names), refused)[0]
+
+
+def read_own_detection(
+    folder: Path, size: Sequence[int] = (), limit: int | None = None, seed: int = 0
+) -> tuple[Detection, list[str]]:
+    """Images of an own folder that no detector was trained on, as far as the folder says: those for tests, or all.
+
+    Args:
+        folder: In the layout of VOC or COCO.
+        size: Height and width, as for :func:`load_detection`; () takes that of the images if they share one, else a
+            square, of at most ``MOST_SIDE`` pixels a side.
+        limit: Largest number of images, drawn at random.
+        seed: Draws them.
+
+    Returns:
+        The images, with all classes that are marked in the folder, in alphabetical order, and the name of each file.
+
+    Raises:
+        DataError: No annotations, or no image or no box that can be used.
+    """
+    annotated, refused = read_annotations(folder)
+    names = tuple(sorted({thing for one in annotated for thing, _ in one.objects}))
+    chosen = [one for one in annotated if one.split == "test"] or annotated
+    if limit is not None and len(chosen) > limit:
+        drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:limit]
+        chosen = [chosen[i] for i in drawn.sort().values.tolist()]
+    if not any(one.objects for one in chosen):
+        raise _no_boxes(f"{folder}: no box", refused)
+    if not size:
+        width, height = chosen[0].size if len({one.size for one in chosen}) == 1 else (MOST_SIDE, MOST_SIDE)
+        scale = min(1, MOST_SIDE / max(width, height))
+        size = (round(height * scale), round(width * scale))
+    card = DetectionCard(folder.resolve().name, folder.resolve().name, names)
+    return _decoded(chosen, size, card, refused)
+
+
+def _no_boxes(what: str, refused: dict[str, str]) -> DataError:
+    return DataError(f"{what} can be used; refused: {dict(list(refused.items())[:3])}")
+
+
+def _decoded(
+    chosen: Sequence[Annotated], size: Sequence[int], card: DetectionCard, refused: dict[str, str]
+) -> tuple[Detection, list[str]]:
+    """Images in memory, and the name of each file; those that cannot be decoded are added to ``refused``."""
     with ThreadPoolExecutor(WORKERS) as pool:
         decoded = list(pool.map(lambda one: _fitted(one, size), chosen))
-    images, boxes, labels = [], [], []
+    images, boxes, labels, files = [], [], [], []
     for one, found in zip(chosen, decoded, strict=True):
         if isinstance(found, RefusedError):
             refused[one.file] = str(found)
@@ -163,15 +211,14 @@ def load_detection(name: str, split: str, size: tuple[int, int] = (192, 256), cl
         pixels, scale = found
         images.append(pixels)
         boxes.append(torch.tensor([box for _, box in one.objects]).float().reshape(-1, 4) * scale)
-        labels.append(torch.tensor([names.index(thing) for thing, _ in one.objects], dtype=torch.int64))
+        labels.append(torch.tensor([card.classes.index(thing) for thing, _ in one.objects], dtype=torch.int64))
+        files.append(one.file)
     if not sum(map(len, boxes)):
-        raise DataError(f"{name}: no box in the {split} images can be used; refused: {dict(list(refused.items())[:3])}")
-    return Detection(
-        torch.from_numpy(np.stack(images)), tuple(boxes), tuple(labels), replace(card, classes=names), refused
-    )
+        raise _no_boxes(f"{card.name}: no box in {len(chosen)} images", refused)
+    return Detection(torch.from_numpy(np.stack(images)), tuple(boxes), tuple(labels), card, refused), files
 
 
-def _fitted(one: Annotated, size: tuple[int, int]) -> tuple[np.ndarray, float] | RefusedError:
+def _fitted(one: Annotated, size: Sequence[int]) -> tuple[np.ndarray, float] | RefusedError:
     """Pixels uint8 (3, h, w) and the factor of the scale, or why the image cannot be used."""
     try:
         picture, _ = decode(one.path)
@@ -180,7 +227,8 @@ def _fitted(one: Annotated, size: tuple[int, int]) -> tuple[np.ndarray, float] |
     except RefusedError as reason:
         return reason
     scale = min(size[0] / picture.height, size[1] / picture.width)
-    scaled = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
+    sides = [max(1, round(side * scale)) for side in picture.size]  # a narrow strip keeps one pixel
+    scaled = picture.resize((sides[0], sides[1]), Image.Resampling.BILINEAR)
     canvas = np.zeros((3, *size), np.uint8)
     canvas[:, : scaled.height, : scaled.width] = np.asarray(scaled).transpose(2, 0, 1)
     return canvas, scale

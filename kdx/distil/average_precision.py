@@ -26,33 +26,37 @@ class Precision:
 
     Attributes:
         value: In 0..1, the mean over classes.
-        images: Number of images.
+        blocks: Number of blocks of images, by default as many as images.
     """
 
     value: float
-    images: int
+    blocks: int
     _without: Callable[[int], float] = field(repr=False)
 
     @cached_property
     def pseudo(self) -> Tensor:
-        """The part of each image by the jackknife, float64 (n,); their mean is the value.
+        """The part of each block of images by the jackknife, float64 (blocks,); their mean is the value.
 
         It has the interval of a mean, and the mean of the differences of two detectors' parts on the same images that
         of their difference.
         """
-        return torch.from_numpy(jackknife(self.value, [self._without(i) for i in range(self.images)]))
+        return torch.from_numpy(jackknife(self.value, [self._without(i) for i in range(self.blocks)]))
 
 
-def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str = "AP50") -> Precision:
+def average_precision(
+    truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str = "AP50", blocks: int | None = None
+) -> Precision:
     """Average precision as in COCO, with pseudo-values of images.
 
     Args:
         truth: Images with their boxes.
         found: Of each image boxes, labels and scores, as :func:`kdx.detect` returns.
         which: ``"AP50"``, at an intersection over union of 0.5, or ``"AP"``, the mean over 0.5 to 0.95.
+        blocks: Into which the images are divided for pseudo-values, which take a while for each; at most as many as
+            images, and None for just as many.
 
     Returns:
-        The mean over classes that occur, with the pseudo-value of each image.
+        The mean over classes that occur, with the pseudo-value of each block.
 
     Raises:
         ValueError: Another measure, or not one set of detections for each image.
@@ -63,11 +67,11 @@ def average_precision(truth: Detection, found: Sequence[Mapping[str, Tensor]], w
         raise ValueError(f"unknown measure {which!r}; choose from: {', '.join(THRESHOLDS)}")
     if len(found) != len(truth):
         raise ValueError(f"expected detections of {len(truth)} images, got {len(found)}")
-    n = len(truth)
+    n = min(blocks or len(truth), len(truth))
     if not any(len(one["scores"]) for one in found):
         return Precision(0.0, n, lambda i: 0.0)
-    judged = _judged(truth, found, which)
-    return Precision(_accumulated(judged), n, partial(_accumulated, judged))
+    judged = judge(truth, found, which)
+    return Precision(_accumulated(judged, n), n, partial(_accumulated, judged, n))
 
 
 def _pycocotools() -> tuple[ModuleType, ModuleType]:
@@ -80,8 +84,8 @@ def _pycocotools() -> tuple[ModuleType, ModuleType]:
     return coco, cocoeval
 
 
-def _judged(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -> Any:
-    """COCO's evaluation of each image and class."""
+def judge(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -> Any:
+    """COCO's evaluation of each image and class, as pycocotools has it. Of no detections at all there is none."""
     coco, cocoeval = _pycocotools()
     boxes = [
         {"id": 0, "image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
@@ -116,10 +120,10 @@ def _left_top_width_height(boxes: Tensor) -> list[list[float]]:
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
 
 
-def _accumulated(judged: Any, without: int | None = None) -> float:
-    """The mean over thresholds and classes that occur, perhaps without an image; 0 if there is no box."""
+def _accumulated(judged: Any, blocks: int, without: int | None = None) -> float:
+    """The mean over thresholds and classes that occur, perhaps without a block of images; 0 if there is no box."""
     every, images = judged.evalImgs, len(judged.params.imgIds)
-    judged.evalImgs = [None if i % images == without else one for i, one in enumerate(every)]
+    judged.evalImgs = [None if i % images * blocks // images == without else one for i, one in enumerate(every)]
     with redirect_stdout(io.StringIO()):
         judged.accumulate()
     judged.evalImgs = every

@@ -372,20 +372,25 @@ def verify(studies: Sequence[Study]) -> Iterator[dict[str, Any]]:
         studies: As for :func:`train`.
 
     Yields:
-        A row of ``networks.csv`` with ``measured``, the test accuracy (NaN where the images are not on this machine),
-        and ``problem``: empty if the file is whole and the accuracy is that of the table to ``TOLERANCE``.
+        A row of ``networks.csv`` with ``measured``, the test accuracy (NaN where it could not be measured),
+        ``skipped``, why not, and ``problem``: empty if the file is whole and the accuracy is that of the table to
+        ``TOLERANCE``.
     """
     images = {study.dataset: study.images("test") for study in studies if _is_here(study.dataset)}
     for row in shipped_table().to_dict("records"):
-        measured, problem = float("nan"), ""
+        measured, problem, skipped = float("nan"), "", ""
         try:
             run = find_run(row["sha256"][:32])
             if run is None:
                 problem = "the file is missing"
-            elif row["dataset"] in images:
+            elif row["dataset"] not in images:
+                skipped = f"{row['dataset']} is not on this machine"
+            else:
                 measured = _measured(run.model, images[row["dataset"]])
                 if not abs(measured - row["accuracy"]) <= TOLERANCE:
                     problem = f"expected an accuracy of {row['accuracy']:.4f}, got {measured:.4f}"
         except ValueError as error:
             problem = str(error)
-        yield row | {"measured": measured, "problem": problem}
+        except ModuleNotFoundError as error:  # that of average precision, which says how to install it
+            skipped = str(error)
+        yield row | {"measured": measured, "problem": problem, "skipped": skipped}

@@ -56,20 +56,22 @@ def verify(accuracy: Callable[[TextNetwork], float] | None) -> Iterator[dict[str
         accuracy: Measures a network on the test sentences, of four classes; None where these are not on this machine.
 
     Yields:
-        A row of :func:`table` with ``measured`` and ``problem``, as :func:`kdx.distil.shipped.verify` has them.
+        A row of :func:`table` with ``measured``, ``skipped`` and ``problem``, as :func:`kdx.distil.shipped.verify` has them.
     """
     for row in table().to_dict("records"):
-        measured, problem = math.nan, ""
+        measured, problem, skipped = math.nan, "", ""
         try:
             if (run := find_shipped(row["digest"])) is None:
                 problem = "the file is missing"
-            elif accuracy is not None:
+            elif accuracy is None:
+                skipped = "the treebank is not on this machine"
+            else:
                 measured = accuracy(load_text(run.path)[0])
                 if not abs(measured - row["accuracy"]) <= TOLERANCE:
                     problem = f"expected an accuracy of {row['accuracy']:.4f}, got {measured:.4f}"
         except ValueError as error:
             problem = str(error)
-        yield row | {"file": f"text/{row['file']}", "measured": measured, "problem": problem}
+        yield row | {"file": f"text/{row['file']}", "measured": measured, "problem": problem, "skipped": skipped}
 
 
 def ship(run: Run, role: str, accuracy: float, two: float) -> Path:

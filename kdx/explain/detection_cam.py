@@ -18,7 +18,8 @@ def detection_cam(
     r"""Grad-CAM of detections: as :func:`kdx.grad_cam`, with the scores of kept detections in place of a logit.
 
     Which detections are kept has no gradient; their scores have one. A score depends on the level that found it, and on
-    the others not at all, so a map at one level shows what was found there.
+    no other that the head sees, so a map at P3 or P4 shows what was found there. Coarser levels, such as that at 1/64
+    of the image, are pooled or convolved from P5, so the map at P5 shows what was found at them as well.
 
     Args:
         detector: Of torchvision, with a feature pyramid. It runs in evaluation mode and is left as it was found.

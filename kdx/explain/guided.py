@@ -20,11 +20,24 @@ from kdx.explain.input_gradients import logit_gradients
 from kdx.networks.capture import check_input, logits_of
 from kdx.networks.stages import evaluating, stages, unwrapped
 
-RELUS = (F.relu, torch.relu, Tensor.relu)
-IN_PLACE = (torch.relu_, Tensor.relu_)  # F.relu_ is torch.relu_
+IN_PLACE = {  # F.relu_, F.threshold_, F.selu_, F.celu_ and F.rrelu_ are those of torch
+    torch.relu_, Tensor.relu_, torch.threshold_, F.hardtanh_, torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_,
+    torch.clamp_min_, Tensor.clamp_min_,
+}  # fmt: skip
+ARGUMENTS: dict[Any, tuple[str, ...]] = {  # of functions that are a ReLU for some or all settings
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, F.relu6), ("input", "inplace")),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), ("input", "min_val", "max_val", "inplace")),  # nn.ReLU6 is one
+    **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), ("input", "threshold", "value", "inplace")),
+    **dict.fromkeys((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip), ("input", "min", "max")),
+    **dict.fromkeys((torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_), ("input", "min", "max")),
+    **dict.fromkeys((torch.clamp_min, Tensor.clamp_min, torch.clamp_min_, Tensor.clamp_min_), ("input", "min")),
+}
 OTHERS = {
-    F.gelu: "GELU", F.silu: "SiLU", F.hardswish: "Hardswish", F.mish: "Mish", F.elu: "ELU", F.selu: "SELU",
-    F.celu: "CELU", F.leaky_relu: "LeakyReLU", F.prelu: "PReLU", F.rrelu: "RReLU", F.softplus: "Softplus",
+    F.gelu: "GELU", F.silu: "SiLU", F.hardswish: "Hardswish", F.mish: "Mish", F.softplus: "Softplus",
+    **dict.fromkeys((F.elu, F.elu_), "ELU"), **dict.fromkeys((F.selu, torch.selu, torch.selu_), "SELU"),
+    **dict.fromkeys((F.celu, torch.celu, torch.celu_), "CELU"), **dict.fromkeys((F.prelu, Tensor.prelu), "PReLU"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "LeakyReLU"),
+    **dict.fromkeys((F.rrelu, torch.rrelu, torch.rrelu_), "RReLU"),
 }  # fmt: skip
 
 
@@ -37,7 +50,8 @@ def guided_grad_cam(
 
     Args:
         model: A classifier whose activation functions are ReLU and ReLU6: modules or functions, in place or not, called
-            once or often. It runs in evaluation mode and is left as it was found.
+            once or often, or written as a threshold at 0 or a clamp from 0 upwards. It runs in evaluation mode and is
+            left as it was found.
         images: (n, c, h, w), normalised as the network expects.
         target: Class index for all images, or (n,) one per image; None takes the predicted class.
         layer: Name of the module for Grad-CAM; None takes the deepest of :func:`kdx.stages`.
@@ -110,25 +124,35 @@ class _Guidance(TorchFunctionMode):
         self.network, self.calls = network, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
         if name := OTHERS.get(func):
             raise self._refusal(name)
-        most = math.inf
-        if func is F.relu6:
-            most = 6.0
-        elif func is F.hardtanh:  # nn.ReLU6 is one
-            low, most = (*args, -1.0, 1.0)[1:3] if len(args) != 2 else (args[1], 1.0)
-            low, most = kwargs.get("min_val", low), kwargs.get("max_val", most)
-            if low != 0:
-                raise self._refusal("Hardtanh")
-        elif func not in RELUS and func not in IN_PLACE:
-            return func(*args, **kwargs)
+        given = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | (kwargs or {})
+        if func not in ARGUMENTS or (most := self._most(func, given)) is None:
+            return func(*args, **(kwargs or {}))
         self.calls += 1
-        x = args[0] if args else kwargs["input"]
+        x = given["input"]
         out = _GuidedReLU.apply(x, most)
-        if func in IN_PLACE or kwargs.get("inplace") or args[-1] is True:
-            return x.copy_(out)
-        return out
+        return x.copy_(out) if func in IN_PLACE or given.get("inplace") else out
+
+    def _most(self, func: Any, given: dict[str, Any]) -> float | None:
+        """Where a ReLU ends, infinity for a plain one; None of a function that is none and keeps its gradient."""
+        if func is F.relu6:
+            return 6.0
+        if "threshold" in given:
+            if given["threshold"] != 0 or given["value"] != 0:
+                raise self._refusal("Threshold")
+            return math.inf
+        if func in (F.hardtanh, F.hardtanh_):
+            low, most = given.get("min_val", -1.0), given.get("max_val", 1.0)
+        elif "inplace" in ARGUMENTS[func]:
+            return math.inf
+        else:
+            low, most = given.get("min"), given.get("max")
+            if not given["input"].is_floating_point() or low is None or (most is None and low != 0):
+                return None  # indices, and bounds for the sake of stability
+        if isinstance(low, Tensor) or low != 0:
+            raise self._refusal("Hardtanh")
+        return math.inf if most is None else float(most)
 
     def _refusal(self, name: str) -> ValueError:
         return ValueError(

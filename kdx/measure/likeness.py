@@ -124,7 +124,7 @@ def seen_levels(detector: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, 
     parts = [score_gradients(detector, chunk) for chunk in images.split(AT_ONCE)]
     found = {}
     for level in parts[0]:
-        features, gradient = (torch.cat([part[level][i] for part in parts]) for i in (0, 1))
+        features, gradient = (torch.cat([part[level][i].cpu() for part in parts]) for i in (0, 1))
         found[level] = features, {FEATURES: magnitude(features), CAM: to_map(features, gradient)}
     return found
 
@@ -158,10 +158,11 @@ def shares_table(
 
 def _features(detector: nn.Module, images: Detection) -> dict[str, Tensor]:
     """Level -> features (n, k, h, w) in evaluation mode, float32."""
+    device = next(detector.parameters()).device
     with torch.no_grad(), evaluating(detector):
         parts = []
         for chunk in images.images.split(AT_ONCE):
             with watch_levels(detector) as levels:
-                detector(list(chunk / 255))
+                detector(list(chunk.to(device) / 255))
             parts.append(dict(levels))
-    return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+    return {level: torch.cat([part[level].cpu() for part in parts]) for level in parts[0]}

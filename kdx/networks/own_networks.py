@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from kdx.data.dataset import check_normalisation
 from kdx.networks.capture import logits_of
+from kdx.networks.fpn_detectors import rebuild
 from kdx.networks.models import load_checkpoint
 from kdx.networks.stages import evaluating, unwrapped
 from kdx.paths import one_line
@@ -101,7 +102,7 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
     if not build:
         if not header_of(weights):
             raise ValueError(f"{weights}: not a checkpoint of kdx; say what builds its network, as module:function")
-        trained = load_checkpoint(weights)[0]
+        trained = load_checkpoint(weights, rebuild)[0]
         _check_finite(Path(weights), trained.state_dict())
         return trained
     try:

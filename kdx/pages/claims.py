@@ -6,7 +6,7 @@ verdicts of all pages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,42 +20,53 @@ from kdx.inference import holm, two_factor
 from kdx.intervals import by_fold
 
 ALPHA = 0.025  # of each of the three statements; at most two of them can be untrue at once
-ACCURACY_MARGIN, SCORE_MARGIN = 0.01, 0.02  # effects up to this are too small to matter; fixed before any result
+ACCURACY_MARGIN = 0.01  # effects up to this are too small to matter; fixed before any result
+SCORE_MARGIN = 0.02  # likewise, of a score or of a share, such as that of units that are detectors
 SUPPORTED, REFUTED, UNDECIDED = "supported", "not supported", "undecided"
 NONE_LARGER = "no effect larger than δ"
 COLOURS = {SUPPORTED: "#2e7d4f", REFUTED: "#b3372f", NONE_LARGER: "#2d6a9f", UNDECIDED: "#6b675f"}
 
 
-def effects(values: Mapping[Any, ArrayLike], margin: float, ratios: Mapping[Any, float] | None = None) -> pd.DataFrame:
+Margin = float | Mapping[Any, float]
+
+
+def margins(names: Iterable[Any]) -> dict[Any, float]:
+    """δ of effects in different units, by name: that of accuracy where a name says *accuracy*, else that of scores."""
+    return {name: ACCURACY_MARGIN if "accuracy" in name else SCORE_MARGIN for name in names}
+
+
+def effects(values: Mapping[Any, ArrayLike], margin: Margin, ratios: Mapping[Any, float] | None = None) -> pd.DataFrame:
     """The effects that a claim states to be positive, with the tests that decide it.
 
     Args:
         values: Name -> (folds, images) or (folds, batches), as for :func:`kdx.inference.two_factor`.
-        margin: The size from which on an effect matters, δ.
+        margin: The size from which on an effect matters, δ; name -> size where effects have different units.
         ratios: Name -> ratio of :func:`kdx.inference.two_factor`, where the rows are no folds of a cross-validation.
 
     Returns:
         Index effect; value, low, high (95 %, over folds and images), positive (one-sided p against 0 or less), negative
-        (against 0 or more, adjusted by Holm for the number of effects), within (against -δ or less and δ or more, the
-        larger p), detectable (the least effect found to be positive with 80 % power), folds, images (or batches).
-        NaN where a value is missing; where values do not vary at all, only the tests are.
+        (against 0 or more, adjusted by Holm for the number of effects), margin (δ), within (against -δ or less and δ or
+        more, the larger p), detectable (the least effect found to be positive with 80 % power), folds, images (or
+        batches). NaN where a value is missing; where values do not vary at all, only the tests are.
     """
     rows = {}
     for name, of in values.items():
         x = np.asarray(of, dtype=float)
         estimate = two_factor(x, (ratios or {}).get(name))
         positive = estimate.p_above()
+        delta = margin[name] if isinstance(margin, Mapping) else margin
         rows[name] = [
             estimate.mean,
             *estimate.interval(),
             positive,
             1 - positive,
-            np.maximum(estimate.p_above(-margin), estimate.p_below(margin)),
+            delta,
+            np.maximum(estimate.p_above(-delta), estimate.p_below(delta)),
             estimate.detectable(ALPHA),
             len(x),
             x.shape[-1] if x.ndim == 2 else 0,
         ]
-    columns = ["value", "low", "high", "positive", "negative", "within", "detectable", "folds", "images"]
+    columns = ["value", "low", "high", "positive", "negative", "margin", "within", "detectable", "folds", "images"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     table.index = pd.Index([", ".join(map(str, n)) if isinstance(n, tuple) else n for n in rows], name="effect")
     return table.assign(negative=holm(table["negative"]))
@@ -87,7 +98,7 @@ class Verdict:
         number: Of the claim; a text such as H1 for those of another paper.
         effect: What its effects are.
         values: As for :func:`effects`.
-        margin: δ, in the unit of the values.
+        margin: δ, in the unit of the values, as for :func:`effects`.
         form: How numbers are written.
         ratios: As for :func:`effects`.
     """
@@ -95,7 +106,7 @@ class Verdict:
     number: int | str
     effect: str
     values: Mapping[Any, ArrayLike]
-    margin: float
+    margin: Margin
     form: str = "{:+.3f}"
     ratios: Mapping[Any, float] | None = None
 
@@ -121,7 +132,7 @@ class Verdict:
         of_all, column = {
             SUPPORTED: ("all {} positive", "positive"),
             REFUTED: ("{} negative", "negative"),
-            NONE_LARGER: (f"all {{}} within ±{self._size(self.margin)}", "within"),
+            NONE_LARGER: (f"all {{}} within ±{self._delta}", "within"),
             UNDECIDED: ("{} positive", "positive"),
         }[word]
         found, several = (table[column] <= ALPHA).sum(), len(table) > 1
@@ -134,14 +145,17 @@ class Verdict:
 
     def show(self) -> Styler:
         """The effects as a table, captioned with the claim and its verdict."""
-        headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power"}
+        headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power", "margin": "δ"}
         headings["images"] = "images or batches"
         tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
         forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)
-        forms |= {headings["detectable"]: self._size} | dict.fromkeys(tests.values(), "{:.3f}")
+        forms |= {headings["detectable"]: self._size, "δ": self._size} | dict.fromkeys(tests.values(), "{:.3f}")
         style = self.table.rename(columns=headings | tests).style.format(forms)
-        delta = f"δ = {self._size(self.margin)}"
-        return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word} ({delta})")
+        return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word} (δ = {self._delta})")
+
+    @property
+    def _delta(self) -> str:
+        return " or ".join(map(self._size, sorted(self.table["margin"].unique())))
 
     def _size(self, value: float) -> str:
         """A size, which needs no sign."""

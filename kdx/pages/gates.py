@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+ROLES = {"": "student", "base_": "base", "second_base_": "second base", "teacher_": "teacher"}
 METRICS = {  # name -> what it is, over the images
     "accuracy": "share of right answers of the student",
     "base_accuracy": "share of right answers of the base",
@@ -32,8 +33,19 @@ METRICS = {  # name -> what it is, over the images
     "second_base_handed_over": "the same of the second base's answers",
     "new_detectors": "share of the student's units at the deepest stage whose concept no unit of its base detects",
     "second_base_new_detectors": "new_detectors, with the second base in the student's place",
+    **{f"{role}ap50": f"AP50 of the {name}" for role, name in ROLES.items()},
+    **{f"{role}ap": f"AP of the {name}" for role, name in ROLES.items()},
+    "ap50_gain": "AP50 of the student minus that of its base",
+    "ap50_gain_over_second_base": "AP50 of the student minus that of the second base",
+    "ap_gain": "AP of the student minus that of its base",
+    "ap_gain_over_second_base": "AP of the student minus that of the second base",
+    "objects_gained": "share of objects that the student finds and its base misses",
+    "objects_lost": "share of objects that the base finds and the student misses",
+    "second_base_objects_gained": "objects_gained, with the second base in the student's place",
+    "second_base_objects_lost": "objects_lost, with the second base in the student's place",
+    "false_alarms_change": "false alarms an image, student minus base",
 }
-NO_SHARES = {"nll_change"}
+NO_SHARES = {"nll_change", "false_alarms_change"}
 GATE = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*(-?[\d.]+)\s*(%?)\s*")
 COMPARED = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 

@@ -14,34 +14,13 @@ import nbformat
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from kdx.pages import build
+from kdx.pages import build, html_pages
 from kdx.pages.gates import Gate
 from kdx.paths import CHECKOUT, check_new, written_whole
 
 NOTEBOOK = CHECKOUT / "notebooks" / "04_own_models.ipynb"
 EXPECTED = ("ValueError", "DataError", "TypeError")  # raised by the notebook where its input is at fault
 FIRST = "first-page"  # tag of the cells that come first in a report
-STYLE = """
-:root {color-scheme: light}
-body {max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222}
-h1, h2, h3 {line-height: 1.2; margin-top: 2.2rem}
-img, svg {max-width: 100%; height: auto}
-div.output_html, div.output_subarea, div.jp-OutputArea-output {overflow-x: auto}
-table {border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem}
-caption {text-align: left; padding-bottom: 4px}
-th, td {padding: 2px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd}
-a.anchor-link, div.prompt {display: none}
-code {background: #f3f3f3; padding: 0 3px; overflow-wrap: anywhere}
-nav ul {columns: 16rem; padding-left: 1.2rem}
-@media (max-width: 40rem) {body {margin: 1rem auto; padding: 0 0.7rem} h1 {font-size: 1.5rem}}
-@media print {
-  body {max-width: none; font-size: 11pt}
-  nav {display: none}
-  h2, h3 {break-after: avoid}
-  img, svg, tr {break-inside: avoid}
-  div.output_html, div.output_subarea {overflow: visible}
-}
-"""
 
 
 class InputError(ValueError):
@@ -122,20 +101,15 @@ def write_html(executed: Path, command: str = "", failures: Mapping[str, str | N
         notebook.cells = [cells[0], *moved, *cells[1 : first[0] - 1], *cells[first[-1] + 1 :]]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
-    title = html.escape(notebook.cells[0].source.splitlines()[0].lstrip("# "))
+    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     headings = re.findall(r'<h2 id="([^"]+)">(.*?)<a ', body)
     contents = "".join(f'<li><a href="#{html.escape(name)}">{text}</a></li>' for name, text in headings)
     lines = [f"{text}: {'failed, ' + why if why else 'passed'}" for text, why in (failures or {}).items()]
     gates = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     gates = f"<section><h2>Gates</h2><ul>{gates}</ul></section>" if gates else ""
-    made_by = f"<footer><p>Made by <code>{html.escape(command)}</code></p></footer>" if command else ""
     path = executed.with_suffix(".html")
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>'
-        f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}{gates}</main>{made_by}</body></html>\n'
-    )
+    nav = f'<nav aria-label="Contents"><ul>{contents}</ul></nav>'
+    path.write_text(html_pages.page(title, f"{nav}<main>{body}{gates}</main>", command))
     return path
 
 

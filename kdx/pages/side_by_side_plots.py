@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor
 
 from kdx.pages.plots import MAPS, bare, colours, show_image
 
+OUTLINES: dict[str, dict[str, Any]] = {  # kind of a box -> how it is drawn
+    "": {"color": "white", "linewidth": 0.6},
+    "gained": {"color": "#ffb000", "linewidth": 1.3},
+    "lost": {"color": "#00e5ff", "linewidth": 1.3, "linestyle": (0, (2, 1))},
+}
+
 
 class Row(NamedTuple):
     """One row of :func:`side_by_side`.
@@ -23,12 +29,14 @@ class Row(NamedTuple):
         image: uint8 (3, h, w).
         maps: Network -> map (h, w) >= 0, or gradients in colour (3, h, w) with sign.
         boxes: (m, 4), drawn over the image; left, top, right, bottom.
+        kinds: Of each box, from ``OUTLINES``; none for plain ones.
     """
 
     caption: str
     image: Tensor
     maps: dict[str, Tensor]
     boxes: Tensor = torch.zeros(0, 4)
+    kinds: Sequence[str] = ()
 
 
 def side_by_side(rows: Sequence[Row]) -> Figure:
@@ -46,7 +54,7 @@ def side_by_side(rows: Sequence[Row]) -> Figure:
         axes.set_title(name, fontsize=9, color=palette.get(name, "#222222"))
     for line, row in zip(grid, rows, strict=True):
         show_image(line[0], row.image)
-        _outline(line[0], row.boxes)
+        _outline(line[0], row.boxes, row.kinds or [""] * len(row.boxes))
         line[0].set_ylabel(row.caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
         values = torch.cat([of.abs().flatten() for of in row.maps.values()])
         top = float(values.double().quantile(0.99)) or 1.0
@@ -60,6 +68,6 @@ def side_by_side(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _outline(axes: Axes, boxes: Tensor) -> None:
-    for left, top, right, bottom in boxes.tolist():
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color="white", linewidth=0.6))
+def _outline(axes: Axes, boxes: Tensor, kinds: Sequence[str]) -> None:
+    for (left, top, right, bottom), kind in zip(boxes.tolist(), kinds, strict=True):
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **OUTLINES[kind]))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -20,9 +16,8 @@ from kdx.distil.fit_text import answer
 from kdx.measure.ledger import BASE, STUDENT, Ledger
 from kdx.measure.words import word_scores
 from kdx.networks.text_networks import TextNetwork, open_text
+from kdx.pages import html_pages, text_plots
 from kdx.pages import sentences as told
-from kdx.pages import text_plots
-from kdx.pages.report import STYLE
 from kdx.paths import check_new, written_whole
 
 SHOWN = 5  # sentences that were gained, and that were lost, with coloured words
@@ -94,24 +89,15 @@ def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
 
 def _page(ledger: Ledger, sentences: Sentences, networks: Mapping[str, TextNetwork], command: str) -> str:
     tables = {"Right answers": ledger.accuracy(), "Gained and lost": ledger.rates(), "By class": ledger.by_class()}
-    parts = [
-        "<h1>What the student gained and lost</h1>",
-        "<ul>",
-        *(f"<li>{html.escape(line)}</li>" for line in _told(ledger)),
-        "</ul>",
-    ]
-    for title, table in tables.items():
-        table = table.rename(columns={"images": "sentences"})
-        parts += [f"<h2>{title}</h2>", table.to_html(index=False, float_format="{:.3f}".format, border=0, na_rep="")]
+    title = "What the student gained and lost"
+    parts = [f"<h1>{title}</h1>", html_pages.listed(_told(ledger))]
+    for heading, table in tables.items():
+        parts += [f"<h2>{heading}</h2>", html_pages.table(table.rename(columns={"images": "sentences"}))]
     student, base = ledger.right(STUDENT), ledger.right(BASE)
-    for title, rows in (("Gained", student & ~base), ("Lost", base & ~student)):
-        parts.append(f"<h2>{title}: words that speak for the right class</h2>")
+    for change, rows in (("Gained", student & ~base), ("Lost", base & ~student)):
+        parts.append(f"<h2>{change}: words that speak for the right class</h2>")
         parts.append(_words(rows.nonzero()[0][:SHOWN], sentences, networks))
-    made_by = f"<footer><p>Made by <code>{html.escape(command)}</code></p></footer>" if command else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>What the student gained and lost</title>'
-        f"<style>{STYLE}</style></head>\n<body><main>{''.join(parts)}</main>{made_by}</body></html>\n"
-    )
+    return html_pages.page(title, f"<main>{''.join(parts)}</main>", command)
 
 
 def _told(ledger: Ledger) -> list[str]:
@@ -136,8 +122,5 @@ def _words(rows: np.ndarray, sentences: Sentences, networks: Mapping[str, TextNe
         for i, label in enumerate(some.labels.tolist())
     ]
     figure = text_plots.coloured_words(drawn, "share in the logit of the right class")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=180, bbox_inches="tight")
-    plt.close(figure)
     alt = "Sentences whose words are coloured by how much they add to the logit of the right class"
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+    return html_pages.picture(figure, alt)
