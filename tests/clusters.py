@@ -74,7 +74,8 @@ class Local:
 def cluster(folder, workers=2):
     local = Local(folder, workers)
     try:
-        local.wait_for(workers)
+        if workers:
+            local.wait_for(workers)
         yield local
     finally:
         local.stop()

@@ -63,7 +63,7 @@ def client(local, tmp_path, images, seeds, epochs):
 
 def test_networks_of_a_cluster_are_those_trained_here(two, small, home, monkeypatch, one_thread):
     there = kdx.cross_fit(small, workers=two.address, **PAIR)
-    assert {path.name for path in home.glob("runs/*")} == {run.key for run in there.values()}
+    assert {run.path.parent for run in there.values()} == {home / "runs"}
     assert all(two.trained(run.key) for (role, _), run in there.items())
     assert not connect(two.address).client.list_datasets()
     stamps = {run.path: run.path.stat().st_mtime_ns for run in there.values()}
@@ -88,12 +88,12 @@ def test_a_worker_of_another_version_is_refused_and_the_others_train(two, small,
     found = dict(fit_all(jobs(small, range(10, 18)), two.address))
     assert len(found) == 8
     said = capsys.readouterr().out
-    assert f"was refused and retired: it has kdx 0.0, expected {kdx.__version__}" in said
+    assert f"was refused: it has kdx 0.0, expected {kdx.__version__}" in said
     assert old.wait(30) is not None
     with cluster(tmp_path / "other", workers=0) as local:
         local.add("--preload", str(tmp_path / "old.py"))
         local.wait_for(1)
-        with pytest.raises(ValueError, match=r"no worker is left; the worker tcp://.* was refused .* kdx 0.0"):
+        with pytest.raises(ValueError, match=r"no worker is left; the worker tcp://.* was refused: it has kdx 0.0"):
             list(fit_all(jobs(small, [20]), local.address))
 
 
@@ -102,7 +102,7 @@ def test_facts_and_images_of_a_worker_are_checked(small):
     with pytest.raises(RefusedError) as caught:
         check_facts(facts() | {"torch": "1.0"}, facts(), "tcp://10.0.0.1:1")
     assert caught.value.args[0] == "tcp://10.0.0.1:1"
-    assert "torch" in caught.value.args[1] and "expected 1.0" in caught.value.args[1]
+    assert caught.value.args[1] == f"it has torch {facts()['torch']}, expected 1.0"
     assert len(small.fingerprint) == 64
     small.images[0] += 1
     try:

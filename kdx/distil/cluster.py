@@ -92,6 +92,7 @@ class Cluster:
         except OSError as error:
             raise ValueError(f"no Dask scheduler answers at {address}; start it with `dask scheduler`") from error
         self.sent: dict[str, Future] = {}
+        self.refused: set[str] = set()
 
     def fit_all(self, jobs: Mapping[Any, AnyJob]) -> Iterator[tuple[Any, Run]]:
         """Train on the workers; the arguments and what is yielded are those of
@@ -106,30 +107,34 @@ class Cluster:
         going: dict[Future, Any] = {}
         done, used = as_completed(loop=self.client.loop), set[str]()
         self.client.wait_for_workers(1)
-        count = len(self.client.nthreads())
-        label = f"networks on {count} worker{'s' * (count != 1)}, {self.client.dashboard_link}"
+        label = f"networks on {len(self._workers())} workers, {self.client.dashboard_link}"
         with progress(total=len(jobs), desc=label, unit="network") as bar:
             try:
                 while waiting or going:
                     # each worker has the next training at hand; the others stay here, where no death can touch them
-                    while waiting and len(going) < 2 * max(1, len(self.client.nthreads())):
+                    while waiting and len(going) < 2 * max(1, len(self._workers())):
                         name = waiting.pop()
                         future = self._submit(jobs[name], used)
                         going[future] = name
                         done.add(future)
                     future = next(done)
-                    name = going.pop(future)
+                    name = going[future]
                     tried[name] += 1
                     if (files := self._files(future, name, tried[name])) is None:
-                        waiting.append(name)
+                        done.add(self._again(future, going, jobs[name], used))
                         continue
                     run = receive(jobs[name].key, files)
+                    del going[future]
                     self._forget([future])
                     bar.update()
                     yield name, run
             finally:
                 self._forget(list(going))
                 self.sent = {key: of for key, of in self.sent.items() if key in used}
+
+    def _workers(self) -> set[str]:
+        """Addresses of the workers that were not refused."""
+        return set(self.client.nthreads()) - self.refused
 
     def _submit(self, job: AnyJob, used: set[str]) -> Future:
         order, parts = self._pack(job, used)
@@ -143,26 +148,39 @@ class Cluster:
 
     def _files(self, future: Future, name: Any, tried: int) -> dict[str, bytes] | None:
         """The files of a finished training; None if it is to be begun again."""
-        try:
-            if not future.cancelled():
-                return future.result()
-        except RefusedError as error:
-            address, reason = error.args
-            bare = f"the worker {address} was refused and retired: {reason}"
-            print(bare, flush=True)
-            self._forget([future])
-            self.client.retire_workers([address], close_workers=True)
-            if not self.client.nthreads():
-                raise ValueError(f"no worker is left; {bare}") from error
+        if future.cancelled():
+            if not self._is_connected():
+                raise RuntimeError("the scheduler is gone; start it, and this again: what is finished is kept")
+            if tried >= ATTEMPTS:
+                raise RuntimeError(f"{name}: its images or worker were lost {tried} times; what is finished is kept")
             return None
-        except BaseException:
-            self._forget([future])
-            raise
-        if not self._is_connected():
-            raise RuntimeError("the scheduler is gone; start it, and this again: what is finished is kept")
-        if tried >= ATTEMPTS:
-            raise RuntimeError(f"{name}: its images or its worker were lost {tried} times; what is finished is kept")
-        return None
+        try:
+            return future.result()
+        except RefusedError as error:
+            self._refuse(*error.args)
+            return None
+
+    def _refuse(self, address: str, reason: str) -> None:
+        if address in self.refused:
+            return
+        said = f"the worker {address} was refused: {reason}"
+        print(said, flush=True)
+        self.refused.add(address)
+        self.client.retire_workers([address], close_workers=True)
+        if not self._workers():
+            raise ValueError(f"no worker is left; {said}")
+
+    def _again(self, future: Future, going: dict[Future, Any], job: AnyJob, used: set[str]) -> Future:
+        """Begin a training again that was refused by its worker, or whose images or scheduler were lost."""
+        if future.status == "error":
+            future.retry()
+            return future
+        name = going.pop(future)
+        self.sent.clear()
+        self.client.wait_for_workers(1)
+        future = self._submit(job, used)
+        going[future] = name
+        return future
 
     def _is_connected(self) -> bool:
         """Whether there is a scheduler, perhaps started again at the same address."""

@@ -6,6 +6,7 @@ import hashlib
 import html
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,16 +42,9 @@ def parse_grid(notebook: Path, items: Sequence[str]) -> dict[str, list[Any]]:
         grid[name] = [parse_parameter(notebook, f"{name}={value}")[1] for value in values]
         if not grid[name]:
             raise ValueError(f"-p {item}: expected values such as 0:10 or one,two")
-    if not grid or (cells := _count(grid)) > MOST:
+    if not grid or (cells := math.prod(map(len, grid.values()))) > MOST:
         raise ValueError(f"expected a grid of 1 to {MOST:,} cells, from -p name=values, got {cells if grid else 0:,}")
     return grid
-
-
-def _count(grid: Mapping[str, Sequence[Any]]) -> int:
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    return count
 
 
 def _divide(text: str) -> list[str]:
@@ -81,12 +75,12 @@ def plan_sweep(
     return pages
 
 
-def sweep(pages: Sequence[Page], grid: Mapping[str, Any], out: Path, workers: int = 1) -> Iterator[tuple[Page, str]]:
+def sweep(pages: Sequence[Page], names: Sequence[str], out: Path, workers: int = 1) -> Iterator[tuple[Page, str]]:
     """Execute the cells that are not up to date, and write the table anew after each.
 
     Args:
         pages: From :func:`plan_sweep`.
-        grid: Names of the columns that come first.
+        names: Of the parameters of the grid.
         out: The folder of the sweep.
         workers: Cells executed side by side.
 
@@ -96,7 +90,7 @@ def sweep(pages: Sequence[Page], grid: Mapping[str, Any], out: Path, workers: in
     finished = []
     for page, done, _ in execute_pages(pages, workers):
         finished.append(page)
-        write_table(finished, list(grid), out)
+        write_table(finished, names, out)
         yield page, done
 
 
