@@ -172,10 +172,3 @@ def test_images_are_sent_again_when_all_workers_died(small, tmp_path):
                 local.workers[0].kill()
                 local.add()
         assert all(job.find() for job in wanted.values())
-        local.scheduler.kill()
-        module.PATIENCE, patience = 1, module.PATIENCE
-        try:
-            with pytest.raises((RuntimeError, ValueError, OSError)):
-                list(fit_all(jobs(small, [9]), local.address))
-        finally:
-            module.PATIENCE = patience

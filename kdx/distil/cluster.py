@@ -93,6 +93,7 @@ class Cluster:
             raise ValueError(f"no Dask scheduler answers at {address}; start it with `dask scheduler`") from error
         self.sent: dict[str, Future] = {}
         self.refused: set[str] = set()
+        self.losses = 0  # part of every name, since Dask takes a lost name for lost for ever
 
     def fit_all(self, jobs: Mapping[Any, AnyJob]) -> Iterator[tuple[Any, Run]]:
         """Train on the workers; the arguments and what is yielded are those of
@@ -106,6 +107,7 @@ class Cluster:
         tried = dict.fromkeys(jobs, 0)
         going: dict[Future, Any] = {}
         done, used = as_completed(loop=self.client.loop), set[str]()
+        self._check_connection()
         self.client.wait_for_workers(1)
         label = f"networks on {len(self._workers())} workers, {self.client.dashboard_link}"
         with progress(total=len(jobs), desc=label, unit="network") as bar:
@@ -136,12 +138,15 @@ class Cluster:
         """Addresses of the workers that were not refused."""
         return set(self.client.nthreads()) - self.refused
 
+    def _named(self, name: str) -> str:
+        return f"{name}-{self.losses}" if self.losses else name
+
     def _submit(self, job: AnyJob, used: set[str]) -> Future:
         order, parts = self._pack(job, used)
         expected = facts() | {"key": job.key, "precision": job.precision}
         on_gpu = pick_device(job.device).type != "cpu"
         future = self.client.submit(
-            train, expected, order, *parts, key=f"kdx-{job.key}", resources={"GPU": 1} if on_gpu else None
+            train, expected, order, *parts, key=self._named(f"kdx-{job.key}"), resources={"GPU": 1} if on_gpu else None
         )
         self.client.publish_dataset(future, name=future.key, override=True)  # kept if this client is killed
         return future
@@ -149,8 +154,7 @@ class Cluster:
     def _files(self, future: Future, name: Any, tried: int) -> dict[str, bytes] | None:
         """The files of a finished training; None if it is to be begun again."""
         if future.cancelled():
-            if not self._is_connected():
-                raise RuntimeError("the scheduler is gone; start it, and this again: what is finished is kept")
+            self._check_connection()
             if tried >= ATTEMPTS:
                 raise RuntimeError(f"{name}: its images or worker were lost {tried} times; what is finished is kept")
             return None
@@ -176,17 +180,19 @@ class Cluster:
             future.retry()
             return future
         name = going.pop(future)
+        self.losses += 1
         self.sent.clear()
         self.client.wait_for_workers(1)
         future = self._submit(job, used)
         going[future] = name
         return future
 
-    def _is_connected(self) -> bool:
-        """Whether there is a scheduler, perhaps started again at the same address."""
+    def _check_connection(self) -> None:
+        """Wait for a scheduler that is started again at the same address; raise RuntimeError if there is none."""
         while self.client.status == "connecting":
             time.sleep(0.1)
-        return self.client.status == "running"
+        if self.client.status != "running":
+            raise RuntimeError("the scheduler is gone; start it, and this again: what is finished is kept")
 
     def _forget(self, futures: list[Future]) -> None:
         if futures and self.client.status == "running":
@@ -208,10 +214,10 @@ class Cluster:
 
     def _send(self, value: Dataset | Detection | Run, used: set[str]) -> Future:
         if isinstance(value, Run):
-            name = f"run-{value.key}"
+            name = self._named(f"run-{value.key}")
         else:
             card = hashlib.sha256(pickle.dumps(value.card)).hexdigest()
-            name = f"{value.card.name}-{value.fingerprint}-{card[:8]}"
+            name = self._named(f"{value.card.name}-{value.fingerprint}-{card[:8]}")
         used.add(name)
         if name not in self.sent or self.sent[name].status != "finished":
             what: Any = value
