@@ -7,10 +7,21 @@ import subprocess
 import sys
 import time
 
+import torch
 from distributed import Client
 
+from kdx import Recipe
+from kdx.distil.fit import Job
 from tests.checkout import ROOT
 
+CLIENT = """
+import sys
+import torch
+from kdx.distil.backends import fit_all
+from tests.clusters import jobs
+images = torch.load(sys.argv[2], weights_only=False)
+print(len(list(fit_all(jobs(images, map(int, sys.argv[4:]), int(sys.argv[3])), sys.argv[1]))))
+"""
 COMMAND = "import {0}; {0}.main()"
 
 
@@ -64,6 +75,10 @@ class Local:
         """The workers in whose stores a run is."""
         return [i for i in range(len(self.workers)) if (self.folder / f"worker-{i}" / "runs" / key).is_dir()]
 
+    def begun(self, key):
+        """How many workers have begun a training."""
+        return sum((self.folder / f"worker-{i}" / "locks" / f"{key}.lock").exists() for i in range(len(self.workers)))
+
     def stop(self):
         for process in [*self.workers, self.scheduler]:
             process.kill()
@@ -87,3 +102,17 @@ def until(condition, seconds=300):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def jobs(images, seeds, epochs=1):
+    """Small trainings, by their seeds."""
+    recipe = Recipe(epochs=epochs, batch_size=16, lr=0.05)
+    return {s: Job("resnet10@0.125", images, images, recipe=recipe, seed=s, device="cpu") for s in seeds}
+
+
+def client(address, folder, images, seeds, epochs, before="", **environment):
+    """The trainings of ``jobs`` in a process of its own, which runs the code ``before`` first."""
+    torch.save(images, folder / "images.pt")
+    command = [sys.executable, "-c", before + CLIENT, address, str(folder / "images.pt"), str(epochs), *map(str, seeds)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,24 +5,13 @@ import kdx
 from kdx.distil import cluster as module
 from kdx.distil.backends import fit_all
 from kdx.distil.cluster import RefusedError, check_facts, connect, facts
-from kdx.distil.fit import Job
 from kdx.distil.run_store import receive
 from kdx.paths import DataError
-from tests.checkout import ROOT
-from tests.clusters import cluster, until
+from tests.clusters import client, cluster, jobs, until
 
 QUICK = {"recipe": kdx.Recipe(epochs=1, batch_size=16, lr=0.05), "width": 0.125, "device": "cpu"}
 PAIR = {"teacher": "resnet18", "student": "resnet10", "k": 2, "first": 1, "controls": 1, **QUICK}
 OLD = "import kdx.distil.cluster\nkdx.distil.cluster.__version__ = '0.0'\n"
-CLIENT = """
-import sys, kdx, torch
-from kdx.distil.backends import fit_all
-from kdx.distil.fit import Job
-images = torch.load(sys.argv[2], weights_only=False)
-recipe = kdx.Recipe(epochs=int(sys.argv[3]), batch_size=16, lr=0.05)
-jobs = {s: Job("resnet10@0.125", images, images, recipe=recipe, seed=s, device="cpu") for s in map(int, sys.argv[4:])}
-print(len(list(fit_all(jobs, sys.argv[1]))))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +24,6 @@ def two(tmp_path_factory):
 @pytest.fixture
 def small(shapes16):
     return shapes16["train"]
-
-
-def jobs(images, seeds, epochs=1):
-    recipe = replace(QUICK["recipe"], epochs=epochs)
-    return {s: Job("resnet10@0.125", images, images, recipe=recipe, seed=s, device="cpu") for s in seeds}
-
-
-def begun(local, key):
-    """How many workers have begun a training."""
-    return sum((local.folder / f"worker-{i}" / "locks" / f"{key}.lock").exists() for i in range(len(local.workers)))
-
-
-def client(local, tmp_path, images, seeds, epochs):
-    """The trainings of ``jobs`` in a process of its own."""
-    torch.save(images, tmp_path / "images.pt")
-    command = [sys.executable, "-c", CLIENT, local.address, str(tmp_path / "images.pt"), str(epochs), *map(str, seeds)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def test_networks_of_a_cluster_are_those_trained_here(two, small, home, monkeypatch, one_thread):
@@ -133,23 +98,23 @@ def test_trainings_on_a_gpu_go_where_one_is(two, small, monkeypatch):
 
 
 def test_two_clients_share_trainings(two, small, tmp_path, home):
-    other = client(two, tmp_path, small, range(40, 44), 4)
+    other = client(two.address, tmp_path, small, range(40, 44), 4)
     wanted = jobs(small, range(40, 44), 4)
-    until(lambda: any(begun(two, job.key) for job in wanted.values()))
+    until(lambda: any(two.begun(job.key) for job in wanted.values()))
     found = dict(fit_all(wanted, two.address))
     assert other.communicate(timeout=60)[0].strip() == "4"
     assert all(len(two.trained(run.key)) == 1 for run in found.values())
 
 
 def test_a_killed_client_comes_back_to_its_trainings(two, small, tmp_path):
-    first = client(two, tmp_path, small, range(50, 54), 4)
+    first = client(two.address, tmp_path, small, range(50, 54), 4)
     wanted = jobs(small, range(50, 54), 4)
-    until(lambda: any(begun(two, job.key) for job in wanted.values()))
-    first.send_signal(signal.SIGKILL)
+    until(lambda: any(two.begun(job.key) for job in wanted.values()))
+    first.kill()
     first.wait()
     found = dict(fit_all(wanted, two.address))
     assert {name: run.key for name, run in found.items()} == {name: job.key for name, job in wanted.items()}
-    assert sum(begun(two, job.key) for job in wanted.values()) <= len(wanted) + 1
+    assert sum(two.begun(job.key) for job in wanted.values()) <= len(wanted) + 1
 
 
 def test_a_killed_worker_costs_one_training_at_most(two, small):
@@ -161,7 +126,7 @@ def test_a_killed_worker_costs_one_training_at_most(two, small):
             two.workers[at_work[0]].kill()
         found[name] = run
     assert {name: run.key for name, run in found.items()} == {name: job.key for name, job in wanted.items()}
-    assert sum(begun(two, job.key) for job in wanted.values()) <= len(wanted) + 1
+    assert sum(two.begun(job.key) for job in wanted.values()) <= len(wanted) + 1
 
 
 def test_images_are_sent_again_when_all_workers_died(small, tmp_path):
