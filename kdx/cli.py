@@ -1,4 +1,4 @@
-"""The command line: ``kdx data``, ``kdx run``, ``kdx book``, ``kdx explain``.
+"""The command line: ``kdx book``, ``kdx explain``, ...
 
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
@@ -13,15 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kdx.cli_stores import data, errors, networks, seconds
-from kdx.paths import check_new, data_home
+from kdx.cli_pages import Profile, run, sweep
+from kdx.cli_stores import Cluster, data, errors, networks, seconds, use_cluster
+from kdx.paths import check_new
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(data, name="data")
 app.add_typer(networks, name="networks")
-Profile = Annotated[
-    str, typer.Option(help="shipped (the networks of the checkout), smoke (seconds), quick (a laptop) or paper (a GPU)")
-]
+app.command()(run)
+app.command()(sweep)
 
 
 @app.callback()
@@ -30,43 +30,14 @@ def _setup() -> None:
     logging.getLogger("kdx").setLevel(logging.INFO)
 
 
-@app.command()
-def run(
-    notebook: Annotated[str, typer.Argument(help="name of a page of the book or of a notebook, or a path")],
-    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
-    profile: Profile = "shipped",
-    output: Annotated[Path | None, typer.Option("-o", help="where the executed notebook goes")] = None,
-) -> None:
-    """Execute a page of the book with the parameters of a profile, or any notebook; your own parameters come last."""
-    with errors():
-        from kdx.data.registry import DATASETS
-        from kdx.pages import build as book
-
-        path, pages = Path(notebook), {}
-        if path.suffix != ".ipynb":
-            root = book.find_root()
-            pages = {page.name: page for page in book.load_pages(root, profile)}
-            path = pages[notebook].notebook if notebook in pages else root / "notebooks" / f"{notebook}.ipynb"
-        if not path.is_file():
-            found = sorted({p.stem for p in path.parent.glob("*.ipynb")} | set(pages))
-            raise ValueError(f"no notebook {path}; choose from: {', '.join(found) or 'none'}")
-        parameters = dict(pages[notebook].parameters) if notebook in pages else {}
-        parameters |= dict(book.parse_parameter(path, item) for item in parameter or [])
-        if (name := parameters.get("dataset")) and name not in DATASETS and Path(name).expanduser().is_dir():
-            parameters["dataset"] = str(Path(name).expanduser().resolve())  # the notebook runs in another folder
-        output = output or data_home() / "notebooks" / f"{Path(notebook).stem}.ipynb"
-        with seconds(path.stem):
-            book.execute(path, output, parameters)
-        typer.echo(output)
-
-
 @app.command("book")
 def build(
     profile: Profile = "shipped",
     root: Annotated[Path | None, typer.Option(help="the checkout; default: found from here")] = None,
     workers: Annotated[
-        int, typer.Option(help="pages side by side; 0: one per core up to four, but one where a profile trains")
+        int, typer.Option(help="pages side by side; 0: one per core up to four, but one where a profile trains here")
     ] = 0,
+    cluster: Cluster = "",
     pdf: Annotated[bool, typer.Option("--pdf", help="also print the whole book, with Chromium")] = False,
 ) -> None:
     """Execute the pages that changed and build the HTML; warnings are errors."""
@@ -77,13 +48,17 @@ def build(
         from kdx.data.sources import fetch
         from kdx.pages import build as book
 
+        if cluster := use_cluster(cluster):
+            from kdx.distil.cluster import connect
+
+            typer.echo(f"trainings go to {cluster}, watch them at {connect(cluster).client.dashboard_link}")
         root = book.find_root(root)
         pages = book.load_pages(root, profile)
         for name in dict.fromkeys(name for page in pages for name in page.datasets):
             if name in DATASETS and DATASETS[name].sources and not DATASETS[name].layout:  # photographs only if asked
                 with seconds("data"):
                     fetch(name)
-        workers = workers or (min(joblib.cpu_count(), 4) if profile in ("shipped", "smoke") else 1)
+        workers = workers or (min(joblib.cpu_count(), 4) if cluster or profile in ("shipped", "smoke") else 1)
         for page, done, spent in book.execute_pages(pages, workers):
             typer.echo(f"page {page.name}: {done} {spent:.0f} s")
         with seconds("html") as note:

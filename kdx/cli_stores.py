@@ -1,4 +1,4 @@
-"""The commands ``kdx data`` and ``kdx networks``, and what all commands share: errors in one line, and seconds."""
+"""The commands ``kdx data`` and ``kdx networks``, and what commands share: errors in one line, seconds, the cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ import typer
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
 networks = typer.Typer(help="Networks that come with the checkout: list, verify, train.", no_args_is_help=True)
 LISTED = 20  # files named on the terminal
+Cluster = Annotated[
+    str, typer.Option(help="train on this Dask cluster: address or file of its scheduler; default: $KDX_CLUSTER")
+]
+
+
+def use_cluster(cluster: str) -> str:
+    """Send all trainings of this process and of its kernels to a cluster; return it. Empty leaves ``KDX_CLUSTER``."""
+    from kdx.distil.backends import CLUSTER, check_cluster
+
+    if cluster := check_cluster(cluster or os.environ.get(CLUSTER, "")):
+        os.environ[CLUSTER] = cluster
+    return cluster
 
 
 @contextmanager
@@ -189,6 +201,7 @@ def networks_train(
     fold: Annotated[list[int] | None, typer.Option(help="from 1, may be repeated")] = None,
     workers: Annotated[int, typer.Option(help="trained in parallel; 0: one per core, or one on a GPU")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    cluster: Cluster = "",
 ) -> None:
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with errors(), seconds("train"):
@@ -196,6 +209,7 @@ def networks_train(
         from kdx.networks.devices import reuse_memory
         from kdx.planted import suite
 
+        use_cluster(cluster)
         os.nice(19)
         reuse_memory()
         studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # where kdx runs from, if it was not installed without one
+PARTIAL = ".partial-"  # begins the names of scratch folders
+OLD = 24 * 3600  # seconds after which a scratch folder without an owner is swept away
 
 
 class DataError(RuntimeError):
@@ -82,7 +85,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A scratch folder that becomes the folder ``path`` when the block ends without an error.
 
     A folder under its final name is therefore always complete. After an error nothing is left. If another process has
-    written ``path`` in the meantime, that folder stays and the scratch folder is deleted.
+    written ``path`` in the meantime, that folder stays and the scratch folder is deleted. What killed processes have
+    left beside ``path`` is swept away.
 
     Args:
         path: The folder to write. Its parents are created; it must not exist as a file.
@@ -91,17 +95,39 @@ def written_whole(path: Path) -> Iterator[Path]:
         The scratch folder, empty, beside ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
-    scratch.mkdir()
-    try:
-        yield scratch
+    sweep(path.parent)
+    scratch = path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
+    owned = FileLock(_owner(scratch))
+    with owned:
+        scratch.mkdir()
         try:
-            os.replace(scratch, path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            yield scratch
+            try:
+                os.replace(scratch, path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            _owner(scratch).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete the scratch folders in a folder that are older than a day and owned by no living process; return them."""
+    swept = []
+    for scratch in folder.glob(f"{PARTIAL}*"):
+        with suppress(FileNotFoundError, Timeout):  # its owner lives, or has just finished it
+            if scratch.is_dir() and time.time() - scratch.stat().st_mtime > OLD:
+                with FileLock(_owner(scratch), timeout=0):
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    _owner(scratch).unlink(missing_ok=True)
+                swept.append(scratch)
+    return swept
+
+
+def _owner(scratch: Path) -> Path:
+    """The file that the process that fills a scratch folder has locked; the lock ends with the process."""
+    return scratch.with_name(f"{scratch.name}.lock")
 
 
 def alone(what: str) -> FileLock:

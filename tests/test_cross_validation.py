@@ -1,15 +1,9 @@
-import os
-from dataclasses import replace
-
-import joblib
 import pytest
 import torch
 
 from kdx import Recipe, cross_chains, cross_fit
-from kdx.distil.cross_validation import announce, plan_fit
-from kdx.distil.fit import Job
+from kdx.distil.cross_validation import plan_fit
 from kdx.distil.run_store import find_run
-from kdx.progress import TERMINAL
 
 QUICK = {"recipe": Recipe(epochs=1, batch_size=16, lr=0.05), "stem": "small", "width": 0.125, "device": "cpu"}
 PAIR = {"teacher": "resnet10", "student": "resnet10", "k": 2, **QUICK}
@@ -140,40 +134,3 @@ def test_cross_chains_name_what_is_wrong(small):
     }.items():
         with pytest.raises(ValueError, match=message):
             cross_chains(small, chains, k=2)
-
-
-def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monkeypatch):
-    """In processes of their own, which write to the same store; a second call trains nothing."""
-    at_once = cross_fit(small, workers=2, **PAIR)
-    elsewhere = os.environ.get(TERMINAL)
-    assert {path.name for path in home.glob("runs/*")} == {run.key for run in at_once.values()}
-    stamps = {run.path: run.path.stat().st_mtime_ns for run in at_once.values()}
-    assert {run.path: run.path.stat().st_mtime_ns for run in cross_fit(small, workers=2, **PAIR).values()} == stamps
-    monkeypatch.setenv("KDX_HOME", str(home) + "-other")
-    one_by_one = cross_fit(small, workers=1, **PAIR)
-    assert {name: run.key for name, run in one_by_one.items()} == {name: run.key for name, run in at_once.items()}
-    for name, run in one_by_one.items():
-        moved = run.model.fc.weight - run.untrained.fc.weight
-        assert (run.model.fc.weight - at_once[name].model.fc.weight).norm() < 0.05 * moved.norm()
-    monkeypatch.setenv("KDX_HOME", str(home) + "-third")  # the processes live on, and write there now
-    with joblib.parallel_config(backend="threading"):  # threads would share one random generator
-        third = cross_fit(small, workers=2, **PAIR)
-    for name, run in third.items():
-        assert run.path.parent.parent.name.endswith("-third")
-        assert torch.equal(run.model.fc.weight, at_once[name].model.fc.weight)
-    assert os.environ.get(TERMINAL) == elsewhere
-    with pytest.raises(FloatingPointError, match=r"resnet10@0.125 \(\w+, seed \d\) is nan .*lower the learning rate"):
-        cross_fit(small, workers=2, **PAIR | {"recipe": Recipe(epochs=1, batch_size=16, lr=1e9)})
-    with pytest.raises(ValueError, match="workers: expected 0"):
-        cross_fit(small, workers=-1, **PAIR)
-
-
-def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_thread, small):
-    job = Job("resnet10@0.125", small, small, recipe=Recipe(epochs=1, batch_size=16), device="cpu")
-    assert 0 < job.seconds_expected() < 60
-    announce([job])
-    assert not capsys.readouterr().out  # a few steps
-    monkeypatch.setattr(Job, "seconds_expected", lambda self: 75.0)
-    long = replace(job, recipe=Recipe(epochs=300, batch_size=16))
-    announce([long, replace(long, seed=1)])
-    assert capsys.readouterr().out == "Training 2 networks: about 2 minutes here. What is finished is kept.\n"

@@ -1,8 +1,22 @@
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
-from kdx.paths import DataError, check_space, data_home, one_line, places, sha256_of, written_whole
+from kdx.paths import (
+    CHECKOUT,
+    OLD,
+    DataError,
+    check_space,
+    data_home,
+    one_line,
+    places,
+    sha256_of,
+    sweep,
+    written_whole,
+)
 
 
 def test_data_home_follows_the_environment(monkeypatch, tmp_path):
@@ -55,3 +69,17 @@ def test_messages_are_cut_to_one_line():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 500))) == 200
+
+
+def test_what_killed_processes_left_is_swept_after_a_day(tmp_path):
+    killed = "import os, sys; from pathlib import Path; from kdx.paths import written_whole\n"
+    killed += "with written_whole(Path(sys.argv[1])) as scratch: (scratch / 'file').write_text('half'); os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "one")], cwd=CHECKOUT)
+    (left,) = (path for path in tmp_path.glob(".partial-*") if path.is_dir())
+    assert sweep(tmp_path) == []  # it is young
+    with written_whole(tmp_path / "two") as ours:
+        for folder in (left, ours):
+            os.utime(folder, (0, time.time() - 2 * OLD))
+        assert sweep(tmp_path) == [left]  # the other's owner lives
+        assert ours.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]

@@ -5,27 +5,19 @@ Networks are planned first, so that those that do not depend on each other can b
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import joblib
-import torch
-
 from kdx.data.dataset import Dataset, folds
+from kdx.distil.backends import fit_all
 from kdx.distil.chains import check_chain
 from kdx.distil.fit import Job
 from kdx.distil.run_store import Run
 from kdx.distil.techniques import TECHNIQUES, needs_teacher, settings_of
 from kdx.distil.training import Recipe
 from kdx.networks import models
-from kdx.networks.devices import pick_device, reuse_memory
-from kdx.paths import data_home
-from kdx.progress import TERMINAL, progress
-
-LONG = 500  # steps, from which on the time of a training is estimated
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def cross_fit(
     only_stored: Sequence[str] = (),
     seed: int = 0,
     recipe: Recipe | None = None,
-    workers: int = 1,
+    workers: int | str = 1,
     **training: Any,
 ) -> dict[tuple[str, int], Run]:
     """Train, or find in the run store, the networks of stratified cross-validation.
@@ -95,7 +87,9 @@ def cross_fit(
         recipe: Of all networks.
         workers: Networks trained in parallel, each in a process of its own with its share of the cores. 0 means one
             per core on a CPU, and one on another device, where several small networks may share the device. Models
-            and techniques registered outside of kdx need 1. The number of threads changes weights by rounding.
+            and techniques registered outside of kdx need 1. The number of threads changes weights by rounding. Or a
+            Dask cluster: the address of its scheduler, such as ``"tcp://10.0.0.1:8786"``, or its scheduler file. If
+            ``KDX_CLUSTER`` names one, all go there.
         **training: stem, width and device of :func:`kdx.fit`.
 
     Returns:
@@ -172,7 +166,7 @@ def cross_chains(
     seed: int = 0,
     recipe: Recipe | None = None,
     budget: int | None = None,
-    workers: int = 1,
+    workers: int | str = 1,
     **training: Any,
 ) -> dict[tuple[str, int], list[Run]]:
     """Chains of teachers and assistants that end in the same student, in every fold of cross-validation.
@@ -267,7 +261,7 @@ def carry_out(
     watched: int,
     seed: int,
     recipe: Recipe | None,
-    workers: int,
+    workers: int | str,
     finished: Callable[[Plan, Run], Run] = lambda plan, run: run,
     only_stored: Collection[Plan] = (),
     **training: Any,
@@ -315,73 +309,3 @@ def carry_out(
 @lru_cache
 def _size(model: str, classes: int, stem: str) -> int:
     return sum(weight.numel() for weight in models.build(model, classes, stem, seed=0).parameters())
-
-
-def fit_all(jobs: Mapping[Any, Job], workers: int) -> Iterator[tuple[Any, Run]]:
-    """Carry out trainings that do not depend on each other, or find their runs.
-
-    Args:
-        jobs: Name -> training.
-        workers: As for :func:`cross_fit`.
-
-    Yields:
-        Name and run, as soon as it is there.
-    """
-    if workers < 0:
-        raise ValueError(f"workers: expected 0 (one per core, or one on a GPU) or more, got {workers}")
-    missing = {}
-    for name, job in jobs.items():
-        if run := job.find():
-            yield name, run
-        elif not job.steps:  # no training is worth a process
-            yield name, job.run()
-        else:
-            missing[name] = job
-    if not workers:
-        on_cpu = {pick_device(job.device).type for job in missing.values()} == {"cpu"}
-        workers = joblib.cpu_count() if on_cpu else 1
-    workers = min(workers, len(missing))
-    announce(list(missing.values()))
-    if workers < 2:
-        for name, job in missing.items():
-            yield name, job.run()
-        return
-    threads = max(1, joblib.cpu_count() // workers)
-    # never threads of this process: they would share torch's global generator
-    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
-    tasks = (joblib.delayed(_run_elsewhere)(str(data_home()), threads, *item) for item in missing.items())
-    with progress(total=len(missing), desc="networks", unit="network") as bar:
-        for name, key in pool(tasks):
-            if (run := missing[name].find()) is None:
-                raise RuntimeError(
-                    f"the code of kdx was edited during the training: the worker stored {name} under the key {key}, "
-                    f"expected {missing[name].key}; start again"
-                )
-            bar.update()
-            yield name, run
-
-
-def announce(jobs: Sequence[Job]) -> None:
-    """Say how many networks will be trained and how long it will take, if that is a minute or more."""
-    if sum(job.steps for job in jobs) < LONG:
-        return
-    minutes, of_step = 0.0, dict[str, float]()
-    for job in jobs:
-        kind = str([job.architecture, job.teacher and job.teacher.manifest["spec"]["model"], job.recipe])
-        if kind not in of_step:
-            of_step[kind] = job.seconds_expected() / job.steps
-        minutes += of_step[kind] * job.steps / 60
-    if minutes >= 1:
-        networks = "one network" if len(jobs) == 1 else f"{len(jobs)} networks"
-        print(f"Training {networks}: about {minutes:.0f} minutes here. What is finished is kept.", flush=True)
-
-
-def _run_elsewhere(home: str, threads: int, name: Any, job: Job) -> tuple[Any, str]:
-    os.environ.update({"KDX_HOME": home, TERMINAL: os.devnull})  # a process may outlive the study it was started for
-    torch.set_num_threads(threads)
-    reuse_memory()
-    # pickled with the job, the key would hide that the worker has read newer code
-    fresh = replace(job)
-    if fresh.find() is None:
-        fresh.run()
-    return name, fresh.key

@@ -163,6 +163,11 @@ class DetectorJob:
         others = {"teacher": self.teacher and self.teacher.digest, "start": self.start and self.start.digest}
         return run_key(self.spec | others, f"detector {RECIPE}")
 
+    @property
+    def steps(self) -> int:
+        """Batches of the whole training."""
+        return self.recipe.epochs * (len(self.train) // self.recipe.batch_size)
+
     def find(self) -> Run | None:
         """The detector, if this training was done before or it is shipped."""
         return find_run(self.key) or find_shipped(self.digest)

@@ -33,6 +33,7 @@ from kdx.networks.models import Network, load_checkpoint, read_header, save_chec
 from kdx.paths import data_home, networks_home, sha256_of, written_whole
 
 FORMAT = 1  # of the folder; part of every key
+FILES = ("model.safetensors", "history.csv", "manifest.json")
 COLUMNS = [
     "dataset", "role", "fold", "seed", "model", "technique", "epochs", "accuracy", "file", "sha256", "digest", "data",
     "version", "commit", "device", "precision", "seconds",
@@ -172,13 +173,17 @@ def find_run(key: str) -> Run | None:
     if not path.exists():
         return _open_shipped("sha256", lambda sha256: sha256.startswith(key))
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
-            if (got := sha256_of(path / name)) != expected:
-                raise ValueError(f"{name}: expected SHA-256 {expected[:12]}…, got {got[:12]}…")
-        return Run(key, path, manifest, pd.read_csv(path / "history.csv"))
+        return _open(key, path)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the stored run {path} is damaged ({error}); delete that folder to train it again") from error
+
+
+def _open(key: str, path: Path) -> Run:
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, expected in manifest["files"].items():
+        if (got := sha256_of(path / name)) != expected:
+            raise ValueError(f"{name}: expected SHA-256 {expected[:12]}…, got {got[:12]}…")
+    return Run(key, path, manifest, pd.read_csv(path / "history.csv"))
 
 
 def find_shipped(digest: str) -> Run | None:
@@ -253,6 +258,31 @@ def store_run(
         files = {name: sha256_of(scratch / name) for name in ("model.safetensors", "history.csv")}
         manifest = {"spec": spec, "versions": versions(), **facts, "files": files}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    run = find_run(key)
+    assert run is not None
+    return run
+
+
+def receive(key: str, files: Mapping[str, bytes]) -> Run:
+    """Store a run that was trained on another machine, all or nothing.
+
+    Args:
+        key: Of the run.
+        files: Name -> content of all files of its folder.
+
+    Returns:
+        The run, read back.
+
+    Raises:
+        ValueError: A file is missing, or is not the one that the manifest names.
+    """
+    with written_whole(data_home() / "runs" / key) as scratch:
+        try:
+            for name in FILES:
+                (scratch / name).write_bytes(files[name])
+            _open(key, scratch)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the run {key} arrived damaged ({error}); start again") from error
     run = find_run(key)
     assert run is not None
     return run

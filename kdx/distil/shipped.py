@@ -54,7 +54,7 @@ class Study(Protocol):
     def images(self, split: str) -> Any:
         """The training or test images, of classification or detection."""
 
-    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int | str, device: str) -> None:
         """Train those of ``wanted`` that are missing, and ship each when it is finished."""
 
 
@@ -90,7 +90,7 @@ class CrossValidated:
         images = load_dataset(self.dataset, split, **self.data)
         return images.only(self.classes) if self.classes else images
 
-    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int | str, device: str) -> None:
         """Fold by fold, teachers before their students. A teacher of a wanted network is shipped with it."""
         roles, images = self._roles(), self.images("train")
         for fold in sorted({fold for _, fold in wanted}):
@@ -237,7 +237,7 @@ def train(
     datasets: Sequence[str] = (),
     only: Sequence[str] = (),
     folds: Sequence[int] = (),
-    workers: int = 0,
+    workers: int | str = 0,
     device: str = "auto",
 ) -> None:
     """Train the shipped networks that are missing, and write each into place when it is finished.

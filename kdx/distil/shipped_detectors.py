@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdx.data.detection import Detection, load_detection
-from kdx.distil.detector_fit import fit_detector
-from kdx.distil.run_store import Run
+from kdx.distil.backends import fit_all
+from kdx.distil.detector_fit import DetectorJob
 from kdx.distil.shipped import Place, Ship
 from kdx.distil.training import Recipe
 
@@ -46,22 +46,19 @@ class DetectorStudy:
     def images(self, split: str) -> Detection:
         return load_detection(self.dataset, split)
 
-    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
-        """One after the other, the teacher first; it is shipped with its students."""
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int | str, device: str) -> None:
+        """The teacher first; it is shipped with its students."""
         images = self.images("train")
-        teacher = fit_detector(self.models[0], images, recipe=self.recipes[0], device=device)
+        alone = DetectorJob(self.models[0], images, "label", None, None, self.recipes[0], device=device)
+        ((_, teacher),) = fit_all({TEACHER: alone}, workers)
         teacher = ship(teacher, TEACHER, 1)
-        for role, (technique, seed, settings) in STUDENTS.items():
-            if (role, 1) in wanted:
-                run: Run = fit_detector(
-                    self.models[1],
-                    images,
-                    technique=technique,
-                    teacher=None if technique == "label" else teacher,
-                    start=teacher,
-                    recipe=self.recipes[1],
-                    seed=seed,
-                    device=device,
-                    **settings,
-                )
-                ship(run, role, 1)
+        students = {
+            role: DetectorJob(
+                self.models[1], images, technique, None if technique == "label" else teacher, teacher, self.recipes[1],
+                seed, device=device, settings=settings,
+            )
+            for role, (technique, seed, settings) in STUDENTS.items()
+            if (role, 1) in wanted
+        }  # fmt: skip
+        for role, run in fit_all(students, workers):
+            ship(run, role, 1)

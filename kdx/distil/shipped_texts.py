@@ -56,7 +56,7 @@ def verify(accuracy: Callable[[TextNetwork], float] | None) -> Iterator[dict[str
         accuracy: Measures a network on the test sentences, of four classes; None where these are not on this machine.
 
     Yields:
-        A row of :func:`table` with ``measured``, ``skipped`` and ``problem``, as :func:`kdx.distil.shipped.verify` has them.
+        A row of :func:`table` with ``measured``, ``skipped`` and ``problem``, as of :func:`kdx.distil.shipped.verify`.
     """
     for row in table().to_dict("records"):
         measured, problem, skipped = math.nan, "", ""

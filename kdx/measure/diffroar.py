@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kdx.data.dataset import Dataset
-from kdx.distil.cross_validation import fit_all
+from kdx.distil.backends import fit_all
 from kdx.distil.fit import Job
 from kdx.distil.run_store import Run
 from kdx.distil.training import Recipe
@@ -100,7 +100,7 @@ def retrained(
     model: str = "resnet10@0.125",
     recipe: Recipe | None = None,
     seed: int = 0,
-    workers: int = 1,
+    workers: int | str = 1,
     **training: Any,
 ) -> Iterator[tuple[float, str, Run, Dataset]]:
     """New networks on images that lack a part, trained or found in the run store, so an interrupted study continues.

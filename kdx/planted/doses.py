@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kdx.data.cues import Scene
-from kdx.distil.cross_validation import fit_all
+from kdx.distil.backends import fit_all
 from kdx.distil.fit import Job, evaluate
 from kdx.distil.run_store import Run
 from kdx.distil.training import Recipe
@@ -46,7 +46,7 @@ def plant_doses(
     images: int = 4000,
     recipe: Recipe | None = None,
     temperature: float = 4.0,
-    workers: int = 1,
+    workers: int | str = 1,
     device: str = "auto",
 ) -> list[Dosed]:
     """Train a base, a teacher and a student for every dose, or find them in the run store.

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx.data.cues import Scene, draw
 from kdx.data.dataset import Dataset
 from kdx.data.registry import DATASETS
-from kdx.distil.cross_validation import fit_all
+from kdx.distil.backends import fit_all
 from kdx.distil.fit import Job, evaluate, fit
 from kdx.distil.run_store import Run
 from kdx.distil.training import Recipe
@@ -181,7 +181,7 @@ def plant(
     base_model: str | None = None,
     recipe: Recipe | None = None,
     temperature: float = 4.0,
-    workers: int = 1,
+    workers: int | str = 1,
     device: str = "auto",
     second_base: bool = True,
 ) -> list[Grown]:

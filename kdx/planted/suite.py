@@ -78,7 +78,7 @@ def _has_second_base(case: str, fold: int) -> bool:
     return CASES[case].second_base and fold == 1
 
 
-def grow(case: str, fold: int, workers: int = 1, device: str = "auto") -> list[Grown]:
+def grow(case: str, fold: int, workers: int | str = 1, device: str = "auto") -> list[Grown]:
     """Carry out the plantings of a case, or find their networks; see :func:`kdx.planted.plantings.plant`."""
     of = CASES[case]
     return plant(
@@ -138,7 +138,7 @@ class Study:
     def images(self, split: str) -> Dataset:
         return load_dataset(self.dataset, split)
 
-    def train(self, wanted: Sequence[Place], ship: Ship, workers: int, device: str) -> None:
+    def train(self, wanted: Sequence[Place], ship: Ship, workers: int | str, device: str) -> None:
         """Repetition by repetition."""
         if IGNORANT in wanted:
             recipe = _recipe(CASES["standard"])
