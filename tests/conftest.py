@@ -155,7 +155,7 @@ def browser(chromedriver, tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    driver.set_script_timeout(60)
+    driver.set_script_timeout(180)  # axe-core on a page of many figures, on a machine that is at other work
     yield driver
     driver.quit()
 
