@@ -252,7 +252,7 @@ def voila(found, tmp_path):
         app = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"JUPYTER_PATH": paths}, stdout=log, stderr=log)
         yield f"http://127.0.0.1:{port}/"
         app.terminate()
-        app.wait(30)
+        app.wait(120)
 
 
 @pytest.mark.book
@@ -267,7 +267,8 @@ def test_the_same_module_serves_voila_as_a_widget(browser, site, voila, found):
     drawn = browser.execute_script(DRAWN)
     browser.get_log("browser")
     asked_for(browser)
-    wait = WebDriverWait(browser, 120, ignored_exceptions=[WebDriverException])
+    browser.set_page_load_timeout(100)  # of the kernel, which imports torch; then the page is asked for again
+    wait = WebDriverWait(browser, 300, ignored_exceptions=[WebDriverException])
     wait.until(lambda driver: driver.get(voila) or driver.find_elements(By.CSS_SELECTOR, "#rendered_cells"))
     wait.until(lambda driver: len(driver.find_elements(By.CSS_SELECTOR, ".kdx-explorer .picture")) == 2)
     assert browser.execute_script(DRAWN) == drawn  # as in the page
