@@ -134,7 +134,12 @@ def explain(
         command = shlex.join(["kdx", *sys.argv[1:]])
         given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
         given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
-        others = {"student2": student2, "slices": slices, "normalisation": normalisation, "probe": probe}
+        others: dict[str, Any] = {
+            "student2": student2,
+            "slices": slices,
+            "normalisation": normalisation,
+            "probe": probe,
+        }
         others |= {"thorough": thorough, "p": parameter}
         if text is not None:
             _explain_text(given, text, out, command, others | {"labels": labels, "score": score, "fail-on": fail_on})

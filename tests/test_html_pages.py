@@ -26,7 +26,8 @@ def test_a_picture_is_embedded_and_its_figure_closed():
 
 
 def test_a_table_escapes_and_rounds():
-    text = html_pages.table(pd.DataFrame({"class": ["<i>"], "p": [0.12345], "q": [float("nan")]}))
+    text = html_pages.table(pd.DataFrame({"class": ["<i>"], "p": [0.12345], "q": [float("nan")], "r": ["1\n2"]}))
     assert "&lt;i&gt;" in text
     assert "<td>0.123</td>" in text
     assert "<td></td>" in text
+    assert "<td>1\n2</td>" in text

@@ -65,9 +65,11 @@ def picture(figure: Figure, alt: str) -> str:
 
 
 def table(rows: pd.DataFrame, **options: Any) -> str:
-    """A table that scrolls on narrow screens; ``options`` are those of :meth:`pandas.DataFrame.to_html`."""
+    """A table that scrolls on narrow screens, whose cells may have several lines; ``options`` are those of
+    :meth:`pandas.DataFrame.to_html`."""
     text = rows.to_html(**{"index": False, "border": 0, "na_rep": "", "float_format": "{:.3f}".format} | options)
-    return f'<div class="wide" tabindex="0">{text}</div>'
+    lines = text.replace("\\n", "\n")  # pandas writes the end of a line as a backslash and an n
+    return f'<div class="wide" tabindex="0">{lines}</div>'
 
 
 def listed(lines: list[str]) -> str:
