@@ -83,6 +83,12 @@ def explain(
             "networks of kdx, or folders of sequence classifiers of transformers"
         ),
     ] = None,
+    detection: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead: folder of images with boxes, as COCO or VOC; networks are detectors of torchvision"
+        ),
+    ] = None,
     base2: Annotated[Path | None, typer.Option(help="a base from another seed, as the control")] = None,
     student2: Annotated[Path | None, typer.Option(help="a student from another seed")] = None,
     teacher: Annotated[Path | None, typer.Option(help="the student's teacher, of any family")] = None,
@@ -101,6 +107,9 @@ def explain(
     probe: Annotated[
         str, typer.Option(help="images with concept masks: planted, shapes, or a folder in Broden's layout")
     ] = "",
+    score: Annotated[
+        float | None, typer.Option(help="with --detection: the least score of a detection that counts; default: 0.5")
+    ] = None,
     limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="corrupt and delete from all images, not from 256 (64 above 64 pixels)")
@@ -116,48 +125,84 @@ def explain(
     """What a student gained and lost against its base: one folder with a self-contained report."""
     with errors(code=2, debug=debug), seconds("explain"):
         paths = {"student": student, "base": base, "base2": base2, "student2": student2, "teacher": teacher}
-        paths |= {"labels": labels, "slices": slices, "data": data, "text": text}
+        paths |= {"labels": labels, "slices": slices, "data": data, "text": text, "detection": detection}
         for name, path in paths.items():
             if path and not path.exists():
                 raise ValueError(f"{name}: no file or folder {path}")
-        if (data is None) == (text is None):
-            raise ValueError("expected --data with images or --text with sentences, got both or neither")
+        if [data, text, detection].count(None) != 2:
+            raise ValueError("expected one of --data with images, --text with sentences, --detection with boxes")
+        command = shlex.join(["kdx", *sys.argv[1:]])
+        given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
+        given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
+        others: dict[str, Any] = {
+            "student2": student2,
+            "slices": slices,
+            "normalisation": normalisation,
+            "probe": probe,
+        }
+        others |= {"thorough": thorough, "p": parameter}
         if text is not None:
-            from kdx.pages.text_report import explain_text
-
-            if unused := [name for name in ("student2", "labels", "slices") if paths[name]] + ["fail-on"] * bool(
-                fail_on
-            ):
-                raise ValueError(f"--text: expected student, base, base2 and teacher alone, got --{unused[0]}")
-            named = {"student": student, "base": base, "second base": base2, "teacher": teacher}
-            command = shlex.join(["kdx", *sys.argv[1:]])
-            typer.echo(explain_text({role: path for role, path in named.items() if path}, text, out, command))
+            _explain_text(given, text, out, command, others | {"labels": labels, "score": score, "fail-on": fail_on})
             return
         from kdx.pages.gates import Gate
 
         gates = [Gate.parse(text) for text in fail_on or []]
-        check_new(out)
-        from kdx.data.broden import GENERATED
-        from kdx.pages import own_detectors, own_pair
-
-        given: dict[str, Any] = {name: str(path) for name, path in paths.items() if path}
-        given |= {"build": build, "build_base": build_base, "build_teacher": build_teacher, "size": size}
-        given |= {"normalisation": normalisation, "limit": limit, "sample": limit if thorough else 0, "probe": probe}
-        own_pair.check_given(given)
-        from kdx.pages import build as book
-        from kdx.pages import report
-
-        given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameter or [])
-        if taken := {"out", "command"} & set(given):
-            raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
-        if given["probe"] not in ("", *GENERATED):
-            own_detectors.read_probe(given["probe"], given.get("probed", own_detectors.FEWEST))
-        failures = report.explain(given, out, shlex.join(["kdx", *sys.argv[1:]]), gates, json_only)
+        given["limit"] = limit
+        if detection is not None:
+            given |= {} if score is None else {"score": score}
+            failures = _explain_detection(given, detection, out, command, gates, json_only, others)
+        else:
+            _without({"score": score}, "--data: expected images without boxes")
+            given |= {"normalisation": normalisation, "sample": limit if thorough else 0, "probe": probe}
+            failures = _explain_images(given, parameter or [], out, command, gates, json_only)
         typer.echo(out / ("statement.json" if json_only else "report.html"))
     if failures:
         for failure in failures:
             typer.secho(f"failed: {failure}", fg="red", err=True)
         raise typer.Exit(3)
+
+
+def _explain_text(given: dict[str, Any], text: Path, out: Path, command: str, others: dict[str, Any]) -> None:
+    from kdx.pages.text_report import explain_text
+
+    _without(others, "--text: expected student, base, base2 and teacher alone")
+    named = {"student": "student", "base": "base", "second base": "base2", "teacher": "teacher"}
+    typer.echo(explain_text({role: given[name] for role, name in named.items() if name in given}, text, out, command))
+
+
+def _explain_detection(
+    given: dict[str, Any], detection: Path, out: Path, command: str, gates: list[Any], json_only: bool,
+    others: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    from kdx.pages.detection_report import explain_detection
+
+    _without(others, "--detection: expected student, base, base2, teacher, labels, size, limit and score")
+    return explain_detection(given, detection, out, command, gates, json_only)
+
+
+def _without(others: dict[str, Any], expected: str) -> None:
+    """Refuse options that have no meaning here."""
+    if unused := [name for name, value in others.items() if value]:
+        raise ValueError(f"{expected}, got --{unused[0]}")
+
+
+def _explain_images(
+    given: dict[str, Any], parameters: list[str], out: Path, command: str, gates: list[Any], json_only: bool
+) -> list[str]:
+    check_new(out)
+    from kdx.data.broden import GENERATED
+    from kdx.pages import own_detectors, own_pair
+
+    own_pair.check_given(given)
+    from kdx.pages import build as book
+    from kdx.pages import report
+
+    given |= dict(book.parse_parameter(report.NOTEBOOK, item) for item in parameters)
+    if taken := {"out", "command"} & set(given):
+        raise ValueError(f"-p {taken.pop()}: cannot be given; the folder is given with --out")
+    if given["probe"] not in ("", *GENERATED):
+        own_detectors.read_probe(given["probe"], given.get("probed", own_detectors.FEWEST))
+    return report.explain(given, out, command, gates, json_only)
 
 
 @app.command("who-taught")

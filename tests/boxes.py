@@ -42,6 +42,28 @@ def write_voc(folder, images, sets=None):
         (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(stems) + "\n")
 
 
+def write_cells(folder, n=24):
+    """Red discs and a violet one on a light ground, as photographs of blood cells, in the layout of VOC."""
+    rng = np.random.default_rng(0)
+    places = [(x, y) for x in range(16, 240, 56) for y in range(16, 176, 56)]
+    images = {}
+    pictures = {}
+    for i in range(n):
+        picture = np.full((192, 256, 3), (235, 225, 215), np.uint8)
+        objects = []
+        for j in rng.permutation(len(places))[:5]:
+            x, y = (int(place + rng.integers(0, 8)) for place in places[j])
+            kind, side, colour = ("WBC", 44, (110, 70, 160)) if not objects else ("RBC", 32, (215, 130, 120))
+            down, across = np.mgrid[:192, :256]
+            inside = (across - x - side / 2) ** 2 + (down - y - side / 2) ** 2 < side**2 / 4
+            picture[inside] = colour
+            objects.append(voc_object(kind, x, y, x + side, min(y + side, 192)))
+        images[f"cell{i:02}"], pictures[f"cell{i:02}"] = (256, 192, objects), picture
+    write_voc(folder, images)
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg")
+
+
 def write_picture(path, width, height):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(path)

@@ -152,7 +152,7 @@ MAPS = (
 )
 LIKENESS = (
     "Pearson correlation of maps with the teacher's over pixels, and linear CKA of features, with 95 % intervals over "
-    "images; in brackets the student's minus that of the network. Below: the share of the variance of "
+    "images; below them the student's minus that of the network. Handed over: the share of the variance of "
     "features that the base cannot express and the teacher can; a second base, which had no teacher, is the floor."
 )
 
@@ -181,7 +181,7 @@ def _object_tables(evidence: told.DetectionEvidence) -> str:
         for quantity in ("gained", "lost"):
             if (role, quantity) in rates.index:
                 of_role = rates.loc[(role, quantity)]
-                row[quantity] = f"{of_role['images']:,.0f}, {interval(of_role)}"
+                row[quantity] = f"{of_role['images']:,.0f}\n{interval(of_role)}"
         row["p"] = "" if role == BASE else p_of(ledger.against(BASE, of=role).p)
         row["false alarms an image"] = interval(alarms.loc[role], form=".2f")
         rows.append(row)
@@ -206,7 +206,7 @@ def _likeness_tables(evidence: told.DetectionEvidence) -> str:
         cells = rows.assign(
             cell=[
                 interval(row, form=".2f")
-                + (f" (student {interval(row, told.GAP, '+.2f')})" if row["network"] != STUDENT else "")
+                + (f"\nstudent {interval(row, told.GAP, '+.2f')}" if row["network"] != STUDENT else "")
                 for row in rows.to_dict("records")
             ]
         )

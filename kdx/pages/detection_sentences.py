@@ -218,7 +218,8 @@ def metrics(evidence: DetectionEvidence) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
 
     def add(name: str, row: Mapping[str, Any], keys: Sequence[str] = ("value", "low", "high"), n: int = 0) -> None:
-        found[name] = Metric(*(float(row[key]) for key in keys), n or evidence.images)
+        value, low, high = (float(row[key]) for key in keys)
+        found[name] = Metric(value, low, high, n or evidence.images)
 
     for measure in ("AP50", "AP"):
         name = measure.lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ COLUMNS = ["value", "low", "high", "difference", "difference low", "difference h
 
 def _compared(parts: Mapping[str, Tensor], role: str) -> tuple[float, ...]:
     """A mean over parts with its interval, and the student's minus it with its own."""
-    gap = mean_interval(parts[STUDENT] - parts[role]) if role != STUDENT else Interval(*[float("nan")] * 3, 0)
+    gap = Interval(nan, nan, nan, 0) if role == STUDENT else mean_interval(parts[STUDENT] - parts[role])
     return (*mean_interval(parts[role])[:3], *gap[:3])
 
 

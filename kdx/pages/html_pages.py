@@ -18,6 +18,7 @@ h1, h2, h3 {line-height: 1.2; margin-top: 2.2rem}
 img, svg {max-width: 100%; height: auto}
 div.wide, div.output_html, div.output_subarea, div.jp-OutputArea-output {overflow-x: auto}
 table {border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem}
+div.wide td {white-space: pre}
 caption {text-align: left; padding-bottom: 4px}
 th, td {padding: 2px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd}
 a.anchor-link, div.prompt {display: none}
@@ -27,7 +28,6 @@ nav ul {columns: 16rem; padding-left: 1.2rem}
   body {margin: 1rem auto; padding: 0 0.7rem}
   h1 {font-size: 1.5rem}
   div.wide img {max-width: none; width: 44rem}
-  div.wide td, div.wide th {white-space: nowrap}
 }
 @media print {
   body {max-width: none; font-size: 11pt}
@@ -65,9 +65,11 @@ def picture(figure: Figure, alt: str) -> str:
 
 
 def table(rows: pd.DataFrame, **options: Any) -> str:
-    """A table that scrolls on narrow screens; ``options`` are those of :meth:`pandas.DataFrame.to_html`."""
+    """A table that scrolls on narrow screens, whose cells may have several lines; ``options`` are those of
+    :meth:`pandas.DataFrame.to_html`."""
     text = rows.to_html(**{"index": False, "border": 0, "na_rep": "", "float_format": "{:.3f}".format} | options)
-    return f'<div class="wide" tabindex="0">{text}</div>'
+    lines = text.replace("\\n", "\n")  # pandas writes the end of a line as a backslash and an n
+    return f'<div class="wide" tabindex="0">{lines}</div>'
 
 
 def listed(lines: list[str]) -> str:

@@ -66,6 +66,8 @@ def check_given(parameters: Mapping[str, Any]) -> None:
         parameters: Of the page on own models.
     """
     networks = read_networks(*networks_given(parameters))
+    if boxed := [role for role, header in networks.headers.items() if "kind" in header.get("architecture", {})]:
+        raise ValueError(f"{boxed[0]}: expected a classifier, got a detector; give its images with --detection")
     if labels := parameters.get("labels"):
         read_labels(labels)
     if slices := parameters.get("slices"):

@@ -48,7 +48,7 @@ def side_by_side(rows: Sequence[Row]) -> Figure:
     height, width = rows[0].image.shape[1:]
     wide = 1.15 * width / height
     size = (wide * (len(names) + 1) + 1.2, 1.15 * len(rows) + 0.4)
-    figure, grid = plt.subplots(len(rows), len(names) + 1, figsize=size, squeeze=False)
+    figure, grid = plt.subplots(len(rows), len(names) + 1, figsize=size, squeeze=False, layout="constrained")
     palette = colours(names)
     for axes, name in zip(grid[0], ["image", *names], strict=True):
         axes.set_title(name, fontsize=9, color=palette.get(name, "#222222"))
