@@ -36,8 +36,8 @@ class DetectorStudy:
     """
 
     dataset: str = "bccd"
-    models: tuple[str, str] = ("resnet10@0.5", "resnet10@0.125")
-    recipes: tuple[Recipe, Recipe] = (Recipe(20, 8, 0.02), Recipe(4, 8, 0.02))
+    models: tuple[str, str] = ("resnet10@0.5", "resnet10@0.25")
+    recipes: tuple[Recipe, Recipe] = (Recipe(60, 8, 0.02), Recipe(12, 8, 0.02))
 
     @property
     def places(self) -> list[Place]:
