@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # weights are equal at one thread
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["PYTHONPATH"] = sys.path[0]
 
 import nbformat
 import pandas as pd
@@ -124,7 +126,9 @@ def kill_scheduler(fault):
 def kill_kernel(fault):
     """The kernel of a page, which trains on the cluster."""
     torch.save(fault.images, fault.home / "images.pt")
-    page = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    page = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
     cells = (
         f'cluster: str = "{fault.local.address}"  # address',
         "import torch\nfrom kdx.distil.backends import fit_all\nfrom tests.clusters import jobs",
