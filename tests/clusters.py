@@ -50,15 +50,20 @@ class Local:
 
     def add(self, *command, address="", **environment):
         """Start a worker, whose store is ``worker-<i>``; return its process."""
-        home = self.folder / f"worker-{len(self.workers)}"
-        name = f"worker-{len(self.workers)}"
+        self.workers.append(None)
+        return self.restart(len(self.workers) - 1, *command, address=address, **environment)
+
+    def restart(self, i, *command, address="", **environment):
+        """Start a worker on its store of before."""
+        name = f"worker-{i}"
         home = self.folder / name
         given = [address or self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard", *command]
-        given += ["--local-directory", str(home / "dask"), "--preload", "kdx.distil.cluster", "--death-timeout", "60"]
+        given += ["--local-directory", str(home / "dask"), "--death-timeout", "60"]
+        for module in ("kdx.distil.cluster", "tests.counted"):
+            given += ["--preload", module]
         env = {"KDX_HOME": str(home), "KDX_NETWORKS": str(home), "OMP_NUM_THREADS": "1"} | environment
-        process = self._start(name, "distributed.cli.dask_worker", given, env)
-        self.workers.append(process)
-        return process
+        self.workers[i] = self._start(name, "distributed.cli.dask_worker", given, env)
+        return self.workers[i]
 
     def _start(self, name, module, command, environment=None):
         log = (self.folder / f"{name}.log").open("a")
@@ -76,8 +81,9 @@ class Local:
         return [i for i in range(len(self.workers)) if (self.folder / f"worker-{i}" / "runs" / key).is_dir()]
 
     def begun(self, key):
-        """How many workers have begun a training."""
-        return sum((self.folder / f"worker-{i}" / "locks" / f"{key}.lock").exists() for i in range(len(self.workers)))
+        """How often workers have begun a training."""
+        files = (self.folder / f"worker-{i}" / "begun" for i in range(len(self.workers)))
+        return sum(file.read_text().split().count(key) for file in files if file.is_file())
 
     def stop(self):
         for process in [*self.workers, self.scheduler]:

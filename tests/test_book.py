@@ -56,6 +56,7 @@ def test_book_builds_every_page_of_the_toc(smoke_book):
         "executed/10_text",
         "executed/11_side_by_side",
         "executed/12_leaderboard",
+        "executed/13_cluster",
         "executed/explorer",
         "own_models",
         "figures",
@@ -91,10 +92,10 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 18 + 3 * 99
+    assert len(stamps) == 19 + 3 * 99
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("unchanged") == 15  # pages, and the HTML
+    assert done.stdout.count("unchanged") == 16  # pages, and the HTML
     written_anew = [path for path in stamps if path.stem.startswith(("petimages", "plantvillage"))]
     assert {path: path.stat().st_mtime_ns for path in stamps if path not in written_anew} == {
         path: stamp for path, stamp in stamps.items() if path not in written_anew

@@ -11,7 +11,7 @@ from typing import Any
 import joblib
 import torch
 
-from kdx.distil.detector_fit import DetectorJob
+from kdx.distil.detector_fit import AnyJob
 from kdx.distil.fit import Job
 from kdx.distil.run_store import Run
 from kdx.networks.devices import pick_device, reuse_memory
@@ -20,8 +20,6 @@ from kdx.progress import TERMINAL, progress
 
 CLUSTER = "KDX_CLUSTER"  # environment variable: address of a Dask scheduler, or its scheduler file
 LONG = 500  # steps, from which on the time of a training is estimated
-
-AnyJob = Job | DetectorJob
 
 
 def fit_all(jobs: Mapping[Any, AnyJob], workers: int | str = 1) -> Iterator[tuple[Any, Run]]:

@@ -26,14 +26,14 @@ from distributed import Client, Future, as_completed, get_worker
 
 from kdx.data.dataset import Dataset
 from kdx.data.detection import Detection
-from kdx.distil.backends import AnyJob
+from kdx.distil.detector_fit import AnyJob
 from kdx.distil.run_store import Run, receive
 from kdx.networks.devices import pick_device, reuse_memory
 from kdx.paths import DataError
 from kdx.progress import TERMINAL, progress
 from kdx.version import __version__
 
-PATIENCE = 30  # seconds to wait for a scheduler, also for one that is started again
+PATIENCE = 60  # seconds to wait for a scheduler, also for one that is started again
 ATTEMPTS = 5  # at one training whose images or worker are lost
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kdx.data.detection import Detection
 from kdx.distil.detector_techniques import DETECTOR_TECHNIQUES
 from kdx.distil.detector_training import train_detector
+from kdx.distil.fit import Job
 from kdx.distil.run_store import Run, code_digest, find_run, find_shipped, run_key, store_run
 from kdx.distil.technique import Technique
 from kdx.distil.training import Recipe
@@ -229,6 +230,9 @@ class DetectorJob:
         epochs = range(1, len(losses) + 1)
         history = pd.DataFrame({"epoch": epochs, "split": "train", "loss": losses}, columns=["epoch", "split", "loss"])
         return history, before + time.perf_counter() - start
+
+
+AnyJob = Job | DetectorJob
 
 
 def detect(detector: nn.Module, images: Tensor, batch_size: int = 16) -> list[dict[str, Tensor]]:
