@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # weights are equal at one thread
@@ -221,13 +222,12 @@ def other_version(fault):
 def other_data(fault):
     """The cluster holds other images under the name of those of the client."""
     cluster = connect(fault.local.address)
-    cluster.sent.clear()
-    wrong = jobs(fault.images, [1])[1].train
-    wrong = type(wrong)(wrong.images.clone(), wrong.labels, wrong.card)
-    _ = wrong.fingerprint
+    ours = replace(fault.images, images=fault.images.images.flip(3), masks=None)
+    wrong = replace(ours, images=ours.images.clone())
+    assert wrong.fingerprint == ours.fingerprint
     wrong.images[0] ^= 255
-    name = cluster._send(fault.images, set()).key
-    cluster.sent = dict(cluster.client.scatter({name: wrong}, broadcast=True))
+    fault.jobs = jobs(ours, fault.seeds, EPOCHS)
+    cluster.sent = dict(cluster.client.scatter({cluster.name(ours): wrong}, broadcast=True))
     with pytest.raises(DataError, match="arrived with SHA-256"):
         fault.train()
     cluster.sent.clear()

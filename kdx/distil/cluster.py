@@ -125,7 +125,11 @@ class Cluster:
                     if (files := self._files(future, name, tried[name])) is None:
                         done.add(self._again(future, going, jobs[name], used))
                         continue
-                    run = receive(jobs[name].key, files)
+                    try:
+                        run = receive(jobs[name].key, files)
+                    except OSError:  # a full disk, say: what is under way stays on the cluster for the next attempt
+                        going.clear()
+                        raise
                     del going[future]
                     self._forget([future])
                     bar.update()
@@ -138,7 +142,7 @@ class Cluster:
         """Addresses of the workers that were not refused."""
         return set(self.client.nthreads()) - self.refused
 
-    def _named(self, name: str) -> str:
+    def _now(self, name: str) -> str:
         return f"{name}-{self.losses}" if self.losses else name
 
     def _submit(self, job: AnyJob, used: set[str]) -> Future:
@@ -146,7 +150,7 @@ class Cluster:
         expected = facts() | {"key": job.key, "precision": job.precision}
         on_gpu = pick_device(job.device).type != "cpu"
         future = self.client.submit(
-            train, expected, order, *parts, key=self._named(f"kdx-{job.key}"), resources={"GPU": 1} if on_gpu else None
+            train, expected, order, *parts, key=self._now(f"kdx-{job.key}"), resources={"GPU": 1} if on_gpu else None
         )
         self.client.publish_dataset(future, name=future.key, override=True)  # kept if this client is killed
         return future
@@ -212,13 +216,17 @@ class Cluster:
             given[field.name] = value
         return pickle.dumps((type(job), given)), parts
 
-    def _send(self, value: Dataset | Detection | Run, used: set[str]) -> Future:
+    def name(self, value: Dataset | Detection | Run) -> str:
+        """The name under which images or a run are on the workers."""
         if isinstance(value, Run):
-            name = self._named(f"run-{value.key}")
+            name = f"run-{value.key}"
         else:
             card = hashlib.sha256(pickle.dumps(value.card)).hexdigest()
-            name = self._named(f"{value.card.name}-{value.fingerprint}-{card[:8]}")
-        used.add(name)
+            name = f"{value.card.name}-{value.fingerprint}-{card[:8]}"
+        return self._now(name)
+
+    def _send(self, value: Dataset | Detection | Run, used: set[str]) -> Future:
+        used.add(name := self.name(value))
         if name not in self.sent or self.sent[name].status != "finished":
             what: Any = value
             if isinstance(value, Run):
