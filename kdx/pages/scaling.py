@@ -112,7 +112,7 @@ def measure_overhead(tasks: int) -> float:
     """Seconds that Dask needs for a task that does nothing, with scheduler and worker in this process."""
     from distributed import Client, LocalCluster  # the extra `cluster`
 
-    settings = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    settings = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
     with LocalCluster(**settings) as cluster, Client(cluster, set_as_default=False) as client:
         client.submit(abs, -1).result()  # all is set up
         start = time.perf_counter()
