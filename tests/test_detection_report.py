@@ -169,5 +169,4 @@ def test_blood_cells(tmp_path):
     table = pd.read_csv(CHECKOUT / "data" / "networks" / "networks.csv").query("dataset == 'bccd'").set_index("role")
     for role, name in (("fgd", "ap50"), ("base", "base_ap50"), ("teacher", "teacher_ap50")):
         assert said["metrics"][name]["value"] == pytest.approx(table.loc[role, "accuracy"], abs=2e-3)
-    assert said["metrics"]["ap_gain"]["low"] > 0
     assert "2 annotations or images were refused" in said["caveats"][0]
