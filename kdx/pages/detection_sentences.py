@@ -10,7 +10,7 @@ import pandas as pd
 
 from kdx.measure.ledger import BASE, SECOND, STUDENT, TEACHER, Ledger
 from kdx.pages.report_tables import interval, p_of
-from kdx.pages.sentences import LEVEL, NAMED
+from kdx.pages.sentences import LEVEL, in_place_of_the_student, names_of
 from kdx.pages.statement import Metric
 
 GAP = ("difference", "difference low", "difference high")
@@ -65,7 +65,7 @@ def _short(evidence: DetectionEvidence) -> str:
     if evidence.second:
         told[0] += f", where another seed {_moved(evidence, SECOND, 'lost {} and gained {}')}"
     worse = _changed(evidence, -1)
-    told.append(f"clearly worse on {_names(worse)}" if worse else "no class clearly worse")
+    told.append(f"clearly worse on {names_of(worse)}" if worse else "no class clearly worse")
     return f"In short: {'; '.join(told)}."
 
 
@@ -119,14 +119,7 @@ def _objects(evidence: DetectionEvidence) -> str:
         f"({interval(rates.loc[(STUDENT, 'lost')])} of all), and it gains {found.gained:,} "
         f"({interval(rates.loc[(STUDENT, 'gained')])}; {_test(found.p)})"
     )
-    if not evidence.second:
-        return f"{text}."
-    told = []
-    for quantity, word in (("lost", "loses"), ("gained", "gains")):
-        row = rates.loc[(SECOND, quantity)]
-        more = "more than the student" if row["difference"] < 0 else "fewer than the student"
-        told.append(f"{word} {row['images']:,.0f} ({more if row['p'] <= LEVEL else 'no clear difference'})")
-    return f"{text}; the second base in its place {' and '.join(told)}."
+    return f"{text}; {in_place_of_the_student(rates)}." if evidence.second else f"{text}."
 
 
 def _test(p: float) -> str:
@@ -141,7 +134,9 @@ def _changed(evidence: DetectionEvidence, sign: int) -> list[str]:
 
 
 def _classes(evidence: DetectionEvidence) -> str:
-    told = [f"{word} of {_names(n)}" for sign, word in ((1, "more"), (-1, "fewer")) if (n := _changed(evidence, sign))]
+    told = [
+        f"{word} of {names_of(n)}" for sign, word in ((1, "more"), (-1, "fewer")) if (n := _changed(evidence, sign))
+    ]
     than = "its base and the second base" if evidence.second else "its base; whether by the seed cannot be told"
     if not told:
         return f"Of no class does the student find clearly more or fewer objects (against {than})."
@@ -172,7 +167,7 @@ def _likeness(evidence: DetectionEvidence) -> str | None:
             [level for level in rivals[0].index if all(_side(of.loc[level]) == sign for of in rivals)]
             for sign in (1, -1)
         )
-        word = [f"more at {_names(more)}"] * bool(more) + [f"less at {_names(less)}"] * bool(less)
+        word = [f"more at {names_of(more)}"] * bool(more) + [f"less at {names_of(less)}"] * bool(less)
         told.append(f"{measure}: {' and '.join(word) or 'no clear difference at any level'}")
     than = "its base and the second base are" if evidence.second else "its base is"
     return f"Is the student more like its teacher than {than}? {'; '.join(told)}."
@@ -206,11 +201,6 @@ def _side(row: Mapping[str, Any]) -> int:
     """1 or -1 where an interval of a difference leaves out 0, else 0."""
     low, high = row["difference low"], row["difference high"]
     return 1 if low > 0 else -1 if high < 0 else 0
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def metrics(evidence: DetectionEvidence) -> dict[str, Metric]:

@@ -81,7 +81,7 @@ def _short(evidence: Evidence) -> str | None:
         told.append(f"where another seed lost {other.lost:,} and gained {other.gained:,}")
     if evidence.classes is not None:
         worse = changed_groups(evidence, evidence.classes, -1)["group"]
-        told.append(f"clearly worse on {_names(worse)}" if len(worse) else "no class clearly worse")
+        told.append(f"clearly worse on {names_of(worse)}" if len(worse) else "no class clearly worse")
     return f"In short: {', '.join(told[:3])}; {'; '.join(told[3:]) or 'see below'}."
 
 
@@ -142,15 +142,18 @@ def _flips(evidence: Evidence) -> str | None:
         f"The student preserves {right - found.lost:,} of {right:,} right answers of its base, loses {found.lost:,} "
         f"({_share(lost)} of all images) and gains {found.gained:,} ({_share(gained)})"
     )
-    if not evidence.second:
-        return f"{text}."
+    return f"{text}; {in_place_of_the_student(rates)}." if evidence.second else f"{text}."
+
+
+def in_place_of_the_student(rates: pd.DataFrame) -> str:
+    """What the second base loses and gains; ``rates`` are :meth:`Ledger.rates` by network and quantity."""
     told = []
     for quantity, word in (("lost", "loses"), ("gained", "gains")):
         row = rates.loc[(SECOND, quantity)]
         more = "more than the student" if row["difference"] < 0 else "fewer than the student"
         unlike = f"{more}, p {_p(row['p'])}" if row["p"] <= LEVEL else "no clear difference from the student"
         told.append(f"{word} {row['images']:,.0f} ({unlike})")
-    return f"{text}; the second base in its place {' and '.join(told)}."
+    return f"the second base in its place {' and '.join(told)}"
 
 
 def _classes(evidence: Evidence) -> str | None:
@@ -160,9 +163,9 @@ def _classes(evidence: Evidence) -> str | None:
             continue
         better, worse = (changed_groups(evidence, table, sign)["group"] for sign in (1, -1))
         if len(better):
-            told.append(f"better on {_names(better)}")
+            told.append(f"better on {names_of(better)}")
         if len(worse):
-            told.append(f"worse on {_names(worse)}")
+            told.append(f"worse on {names_of(worse)}")
         if not len(better) and not len(worse):
             told.append(f"not clearly different on any {what} of {len(table)}")
     if not told:
@@ -180,7 +183,7 @@ def _confusions(evidence: Evidence) -> str | None:
         rows = changed_groups(evidence, table, sign)
         pairs = [f"images of {true} {answer}" for true, answer in zip(rows["class"], rows["answer"], strict=True)]
         if pairs:
-            told.append(f"{word} often it calls {_names(pairs)}")
+            told.append(f"{word} often it calls {names_of(pairs)}")
     if not told:
         return "No confusion of one class with another became clearly more or less frequent."
     text = "; ".join(told)
@@ -239,7 +242,7 @@ def _corruptions(evidence: Evidence) -> str:
         p = np.maximum(p, other["p"]).where(signs == np.sign(other["difference"]), 1.0)
     held = base.index[holm(p.to_numpy()) <= LEVEL]
     told = [f"{'more' if signs[key] > 0 else 'fewer'} under {key[0]} of strength {key[1]}" for key in held]
-    return f", clearly {_names(told)}" if told else ""
+    return f", clearly {names_of(told)}" if told else ""
 
 
 def _beyond(evidence: Evidence) -> str | None:
@@ -391,7 +394,7 @@ def _p(p: float) -> str:
     return "below 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _names(names: Iterable[str]) -> str:
+def names_of(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
