@@ -118,14 +118,17 @@ def code_digest(*code: Any) -> str:
             sources[repr(one)] = ""
             queue.append(one.func)
         elif (name := f"{one.__module__}.{one.__qualname__}") not in sources:
-            tree = _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(one))))
-            sources[name] = ast.unparse(tree)
-            for named, value in _named(tree, sys.modules[one.__module__]):
-                if callable(value):
-                    queue.append(value)
-                else:
-                    sources[named] = repr(value)
+            sources[name], named = _essence(one)
+            queue += [value for _, value in named if callable(value)]
+            sources |= {constant: repr(value) for constant, value in named if not callable(value)}
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _essence(one: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """The code of a function or class without what changes no result, and what of kdx it names."""
+    tree = _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(one))))
+    return ast.unparse(tree), list(_named(tree, sys.modules[one.__module__]))
 
 
 class _Essence(ast.NodeTransformer):

@@ -83,6 +83,9 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         return self.x / self.n, self.y / self.n
@@ -229,8 +232,9 @@ def held_out_errors(parts: Sequence[Moments]) -> list[Errors]:
 
 def _against_others(parts: Sequence[Moments]) -> Iterator[tuple[Moments, Moments]]:
     """All others, and the part."""
-    for i, part in enumerate(parts):
-        yield reduce(add, [*parts[:i], *parts[i + 1 :]]), part
+    whole = reduce(add, parts)
+    for part in parts:
+        yield whole - part, part
 
 
 def _errors(known: Moments, other: Moments) -> Errors:
