@@ -4,9 +4,7 @@ from dataclasses import replace
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of one thread each; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["NUMBA_NUM_THREADS"] = "1"  # dcor's; a second thread of numba's makes every later call of torch slow
-    # Code that one process caches while another does can crash every later one (numba issue 4807).
-    os.environ["NUMBA_CACHE_DIR"] = os.path.abspath(f".pytest_cache/numba/{os.environ['PYTEST_XDIST_WORKER']}")
+os.environ["NUMBA_DISABLE_JIT"] = "1"  # dcor's compilation takes longer than all that it computes here
 
 import matplotlib.pyplot as plt
 import pytest
@@ -38,7 +36,7 @@ def closed_figures():
 
 @pytest.fixture(scope="session")
 def dcor():
-    """The oracle of distance correlation; importing it compiles for half a minute once, so only where it is used."""
+    """The oracle of distance correlation, imported only where it is used."""
     import dcor
 
     return dcor

@@ -192,7 +192,7 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
         nbformat.v4.new_code_cell("epochs: int = 2  # of every network", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
             "import kdx\n"
-            "images = kdx.load_dataset('shapes', 'train', limit=160, size=32)\n"
+            "images = kdx.load_dataset('shapes', 'test', limit=160, size=32)\n"
             "kdx.cross_fit(images, teacher='resnet10', student='resnet10', "
             "techniques=['response'], k=2, controls=1, width=0.125, "
             "recipe=kdx.Recipe(epochs=epochs, batch_size=32))"
