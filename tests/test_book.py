@@ -15,12 +15,15 @@ import nbformat
 import pytest
 
 from kdx.pages.build import execute_page, load_pages
+from kdx.pages.sweep import read_glued
 from tests.checkout import ROOT, asked_for, copy_sources
+from tests.clusters import cluster
 
 
 def kdx(*arguments, home):
     command = [sys.executable, "-m", "kdx.cli", *map(str, arguments)]
     environment = os.environ | {"KDX_HOME": str(home), "KDX_DATA": "", "KDX_NETWORKS": str(home / "networks")}
+    environment["OMP_NUM_THREADS"] = "1"  # weights are equal at one thread
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -110,6 +113,24 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
     picture.unlink()
     assert {execute_page(page) for page in load_pages(root, "smoke")[:7]} == {"unchanged"}
     assert picture.read_bytes() == content
+
+
+@pytest.mark.book
+def test_book_pages_on_a_cluster_are_those_made_here(smoke_book, tmp_path, monkeypatch):
+    """With two workers that share no store with anyone: the same trainings, weights and numbers."""
+    root, home = smoke_book
+    monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))
+    pages = {page.name: page for page in load_pages(copy_sources(tmp_path), "smoke")}
+    with cluster(tmp_path / "cluster") as local:
+        monkeypatch.setenv("KDX_CLUSTER", local.address)
+        for name in ("01_gradcam", "03_capacity_gap"):
+            assert execute_page(pages[name]) == "executed"
+            there, here = (read_glued(at) for at in (pages[name].executed, root / f"book/executed/{name}.ipynb"))
+            assert {key for key in here if there[key] != here[key]} <= {"training_minutes"}
+    weights = {path.parent.name: path.read_bytes() for path in (tmp_path / "home").glob("runs/*/*.safetensors")}
+    assert len(weights) > 20
+    assert all((home / f"runs/{key}/model.safetensors").read_bytes() == found for key, found in weights.items())
+    assert all(local.trained(key) for key in weights)
 
 
 @pytest.mark.book
