@@ -1,4 +1,4 @@
-"""Do the verdicts of page 1 depend on choices of its scores? ``python tests/benchmarks/sweep.py`` stores it for page 13.
+"""Do verdicts of page 1 depend on choices of its scores? ``python tests/benchmarks/sweep.py`` stores it for page 13.
 
 Executes page 1 with the shipped networks over a grid, in ``data/notebooks``; what is finished is not executed again.
 """
