@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import kdx
 from kdx.distil import cluster as module
-from kdx.distil.backends import fit_all
+from kdx.distil.backends import fit_all, watching
 from kdx.distil.cluster import RefusedError, check_facts, connect, facts
 from kdx.distil.run_store import receive
 from kdx.paths import DataError
@@ -97,10 +99,15 @@ def test_trainings_on_a_gpu_go_where_one_is(two, small, monkeypatch):
         assert two.trained(run.key) == [gpu]
 
 
-def test_two_clients_share_trainings(two, small, tmp_path, home):
-    other = client(two.address, tmp_path, small, range(40, 44), 4)
-    wanted = jobs(small, range(40, 44), 4)
-    until(lambda: any(two.begun(job.key) for job in wanted.values()))
+def test_two_clients_share_trainings_and_a_third_watches(two, small, tmp_path, home, monkeypatch):
+    monkeypatch.setenv("KDX_CLUSTER", two.address)
+    other = client(two.address, tmp_path, small, range(40, 44), 40)
+    wanted, said = jobs(small, range(40, 44), 40), []
+    with watching(SimpleNamespace(disable=False, set_postfix_str=said.append)):
+        until(lambda: any(line.startswith(("1 of", "2 of")) for line in said))
+    assert said[-1].endswith("workers train networks")
+    with watching(SimpleNamespace(disable=True)):  # no terminal
+        pass
     found = dict(fit_all(wanted, two.address))
     assert other.communicate(timeout=60)[0].strip() == "4"
     assert all(len(two.trained(run.key)) == 1 for run in found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def fit_all(jobs: Mapping[Any, AnyJob], workers: int | str = 1) -> Iterator[tupl
     elif missing:
         assert isinstance(workers, int)
         yield from _fit_here(missing, workers)
+
+
+def watching(bar: Any) -> AbstractContextManager[None]:
+    """Inside the block, a progress bar of other work also tells of the cluster of ``KDX_CLUSTER``, if there is one."""
+    if bar.disable or not (cluster := check_cluster(os.environ.get(CLUSTER, ""))):
+        return nullcontext()
+    from kdx.distil.cluster import connect
+
+    return connect(cluster).watched(bar)
 
 
 def check_cluster(cluster: str) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -137,6 +138,26 @@ class Cluster:
             finally:
                 self._forget(list(going))
                 self.sent = {key: of for key, of in self.sent.items() if key in used}
+
+    @contextlib.contextmanager
+    def watched(self, bar: Any) -> Iterator[None]:
+        """Say behind a progress bar, every second, how many workers train networks, whoever sent these."""
+        over = threading.Event()
+
+        def show() -> None:
+            while not over.wait(1) and self.client.status == "running":
+                with contextlib.suppress(OSError):  # the scheduler has just gone
+                    tasks = self.client.processing().values()
+                    at_work = sum(any(str(key).startswith("kdx-") for key in keys) for keys in tasks)
+                    bar.set_postfix_str(f"{at_work} of {len(tasks)} workers train networks")
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _workers(self) -> set[str]:
         """Addresses of the workers that were not refused."""

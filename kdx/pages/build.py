@@ -38,6 +38,7 @@ from kdx.data.dataset import available
 from kdx.data.detection import DETECTION_DATASETS, find_detection
 from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
+from kdx.distil.backends import watching
 from kdx.pages import results
 from kdx.paths import data_home, networks_home, places, sha256_of
 from kdx.progress import TERMINAL, progress, terminal
@@ -240,7 +241,7 @@ def execute_pages(pages: Sequence[Page], workers: int = 1) -> Iterator[tuple[Pag
     cores = max(1, joblib.cpu_count() // workers)
     for waits in (False, True):
         some = [page for page in pages if page.waits == waits and page not in alone]
-        with progress(total=len(some), desc="pages", unit="page") as bar:
+        with progress(total=len(some), desc="pages", unit="page") as bar, watching(bar):
             for page, done, seconds in pool(joblib.delayed(_execute_elsewhere)(page, cores) for page in some):
                 bar.update()
                 yield page, done, seconds

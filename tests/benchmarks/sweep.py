@@ -19,6 +19,5 @@ if __name__ == "__main__":
     for cell, done in sweep.sweep(sweep.plan_sweep(page.notebook, grid, out, page.parameters), list(grid), out):
         print(f"{cell.name}: {done}", flush=True)
     table = pd.read_csv(out / "table.csv")
-    verdicts = table[table["name"].str.endswith("_verdict")]
     command = " ".join(["kdx sweep 01_gradcam", *(f"-p {of}" for of in GRID), "--out data/notebooks/sweep"])
-    results.store("sweep", verdicts, command, time.perf_counter() - start)
+    results.store("sweep", table[table["name"].str.startswith("claim_")], command, time.perf_counter() - start)
