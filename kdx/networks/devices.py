@@ -58,7 +58,7 @@ def reuse_memory() -> None:
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8
     for option, value in (
-        (m_mmap_threshold, 2**27),  # larger tensors are few, and would leave gaps
+        (m_mmap_threshold, 2**28),  # larger tensors are few, and would leave gaps
         (m_trim_threshold, 2**31 - 1),
         (m_top_pad, 2**26),
         (m_arena_max, 1),
