@@ -89,7 +89,7 @@ class Fault:
         until(lambda: self.seen() == len(self.living()))
 
     def seen(self):
-        """How many workers the scheduler knows; None if that changes while it is asked, which its client cannot bear."""
+        """How many workers the scheduler knows; None if that changes while its client connects."""
         with (
             contextlib.suppress(AssertionError),
             Client(self.local.address, timeout=30, set_as_default=False) as asking,
