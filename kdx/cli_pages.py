@@ -51,10 +51,16 @@ def sweep(
         use_cluster(cluster)
         path, parameters = _find(notebook, profile)
         grid = module.parse_grid(path, parameter)
+        if "dataset" in grid:
+            grid["dataset"] = [_resolved({"dataset": name})["dataset"] for name in grid["dataset"]]
         pages = module.plan_sweep(path, grid, out.absolute(), _resolved(parameters))
+        missing = 0
         for i, (page, done) in enumerate(module.sweep(pages, list(grid), out.absolute(), workers), 1):
+            missing += done.startswith("not built")
             typer.echo(f"{i} of {len(pages)}, {page.name}: {done}")
         typer.echo(out / "table.csv")
+        if missing:
+            raise ValueError(f"{missing} of {len(pages)} cells were not executed, for want of their data")
 
 
 def _find(notebook: str, profile: str) -> tuple[Path, dict[str, Any]]:

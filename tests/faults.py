@@ -231,11 +231,12 @@ def other_data(fault):
     assert wrong.fingerprint == ours.fingerprint
     wrong.images[0] ^= 255
     fault.jobs = jobs(ours, fault.seeds, EPOCHS)
-    cluster.sent = dict(cluster.client.scatter({cluster.name(ours): wrong}, broadcast=True))
+    now = cluster._now(name := cluster.name(ours))
+    cluster.sent[name] = cluster.client.scatter({now: wrong}, broadcast=True)[now]
     with pytest.raises(DataError, match="arrived with SHA-256"):
         fault.train()
     cluster.sent.clear()
-    cluster.losses += 1
+    cluster.lost[name] += 1
 
 
 def jump_clock(fault):

@@ -126,6 +126,14 @@ def parts_of(y, base, other, folds=10):
     return [share(of, spread)[0] for of in (spread - left, left - last, last)]
 
 
+def test_regressors_that_vary_in_one_fold_alone_explain_nothing():
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.full((5, 40, 3), 1e-3), torch.randn(5, 40, 2, generator=generator)
+        x[2] = torch.randn(40, 3, generator=generator)
+        assert share_left([Moments.of(*fold) for fold in zip(y, x, strict=True)]).mean == pytest.approx(1, abs=0.1)
+
+
 def test_a_mix_gives_the_mix_back():
     found = parts_of(*mixed(400, (0.5, 0.5, 0.0)))
     assert [part.mean for part in found] == pytest.approx([0.5, 0.5, 0], abs=0.05)

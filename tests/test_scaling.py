@@ -25,8 +25,8 @@ def test_time_by_hand():
     assert two["speed-up"] == pytest.approx(25 / 16)
     assert two["efficiency"] == pytest.approx(25 / 32)
     slow = predict(trainings, 2, Machines(flops=10.0, overhead=0.5, bandwidth=1.0))
-    # twice 40 bytes of images and 20 of weights, and 20 of weights; the client has more to do than the workers
-    assert slow["seconds"] == pytest.approx((1 + 80 + 20) + (0.5 + 20))
+    # 40 bytes of images and 20 of weights, and 20 of weights; the client has more to do than the workers
+    assert slow["seconds"] == pytest.approx((1 + 40 + 20) + (0.5 + 20))
     assert slow["client"] == 1
 
 

@@ -57,7 +57,7 @@ def fit_all(jobs: Mapping[Any, AnyJob], workers: int | str = 1) -> Iterator[tupl
 
 def watching(bar: Any) -> AbstractContextManager[None]:
     """Inside the block, a progress bar of other work also tells of the cluster of ``KDX_CLUSTER``, if there is one."""
-    if bar.disable or not (cluster := check_cluster(os.environ.get(CLUSTER, ""))):
+    if bar.disable or not bar.total or not (cluster := check_cluster(os.environ.get(CLUSTER, ""))):
         return nullcontext()
     from kdx.distil.cluster import connect
 

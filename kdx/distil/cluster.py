@@ -14,6 +14,7 @@ import pickle
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -90,11 +91,11 @@ class Cluster:
         where = {"address": address} if "://" in address else {"scheduler_file": address}
         try:
             self.client = Client(**where, timeout=PATIENCE, set_as_default=False)
-        except OSError as error:
+        except (OSError, AssertionError, KeyError, TypeError, ValueError) as error:  # of a file or address that is none
             raise ValueError(f"no Dask scheduler answers at {address}; start it with `dask scheduler`") from error
         self.sent: dict[str, Future] = {}
         self.refused: set[str] = set()
-        self.losses = 0  # part of every name, since Dask takes a lost name for lost for ever
+        self.lost = Counter[str]()  # name -> how often, which becomes part of it: to Dask, what was lost stays lost
 
     def fit_all(self, jobs: Mapping[Any, AnyJob]) -> Iterator[tuple[Any, Run]]:
         """Train on the workers; the arguments and what is yielded are those of
@@ -109,6 +110,8 @@ class Cluster:
         going: dict[Future, Any] = {}
         done, used = as_completed(loop=self.client.loop), set[str]()
         self._check_connection()
+        if not self._workers():
+            print("waiting for the first worker of the cluster", flush=True)
         self.client.wait_for_workers(1)
         label = f"networks on {len(self._workers())} workers, {self.client.dashboard_link}"
         with progress(total=len(jobs), desc=label, unit="network") as bar:
@@ -145,8 +148,9 @@ class Cluster:
         over = threading.Event()
 
         def show() -> None:
-            while not over.wait(1) and self.client.status == "running":
-                with contextlib.suppress(OSError):  # the scheduler has just gone
+            while not over.wait(1):
+                bar.set_postfix_str("the cluster does not answer", refresh=False)
+                with contextlib.suppress(OSError):  # the scheduler has gone
                     tasks = self.client.processing().values()
                     at_work = sum(any(str(key).startswith("kdx-") for key in keys) for keys in tasks)
                     bar.set_postfix_str(f"{at_work} of {len(tasks)} workers train networks")
@@ -164,7 +168,7 @@ class Cluster:
         return set(self.client.nthreads()) - self.refused
 
     def _now(self, name: str) -> str:
-        return f"{name}-{self.losses}" if self.losses else name
+        return f"{name}-{self.lost[name]}" if self.lost[name] else name
 
     def _submit(self, job: AnyJob, used: set[str]) -> Future:
         order, parts = self._pack(job, used)
@@ -205,7 +209,7 @@ class Cluster:
             future.retry()
             return future
         name = going.pop(future)
-        self.losses += 1
+        self.lost.update([f"kdx-{job.key}", *self.sent])
         self.sent.clear()
         self.client.wait_for_workers(1)
         future = self._submit(job, used)
@@ -238,13 +242,11 @@ class Cluster:
         return pickle.dumps((type(job), given)), parts
 
     def name(self, value: Dataset | Detection | Run) -> str:
-        """The name under which images or a run are on the workers."""
+        """The name under which images or a run are first sent."""
         if isinstance(value, Run):
-            name = f"run-{value.key}"
-        else:
-            card = hashlib.sha256(pickle.dumps(value.card)).hexdigest()
-            name = f"{value.card.name}-{value.fingerprint}-{card[:8]}"
-        return self._now(name)
+            return f"run-{value.key}"
+        card = hashlib.sha256(pickle.dumps(value.card)).hexdigest()
+        return f"{value.card.name}-{value.fingerprint}-{card[:8]}"
 
     def _send(self, value: Dataset | Detection | Run, used: set[str]) -> Future:
         used.add(name := self.name(value))
@@ -254,7 +256,8 @@ class Cluster:
                 what = Checkpoint(value.key, value.manifest, value.history, value.file.read_bytes())
             elif isinstance(value, Dataset):
                 what = replace(value, masks=None)
-            self.sent |= self.client.scatter({name: what}, broadcast=True)
+            now = self._now(name)
+            self.sent[name] = self.client.scatter({now: what}, broadcast=True)[now]
         return self.sent[name]
 
 

@@ -83,9 +83,6 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def __sub__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
-
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         return self.x / self.n, self.y / self.n
@@ -230,11 +227,14 @@ def held_out_errors(parts: Sequence[Moments]) -> list[Errors]:
     return [_errors(known, part) for known, part in _against_others(parts)]
 
 
-def _against_others(parts: Sequence[Moments]) -> Iterator[tuple[Moments, Moments]]:
-    """All others, and the part."""
-    whole = reduce(add, parts)
-    for part in parts:
-        yield whole - part, part
+def _against_others(parts: Sequence[Moments], others: Sequence[Moments] = ()) -> Iterator[tuple[Moments, Moments]]:
+    """All others, and the part; by halves, which takes few sums, and no difference, which would lose small parts."""
+    if len(parts) == 1:
+        yield reduce(add, others), parts[0]
+        return
+    half = len(parts) // 2
+    for some, rest in ((parts[:half], parts[half:]), (parts[half:], parts[:half])):
+        yield from _against_others(some, [*others, reduce(add, rest)])
 
 
 def _errors(known: Moments, other: Moments) -> Errors:

@@ -132,7 +132,8 @@ def predict(trainings: pd.DataFrame, workers: int, machines: Machines) -> dict[s
     """The time of trainings on a number of workers.
 
     Students wait for the networks of the generation before. The client serves one worker at a time: a generation takes
-    as long as its trainings, or as the client, whichever is longer. The images of a fold go to each worker once.
+    as long as its trainings, or as the client, whichever is longer. It sends the images of a fold once; the workers
+    pass them on to each other.
 
     Args:
         trainings: From :func:`list_trainings`.
@@ -146,7 +147,7 @@ def predict(trainings: pd.DataFrame, workers: int, machines: Machines) -> dict[s
     total, client = 0.0, 0.0
     for generation, some in trainings.groupby("generation"):
         trained = makespan(list(some["flops"] / machines.flops + machines.overhead), workers)
-        data = some.drop_duplicates(["fold", "images"])["images"].sum() * workers if generation == 1 else 0
+        data = some.drop_duplicates(["fold", "images"])["images"].sum() if generation == 1 else 0
         moved = (some["received"].sum() + some["sent"].sum() + data) / machines.bandwidth
         served = len(some) * machines.overhead + moved
         total, client = total + max(trained, served), client + served

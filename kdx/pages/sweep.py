@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from kdx.pages.build import GLUE_PREFIX, Page, execute_pages, parse_parameter
+from kdx.pages.build import GLUE_PREFIX, Page, execute_pages, needs_kernel, parse_parameter
 
 MOST = 10_000  # cells of a grid
 
@@ -37,9 +37,9 @@ def parse_grid(notebook: Path, items: Sequence[str]) -> dict[str, list[Any]]:
         name, _, text = item.partition("=")
         if name in grid:
             raise ValueError(f"-p {name}: expected once, with its values separated by commas")
-        span = re.fullmatch(r"(-?\d+):(-?\d+)", text)
-        values = [str(i) for i in range(int(span[1]), int(span[2]))] if span else _divide(text)
-        grid[name] = [parse_parameter(notebook, f"{name}={value}")[1] for value in values]
+        values = [value for piece in _divide(text) for value in _expand(item, piece)]
+        found = [parse_parameter(notebook, f"{name}={value}")[1] for value in values]
+        grid[name] = [value for i, value in enumerate(found) if value not in found[:i]]
         if not grid[name]:
             raise ValueError(f"-p {item}: expected values such as 0:10 or one,two")
     if not grid or (cells := math.prod(map(len, grid.values()))) > MOST:
@@ -49,8 +49,24 @@ def parse_grid(notebook: Path, items: Sequence[str]) -> dict[str, list[Any]]:
 
 def _divide(text: str) -> list[str]:
     """The parts of a text between commas that are in no brackets or quotes."""
-    pieces = re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""", text)
-    return [piece.strip() for piece in pieces]
+    pieces, depth, quote = [""], 0, ""
+    for sign in text:
+        quote = quote if quote not in ("", sign) else sign * (not quote and sign in "'\"")
+        depth += (sign in "[{") - (sign in "]}") if not quote else 0
+        if sign == "," and not depth and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += sign
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _expand(item: str, piece: str) -> Sequence[int | str]:
+    """The whole numbers of ``0:10``; any other piece as it is."""
+    if not (span := re.fullmatch(r"(-?\d+):(-?\d+)", piece)):
+        return [piece]
+    if len(numbers := range(int(span[1]), int(span[2]))) > MOST:
+        raise ValueError(f"-p {item}: expected at most {MOST:,} values, got {len(numbers):,}")
+    return numbers
 
 
 def plan_sweep(
@@ -67,7 +83,7 @@ def plan_sweep(
     pages = []
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))
-        text = ",".join(f"{name}={value}" for name, value in given.items())
+        text = ",".join(f"{name}={value}" for name, value in sorted(given.items()))
         digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{re.sub(r'[^A-Za-z0-9=.,_-]+', '-', text)[:100]}-{digest}"
         page = Page(name, notebook, {**(common or {}), **given}, out / "cells" / f"{name}.ipynb")
@@ -87,9 +103,9 @@ def sweep(pages: Sequence[Page], names: Sequence[str], out: Path, workers: int =
     Yields:
         A cell and what was done: executed, or unchanged.
     """
-    finished = []
+    finished = [page for page in pages if page.executed.is_file() and not needs_kernel(page)]
     for page, done, _ in execute_pages(pages, workers):
-        finished.append(page)
+        finished += [page] if page not in finished else []
         write_table(finished, names, out)
         yield page, done
 
@@ -102,7 +118,7 @@ def write_table(pages: Sequence[Page], names: Sequence[str], out: Path) -> Path:
         for glued, value in read_glued(page.executed).items()
     ]
     path = out / "table.csv"
-    scratch = path.with_suffix(".partial")
+    scratch = path.with_suffix(f".{os.getpid()}.partial")
     pd.DataFrame(rows, columns=[*names, "name", "value"]).to_csv(scratch, index=False)
     os.replace(scratch, path)
     return path
@@ -118,5 +134,6 @@ def read_glued(executed: Path) -> dict[str, str]:
                 if markup := data.get(f"{GLUE_PREFIX}text/html"):
                     found[name] = html.unescape(re.sub(r"<[^>]+>", "", markup)).strip()
                 elif not any(kind.startswith(f"{GLUE_PREFIX}image/") for kind in data):
-                    found[name] = data[f"{GLUE_PREFIX}text/plain"].strip("'\"")
+                    text = re.sub(r"^np\.\w+\((.*)\)$", r"\1", data[f"{GLUE_PREFIX}text/plain"])
+                    found[name] = text.strip("'\"")
     return found
