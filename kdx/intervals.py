@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from kdx.inference import two_factor
 
@@ -56,8 +56,21 @@ def share_interval(values: ArrayLike, level: float = 0.95, method: str = "wilson
     x = np.asarray(values, dtype=bool)
     if not len(x):
         return Interval(np.nan, np.nan, np.nan, 0)
-    ends = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, method=method)
-    return Interval(float(x.mean()), float(ends.low), float(ends.high), len(x))
+    if method == "exact":
+        low, high = exact_interval(int(x.sum()), len(x), level)
+    else:
+        ends = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, method=method)
+        low, high = float(ends.low), float(ends.high)
+    return Interval(float(x.mean()), low, high, len(x))
+
+
+def exact_interval(found: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of Clopper & Pearson for a share of which ``found`` of ``n`` were seen, as quantiles of beta
+    distributions: scipy's own searches for each end."""
+    tail = (1 - level) / 2
+    low = special.betaincinv(found, n - found + 1, tail) if found else 0.0
+    high = special.betaincinv(found + 1, n - found, 1 - tail) if found < n else 1.0
+    return float(low), float(high)
 
 
 def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> pd.DataFrame:

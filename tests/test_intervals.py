@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kdx.intervals import Interval, mean_interval, mean_of_known, over_folds, share_interval
+from kdx.intervals import Interval, exact_interval, mean_interval, mean_of_known, over_folds, share_interval
 
 
 def test_mean_interval_by_hand():
@@ -40,4 +40,7 @@ def test_exact_share_interval_is_clopper_pearsons():
     found = share_interval([True] * 3 + [False] * 7, method="exact")
     assert (found.low, found.high) == pytest.approx((stats.beta.ppf(0.025, 3, 8), stats.beta.ppf(0.975, 4, 7)))
     assert share_interval([False] * 10, method="exact").low == 0
+    for k in (0, 1, 50, 99, 100):
+        oracle = stats.binomtest(k, 100).proportion_ci(0.9, method="exact")
+        assert exact_interval(k, 100, 0.9) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
     assert np.isnan(share_interval([], method="exact").mean)

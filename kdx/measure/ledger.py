@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdx.data.batches import class_indices
 from kdx.inference import holm
-from kdx.intervals import share_interval
+from kdx.intervals import exact_interval, share_interval
 
 STUDENT, BASE, TEACHER, SECOND = "student", "base", "teacher", "second base"
 FEWEST = 6  # images that changed: with fewer, McNemar's exact test cannot fall below 0.05
@@ -73,11 +73,11 @@ def paired(before: ArrayLike, after: ArrayLike) -> Paired:
         raise ValueError(f"expected two rows (n,) of the same images, got {one.shape} and {two.shape}")
     n, gained, lost = len(one), int((two & ~one).sum()), int((one & ~two).sum())
     if not (m := gained + lost):
-        most = share_interval(one & ~one, method="exact").high  # that might change among other images
+        most = exact_interval(0, n)[1]  # that might change among other images
         return Paired(0.0, -most, most, 0, 0, n, 1.0)
     test = stats.binomtest(gained, m)
-    ends, changed = test.proportion_ci(0.95, method="exact"), share_interval(one != two, method="exact")
-    corners = [mu * (2 * pi - 1) for mu in changed[1:3] for pi in ends]
+    ends, changed = exact_interval(gained, m), exact_interval(m, n)
+    corners = [mu * (2 * pi - 1) for mu in changed for pi in ends]
     return Paired((gained - lost) / n, min(corners), max(corners), gained, lost, n, float(test.pvalue))
 
 
