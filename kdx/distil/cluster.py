@@ -36,6 +36,7 @@ from kdx.progress import TERMINAL, progress
 from kdx.version import __version__
 
 PATIENCE = 60  # seconds to wait for a scheduler, also for one that is started again
+TOGETHER = 16  # finished trainings that the scheduler is told to forget at the same time
 ATTEMPTS = 5  # at one training whose images or worker are lost
 
 
@@ -108,6 +109,7 @@ class Cluster:
         waiting = list(jobs)[::-1]
         tried = dict.fromkeys(jobs, 0)
         going: dict[Future, Any] = {}
+        over: list[Future] = []
         done, used = as_completed(loop=self.client.loop), set[str]()
         self._check_connection()
         if not self._workers():
@@ -118,7 +120,8 @@ class Cluster:
             try:
                 while waiting or going:
                     # each worker has the next training at hand; the others stay here, where no death can touch them
-                    while waiting and len(going) < 2 * max(1, len(self._workers())):
+                    room = 2 * max(1, len(self._workers())) if waiting else 0
+                    while waiting and len(going) < room:
                         name = waiting.pop()
                         future = self._submit(jobs[name], used)
                         going[future] = name
@@ -135,11 +138,14 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    self._forget([future])
+                    over.append(future)
+                    if len(over) == TOGETHER:
+                        self._forget(over)
+                        over = []
                     bar.update()
                     yield name, run
             finally:
-                self._forget(list(going))
+                self._forget([*going, *over])
                 self.sent = {key: of for key, of in self.sent.items() if key in used}
 
     @contextlib.contextmanager
@@ -226,8 +232,7 @@ class Cluster:
     def _forget(self, futures: list[Future]) -> None:
         if futures and self.client.status == "running":
             with contextlib.suppress(OSError):  # the scheduler has just gone
-                for future in futures:
-                    self.client.unpublish_dataset(future.key)
+                self.client.unpublish_dataset([future.key for future in futures])
                 self.client.cancel(futures)
 
     def _pack(self, job: AnyJob, used: set[str]) -> tuple[bytes, list[Future]]:

@@ -18,7 +18,7 @@ import platform
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -283,12 +283,10 @@ def receive(key: str, files: Mapping[str, bytes]) -> Run:
         try:
             for name in FILES:
                 (scratch / name).write_bytes(files[name])
-            _open(key, scratch)
+            run = _open(key, scratch)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the run {key} arrived damaged ({error}); start again") from error
-    run = find_run(key)
-    assert run is not None
-    return run
+    return replace(run, path=data_home() / "runs" / key)
 
 
 def versions() -> dict[str, str]:
