@@ -60,7 +60,7 @@ def sweep(
             typer.echo(f"{i} of {len(pages)}, {page.name}: {done}")
         typer.echo(out / "table.csv")
         if missing:
-            raise ValueError(f"{missing} of {len(pages)} cells were not executed, for want of their data")
+            raise ValueError(f"{missing} of {len(pages)} cells were not executed; get their data, see `kdx data list`")
 
 
 def _find(notebook: str, profile: str) -> tuple[Path, dict[str, Any]]:

@@ -146,6 +146,14 @@ def test_parse_parameter_follows_the_declared_type():
     path = ROOT / "notebooks" / "01_gradcam.ipynb"
     for item, value in {"lr=1e-3": 1e-3, "epochs=2": 2, "dataset=no": "no", "progressive=false": False}.items():
         assert build.parse_parameter(path, item) == (item.partition("=")[0], value)
+    for item, kind in {
+        "seed=abc": "int",
+        "seed=1.5": "int",
+        "progressive=maybe": "bool",
+        "techniques=dist": "list",
+    }.items():
+        with pytest.raises(ValueError, match=f"-p {item}: expected {kind}, got"):
+            build.parse_parameter(path, item)
 
 
 @pytest.mark.book

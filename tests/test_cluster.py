@@ -103,7 +103,7 @@ def test_two_clients_share_trainings_and_a_third_watches(two, small, tmp_path, h
     monkeypatch.setenv("KDX_CLUSTER", two.address)
     other = client(two.address, tmp_path, small, range(40, 44), 40)
     wanted, said = jobs(small, range(40, 44), 40), []
-    with watching(SimpleNamespace(disable=False, total=2, set_postfix_str=lambda text, **_: said.append(text))):
+    with watching(SimpleNamespace(disable=False, total=2, set_postfix_str=said.append)):
         until(lambda: any(line.startswith(("1 of", "2 of")) for line in said))
     assert said[-1].endswith("workers train networks")
     with watching(SimpleNamespace(disable=True)):  # no terminal

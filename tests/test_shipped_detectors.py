@@ -25,7 +25,7 @@ def study(tmp_path, monkeypatch):
     return DetectorStudy(models=("resnet10@0.09375", "resnet10@0.0625"), recipes=(TINY, TINY))
 
 
-def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home, monkeypatch):
+def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home, home, monkeypatch):
     shipped.train([study], only=["base", "fgd"], device="cpu")
     table = shipped_table().set_index("role")
     assert sorted(table.index) == ["base", "fgd", "teacher"]  # the teacher comes with its students
@@ -46,6 +46,7 @@ def test_detectors_are_shipped_found_by_role_and_verified(study, networks_home, 
     assert "not measured, average precision needs pycocotools: install it with" in said.output
     assert "0 networks are as the tables say; 3 were not measured" in said.output
     assert said.exit_code == 0
+    assert not (home / "raw").exists()  # nothing is fetched for networks that are not there
 
 
 def test_roles_are_those_of_the_page_and_missing_data_are_passed_over(monkeypatch, caplog):

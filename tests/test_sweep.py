@@ -21,14 +21,16 @@ def notebook(tmp_path):
 def test_grids_are_read_as_the_notebook_declares_them(notebook):
     found = sweep.parse_grid(notebook, ["seed=0:3", "technique=response,dist", "parts=[a, b],[c]"])
     assert found == {"seed": [0, 1, 2], "technique": ["response", "dist"], "parts": [["a", "b"], ["c"]]}
-    nested = sweep.parse_grid(notebook, ["parts=[[1, 2], {a: [3]}],['b],c']", "seed=0:2,7,1"])
-    assert nested == {"parts": [[[1, 2], {"a": [3]}], ["b],c"]], "seed": [0, 1, 7]}
+    nested = sweep.parse_grid(notebook, ["parts=[[1, 2], {a: [3]}],['b],c']", "seed=0:2,7,1", "technique=don't,won't"])
+    assert nested == {"parts": [[[1, 2], {"a": [3]}], ["b],c"]], "seed": [0, 1, 7], "technique": ["don't", "won't"]}
     with pytest.raises(ValueError, match="expected at most 10,000 values, got 99,999,999,999"):
         sweep.parse_grid(notebook, ["seed=0:99999999999"])
     for items, message in {
         ("seed=1:1",): "-p seed=1:1: expected values such as 0:10 or one,two",
         ("technique=",): "-p technique=: expected values",
-        ("seed=[2",): r"-p seed=\[2: expected int",
+        ("seed=[2",): r"-p seed=\[2: expected values such as 0:10 or one,two, got \[2",
+        ("technique=a,,b",): "-p technique=a,,b: expected values such as 0:10 or one,two, got a,,b",
+        ("seed=[2]",): r"-p seed=\[2\]: expected int",
         ("speed=1",): "unknown parameters speed",
         ("seed=1", "seed=2"): "-p seed: expected once",
         ("seed=0:1001", "technique=a,b,c,d,e,f,g,h,i,j"): "1 to 10,000 cells, from -p name=values, got 10,010",

@@ -93,7 +93,10 @@ class Cluster:
         try:
             self.client = Client(**where, timeout=PATIENCE, set_as_default=False)
         except (OSError, AssertionError, KeyError, TypeError, ValueError) as error:  # of a file or address that is none
-            raise ValueError(f"no Dask scheduler answers at {address}; start it with `dask scheduler`") from error
+            raise ValueError(
+                f"no Dask scheduler answers at {address}, got {type(error).__name__}: {error}; "
+                "start one with `dask scheduler`, and give its address or scheduler file"
+            ) from error
         self.sent: dict[str, Future] = {}
         self.refused: set[str] = set()
         self.lost = Counter[str]()  # name -> how often, which becomes part of it: to Dask, what was lost stays lost
@@ -109,7 +112,7 @@ class Cluster:
         waiting = list(jobs)[::-1]
         tried = dict.fromkeys(jobs, 0)
         going: dict[Future, Any] = {}
-        over: list[Future] = []
+        finished: list[Future] = []
         done, used = as_completed(loop=self.client.loop), set[str]()
         self._check_connection()
         if not self._workers():
@@ -138,14 +141,14 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    over.append(future)
-                    if len(over) == TOGETHER:
-                        self._forget(over)
-                        over = []
+                    finished.append(future)
+                    if len(finished) == TOGETHER:
+                        self._forget(finished)
+                        finished = []
                     bar.update()
                     yield name, run
             finally:
-                self._forget([*going, *over])
+                self._forget([*going, *finished])
                 self.sent = {key: of for key, of in self.sent.items() if key in used}
 
     @contextlib.contextmanager
@@ -155,11 +158,13 @@ class Cluster:
 
         def show() -> None:
             while not over.wait(1):
-                bar.set_postfix_str("the cluster does not answer", refresh=False)
-                with contextlib.suppress(OSError):  # the scheduler has gone
+                try:
                     tasks = self.client.processing().values()
-                    at_work = sum(any(str(key).startswith("kdx-") for key in keys) for keys in tasks)
-                    bar.set_postfix_str(f"{at_work} of {len(tasks)} workers train networks")
+                except OSError:
+                    bar.set_postfix_str("the cluster does not answer")
+                    continue
+                at_work = sum(any(str(key).startswith("kdx-") for key in keys) for keys in tasks)
+                bar.set_postfix_str(f"{at_work} of {len(tasks)} workers train networks")
 
         thread = threading.Thread(target=show, daemon=True)
         thread.start()

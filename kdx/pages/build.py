@@ -106,8 +106,11 @@ def parse_parameter(notebook: Path, item: str) -> tuple[str, Any]:
     check_names(notebook, {name: value})
     kind = papermill.inspect_notebook(str(notebook))[name]["inferred_type_name"]
     try:
-        return name, value if kind == "str" else float(value) if kind == "float" else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:
+        found = {"str": str, "float": float}.get(kind, yaml.safe_load)(value)
+        if kind in ("int", "bool", "list", "dict") and type(found).__name__ != kind:
+            raise TypeError(found)
+        return name, found
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"-p {item}: expected {kind}, got {value!r}") from error
 
 
@@ -187,15 +190,13 @@ def _package_code(files: tuple[tuple[Path, int], ...]) -> dict[str, str]:
 def needs_kernel(page: Page) -> bool:
     """Whether a page is to be executed: its data are here, and it is not up to date."""
     dataset, stamp = page.parameters.get("dataset"), page.executed.with_suffix(".key")
-    if dataset and available(dataset, page.parameters.get("size")) is None:
-        return False
-    return not (page.executed.is_file() and stamp.is_file() and stamp.read_text() == page_key(page))
+    here = not dataset or available(dataset, page.parameters.get("size")) is not None
+    return here and not (page.executed.is_file() and stamp.is_file() and stamp.read_text() == page_key(page))
 
 
 def execute_page(page: Page) -> str:
     """Execute a page unless it is up to date; return what was done: executed, unchanged, or not built."""
-    stamp = page.executed.with_suffix(".key")
-    dataset = page.parameters.get("dataset")
+    dataset, stamp = page.parameters.get("dataset"), page.executed.with_suffix(".key")
     if dataset and available(dataset, page.parameters.get("size")) is None:
         if stamp.is_file():
             stamp.unlink()
@@ -210,8 +211,7 @@ def execute_page(page: Page) -> str:
     execute(page.notebook, page.executed, page.parameters)
     if page.title:
         notebook = nbformat.read(page.executed, as_version=4)
-        first = notebook.cells[0]
-        first.source = re.sub(r"\A# .*", lambda _: f"# {page.title}", first.source)
+        notebook.cells[0].source = re.sub(r"\A# .*", lambda _: f"# {page.title}", notebook.cells[0].source)
         nbformat.write(notebook, page.executed)
     publish_pictures(page.executed)
     stamp.write_text(key)

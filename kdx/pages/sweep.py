@@ -15,6 +15,7 @@ from typing import Any
 
 import nbformat
 import pandas as pd
+import yaml
 
 from kdx.pages.build import GLUE_PREFIX, Page, execute_pages, needs_kernel, parse_parameter
 
@@ -37,7 +38,7 @@ def parse_grid(notebook: Path, items: Sequence[str]) -> dict[str, list[Any]]:
         name, _, text = item.partition("=")
         if name in grid:
             raise ValueError(f"-p {name}: expected once, with its values separated by commas")
-        values = [value for piece in _divide(text) for value in _expand(item, piece)]
+        values = [value for piece in _divide(item, text) for value in _expand(item, piece)]
         found = [parse_parameter(notebook, f"{name}={value}")[1] for value in values]
         grid[name] = [value for i, value in enumerate(found) if value not in found[:i]]
         if not grid[name]:
@@ -47,17 +48,14 @@ def parse_grid(notebook: Path, items: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def _divide(text: str) -> list[str]:
-    """The parts of a text between commas that are in no brackets or quotes."""
-    pieces, depth, quote = [""], 0, ""
-    for sign in text:
-        quote = quote if quote not in ("", sign) else sign * (not quote and sign in "'\"")
-        depth += (sign in "[{") - (sign in "]}") if not quote else 0
-        if sign == "," and not depth and not quote:
-            pieces.append("")
-        else:
-            pieces[-1] += sign
-    return [piece.strip() for piece in pieces if piece.strip()]
+def _divide(item: str, text: str) -> list[str]:
+    """The members of a list in YAML without its brackets, as they are written."""
+    whole = f"[{text}]"
+    try:
+        node = yaml.compose(whole)
+    except yaml.YAMLError as error:
+        raise ValueError(f"-p {item}: expected values such as 0:10 or one,two, got {text}") from error
+    return [whole[one.start_mark.index : one.end_mark.index] for one in node.value]
 
 
 def _expand(item: str, piece: str) -> Sequence[int | str]:
@@ -105,7 +103,8 @@ def sweep(pages: Sequence[Page], names: Sequence[str], out: Path, workers: int =
     """
     finished = [page for page in pages if page.executed.is_file() and not needs_kernel(page)]
     for page, done, _ in execute_pages(pages, workers):
-        finished += [page] if page not in finished else []
+        if page not in finished:
+            finished.append(page)
         write_table(finished, names, out)
         yield page, done
 
