@@ -30,7 +30,7 @@ from kdx.data.dataset import Dataset
 from kdx.data.detection import Detection
 from kdx.distil.detector_fit import AnyJob
 from kdx.distil.run_store import Run, receive
-from kdx.networks.devices import pick_device, reuse_memory
+from kdx.networks.devices import pick_device
 from kdx.paths import DataError
 from kdx.progress import TERMINAL, progress
 from kdx.version import __version__
@@ -297,7 +297,6 @@ def train(expected: Mapping[str, str], order: bytes, *parts: Any) -> dict[str, b
         raise RefusedError(worker.address, "threads share torch's random generator; start it with --nthreads 1")
     check_facts(expected, facts(), worker.address)
     os.environ[TERMINAL] = os.devnull
-    reuse_memory()
     kind, given = pickle.loads(order)
     with TemporaryDirectory() as folder:
         for name, value in given.items():
