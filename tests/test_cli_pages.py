@@ -11,7 +11,7 @@ from tests.test_cli import cli  # noqa: F401
     [
         (["sweep", "99_nothing", "-p", "seed=0:2", "--out", "x"], "choose from: 00_data, 01_gradcam"),
         (["sweep", "01_gradcam", "-p", "sed=0:2", "--out", "x"], "unknown parameters sed; choose from: dataset"),
-        (["sweep", "01_gradcam", "-p", "seed=[2", "--out", "x"], "-p seed=[2: expected int"),
+        (["sweep", "01_gradcam", "-p", "seed=[2", "--out", "x"], "-p seed=[2: expected values such as 0:10"),
         (["run", "01_gradcam", "--cluster", "10.0.0.1"], "cluster: expected an address such as tcp://"),
         (["book", "--cluster", "no.json"], "cluster: expected an address such as tcp://"),
         (["networks", "train", "--cluster", "no.json"], "cluster: expected an address such as tcp://"),
