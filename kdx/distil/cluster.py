@@ -30,7 +30,7 @@ from kdx.data.dataset import Dataset
 from kdx.data.detection import Detection
 from kdx.distil.detector_fit import AnyJob
 from kdx.distil.run_store import Run, receive
-from kdx.networks.devices import pick_device
+from kdx.networks.devices import pick_device, reuse_memory
 from kdx.paths import DataError
 from kdx.progress import TERMINAL, progress
 from kdx.version import __version__
@@ -275,6 +275,11 @@ def facts() -> dict[str, str]:
     """What client and worker must have in common."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"kdx": __version__, "torch": torch.__version__.partition("+")[0], "python": python}
+
+
+def dask_setup(worker: object) -> None:
+    """Called by ``dask worker --preload kdx.distil.cluster`` before its threads start, whose memory it sets as well."""
+    reuse_memory()
 
 
 def train(expected: Mapping[str, str], order: bytes, *parts: Any) -> dict[str, bytes]:

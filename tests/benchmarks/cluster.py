@@ -22,6 +22,7 @@ from kdx.data import shapes
 from kdx.distil.backends import fit_all
 from kdx.distil.cluster import connect
 from kdx.distil.run_store import FILES, find_run, run_key
+from kdx.networks.devices import reuse_memory
 from kdx.pages import results
 from kdx.pages.scaling import makespan
 from kdx.paths import data_home, sha256_of, written_whole
@@ -72,6 +73,7 @@ def fresh_home(folder, name):
 def measure(folder):
     """Rows of what, workers, tasks, seconds, expected."""
     os.environ["KDX_NETWORKS"] = str(folder)
+    reuse_memory()  # as commands and pages do
     shapes.COUNTS = {"train": 2000, "test": 200}
     images = kdx.load_dataset("shapes", "train", limit=2000, size=32)
     with cluster(folder / "one", workers=1) as local:
