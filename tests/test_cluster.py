@@ -129,8 +129,7 @@ def test_a_killed_worker_costs_one_training_at_most(two, small):
     found = {}
     for name, run in fit_all(wanted, two.address):
         if not found:
-            at_work = [i for i, process in enumerate(two.workers) if process.poll() is None]
-            two.workers[at_work[0]].kill()
+            two.workers[two.trained(run.key)[0]].kill()  # which has handed over what it finished
         found[name] = run
     assert {name: run.key for name, run in found.items()} == {name: job.key for name, job in wanted.items()}
     assert sum(two.begun(job.key) for job in wanted.values()) <= len(wanted) + 1

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,6 @@ from kdx.progress import TERMINAL, progress
 from kdx.version import __version__
 
 PATIENCE = 60  # seconds to wait for a scheduler, also for one that is started again
-TOGETHER = 16  # finished trainings that the scheduler is told to forget at the same time
 ATTEMPTS = 5  # at one training whose images or worker are lost
 
 
@@ -112,14 +112,14 @@ class Cluster:
         waiting = list(jobs)[::-1]
         tried = dict.fromkeys(jobs, 0)
         going: dict[Future, Any] = {}
-        finished: list[Future] = []
         done, used = as_completed(loop=self.client.loop), set[str]()
         self._check_connection()
         if not self._workers():
             print("waiting for the first worker of the cluster", flush=True)
         self.client.wait_for_workers(1)
         label = f"networks on {len(self._workers())} workers, {self.client.dashboard_link}"
-        with progress(total=len(jobs), desc=label, unit="network") as bar:
+        # what is finished is forgotten at once, for if its worker dies, it would be trained again
+        with progress(total=len(jobs), desc=label, unit="network") as bar, ThreadPoolExecutor(1) as beside:
             try:
                 while waiting or going:
                     # each worker has the next training at hand; the others stay here, where no death can touch them
@@ -141,14 +141,11 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    finished.append(future)
-                    if len(finished) == TOGETHER:
-                        self._forget(finished)
-                        finished = []
+                    beside.submit(self._forget, [future])
                     bar.update()
                     yield name, run
             finally:
-                self._forget([*going, *finished])
+                self._forget([*going])
                 self.sent = {key: of for key, of in self.sent.items() if key in used}
 
     @contextlib.contextmanager
