@@ -40,6 +40,7 @@ from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
 from kdx.distil.backends import watching
 from kdx.pages import results
+from kdx.pages.kernels import ForkedKernelManager
 from kdx.paths import data_home, networks_home, places, sha256_of
 from kdx.progress import TERMINAL, progress, terminal
 
@@ -156,6 +157,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
             progress_bar=False,
             cwd=folder or notebook.parent,
             extra_arguments=["--log-level=50"],  # not that it is interrupted before it is shut down
+            kernel_manager_class=ForkedKernelManager,
         )
     except PapermillExecutionError as error:
         raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error
@@ -235,8 +237,7 @@ def execute_pages(pages: Sequence[Page], workers: int = 1) -> Iterator[tuple[Pag
         raise ValueError(f"workers: expected 1 page at a time or more, got {workers}")
     pages = sorted(pages, key=lambda page: page.waits)
     alone = pages if workers == 1 else [page for page in pages if not needs_kernel(page)]
-    for page in alone:
-        yield page, *_timed(page)
+    yield from ((page, *_timed(page)) for page in alone)
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
     cores = max(1, joblib.cpu_count() // workers)
     for waits in (False, True):
@@ -301,10 +302,9 @@ def _write_placeholder(page: Page, card: Card) -> None:
         f"# {page.title or page.name}\n\nNot built here, because {card.title} is not on this machine: "
         f"{how_to_get(card)}; then run `make book` again."
     )
-    root = page.executed.parents[2]
     quoted = {
         name
-        for prose in (root / "book").glob("*.md")
+        for prose in (page.executed.parents[2] / "book").glob("*.md")
         for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
     }
     known = _stored_quotes(page.name)

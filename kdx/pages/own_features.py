@@ -22,6 +22,7 @@ Layers = Mapping[str, Mapping[str, str]]  # role -> stage -> module name
 METHODS = ("unexplained", "unicam")
 GRAD_CAM = "Grad-CAM of the student"
 BATCHES = (4, 2)  # at least; two where there are too few images for four
+AT_A_TIME = 2**22  # values of images that are explained: 27 of 224 x 224, some 2.5 GB in a ResNet-50
 FOLDS = 5  # of cross-fitting: twice as fast as with ten, and nearly as sharp
 
 
@@ -115,21 +116,22 @@ def make_maps(
         encoder: Of class names, for UniCAM.
     """
     embeddings = kdx.label_embeddings(pair.truth.names, encoder)[pair.truth.labels]
+    batch = max(1, min(64, AT_A_TIME // pair.pictures.images[0].numel()))
     found: dict[str, Tensor] = {}
     for role, reference in references.items():
         x: Any = inputs_of(pair, (role, BASE), rows)
         if method == "unicam":
             g = embeddings.to(x[0].device)
-            of: Any = kdx.unicam(reference, g[known], x, g[rows])
+            of: Any = kdx.unicam(reference, g[known], x, g[rows], batch_size=batch)
         else:
-            of = kdx.unexplained(reference, x)
+            of = kdx.unexplained(reference, x, batch_size=batch)
         if role == STUDENT:
             found |= {"distilled": fuse(of.distilled).cpu(), "residual": fuse(of.residual).cpu()}
         else:
             found["control"] = fuse(of.distilled).cpu()
     if TEACHER in pair.own.networks and method != "unicam":
         x = inputs_of(pair, of_reference(pair, STUDENT), rows)
-        found["handed over"] = kdx.transferred(references[STUDENT], x).fused.cpu()
+        found["handed over"] = kdx.transferred(references[STUDENT], x, batch_size=batch).fused.cpu()
     return found
 
 
