@@ -1,5 +1,7 @@
 """What a report measures inside networks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -116,3 +118,9 @@ def test_too_few_images_for_scores_are_a_caveat(folder, tmp_path, layers):
     few.truth.labels[:] = torch.tensor([0] * 63 + [1])
     assert module.score(few, {role: layers[role] for role in ("student", "base")}, "one-hot", 9, 0) is None
     assert "No scores: labels: too few images" in few.caveats[-1]
+
+
+@pytest.mark.parametrize(("side", "expected"), [(32, 64), (224, 27), (2000, 2)])
+def test_few_large_images_are_explained_at_a_time(side, expected):
+    images = torch.empty(1, 3, 1, 1, dtype=torch.uint8).expand(1, 3, side, side)
+    assert module.at_a_time(SimpleNamespace(pictures=SimpleNamespace(images=images))) == expected

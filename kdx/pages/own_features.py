@@ -22,7 +22,6 @@ Layers = Mapping[str, Mapping[str, str]]  # role -> stage -> module name
 METHODS = ("unexplained", "unicam")
 GRAD_CAM = "Grad-CAM of the student"
 BATCHES = (4, 2)  # at least; two where there are too few images for four
-AT_A_TIME = 2**22  # values of images that are explained: 27 of 224 x 224, some 2.5 GB in a ResNet-50
 FOLDS = 5  # of cross-fitting: twice as fast as with ten, and nearly as sharp
 
 
@@ -101,6 +100,12 @@ def unexplained_answers(reference: Reference, pair: OwnPair, rows: Tensor) -> Te
     return answer.left_over(of.to(answer.weights), base.to(answer.weights)).cpu()
 
 
+def at_a_time(pair: OwnPair) -> int:
+    """Images that are explained at a time: 64, or fewer large ones, such as 27 of 224 x 224, which take 2.5 GB in a
+    ResNet-50."""
+    return max(2, min(64, 2**22 // pair.pictures.images[0].numel()))
+
+
 def make_maps(
     pair: OwnPair, references: Mapping[str, Reference], known: Tensor, rows: Tensor, method: str, encoder: str
 ) -> dict[str, Tensor]:
@@ -116,22 +121,21 @@ def make_maps(
         encoder: Of class names, for UniCAM.
     """
     embeddings = kdx.label_embeddings(pair.truth.names, encoder)[pair.truth.labels]
-    batch = max(1, min(64, AT_A_TIME // pair.pictures.images[0].numel()))
     found: dict[str, Tensor] = {}
     for role, reference in references.items():
         x: Any = inputs_of(pair, (role, BASE), rows)
         if method == "unicam":
             g = embeddings.to(x[0].device)
-            of: Any = kdx.unicam(reference, g[known], x, g[rows], batch_size=batch)
+            of: Any = kdx.unicam(reference, g[known], x, g[rows], batch_size=at_a_time(pair))
         else:
-            of = kdx.unexplained(reference, x, batch_size=batch)
+            of = kdx.unexplained(reference, x, batch_size=at_a_time(pair))
         if role == STUDENT:
             found |= {"distilled": fuse(of.distilled).cpu(), "residual": fuse(of.residual).cpu()}
         else:
             found["control"] = fuse(of.distilled).cpu()
     if TEACHER in pair.own.networks and method != "unicam":
         x = inputs_of(pair, of_reference(pair, STUDENT), rows)
-        found["handed over"] = kdx.transferred(references[STUDENT], x, batch_size=batch).fused.cpu()
+        found["handed over"] = kdx.transferred(references[STUDENT], x, batch_size=at_a_time(pair)).fused.cpu()
     return found
 
 
