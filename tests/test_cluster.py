@@ -143,3 +143,11 @@ def test_images_are_sent_again_when_all_workers_died(small, tmp_path):
                 local.workers[0].kill()
                 local.add()
         assert all(job.find() for job in wanted.values())
+
+
+def test_two_names_of_one_training_share_it(two, small):
+    (job,) = jobs(small, [70]).values()
+    (other,) = jobs(small, [71]).values()
+    found = dict(fit_all({"a": job, "b": job, "c": other}, two.address))
+    assert found["a"].key == found["b"].key == job.key
+    assert two.begun(job.key) == two.begun(other.key) == 1

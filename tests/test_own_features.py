@@ -120,7 +120,7 @@ def test_too_few_images_for_scores_are_a_caveat(folder, tmp_path, layers):
     assert "No scores: labels: too few images" in few.caveats[-1]
 
 
-@pytest.mark.parametrize(("side", "expected"), [(32, 64), (224, 27), (2000, 2)])
+@pytest.mark.parametrize(("side", "expected"), [(32, 64), (224, 27), (2000, 8)])
 def test_few_large_images_are_explained_at_a_time(side, expected):
     images = torch.empty(1, 3, 1, 1, dtype=torch.uint8).expand(1, 3, side, side)
     assert module.at_a_time(SimpleNamespace(pictures=SimpleNamespace(images=images))) == expected

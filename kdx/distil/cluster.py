@@ -141,7 +141,8 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    beside.submit(self._forget, [future])
+                    if future.key not in {other.key for other in going}:  # the same training under another name
+                        beside.submit(self._forget, [future])
                     bar.update()
                     yield name, run
             finally:

@@ -40,7 +40,6 @@ from kdx.data.registry import DATASETS, Card, find_card
 from kdx.data.sources import how_to_get
 from kdx.distil.backends import watching
 from kdx.pages import results
-from kdx.pages.kernels import ForkedKernelManager
 from kdx.paths import data_home, networks_home, places, sha256_of
 from kdx.progress import TERMINAL, progress, terminal
 
@@ -157,7 +156,6 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
             progress_bar=False,
             cwd=folder or notebook.parent,
             extra_arguments=["--log-level=50"],  # not that it is interrupted before it is shut down
-            kernel_manager_class=ForkedKernelManager,
         )
     except PapermillExecutionError as error:
         raise BookError(f"{notebook.name}: {error.ename}: {error.evalue}\n(the failed notebook: {scratch})") from error

@@ -103,7 +103,7 @@ def unexplained_answers(reference: Reference, pair: OwnPair, rows: Tensor) -> Te
 def at_a_time(pair: OwnPair) -> int:
     """Images that are explained at a time: 64, or fewer large ones, such as 27 of 224 x 224, which take 2.5 GB in a
     ResNet-50."""
-    return max(2, min(64, 2**22 // pair.pictures.images[0].numel()))
+    return max(8, min(64, 2**22 // pair.pictures.images[0].numel()))
 
 
 def make_maps(
