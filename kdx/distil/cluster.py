@@ -118,7 +118,6 @@ class Cluster:
             print("waiting for the first worker of the cluster", flush=True)
         self.client.wait_for_workers(1)
         label = f"networks on {len(self._workers())} workers, {self.client.dashboard_link}"
-        # what is finished is forgotten at once, for if its worker dies, it would be trained again
         with progress(total=len(jobs), desc=label, unit="network") as bar, ThreadPoolExecutor(1) as beside:
             try:
                 while waiting or going:
@@ -141,7 +140,8 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    if future.key not in {other.key for other in going}:  # the same training under another name
+                    # at once, for if its worker died, it would be trained again; but two names may wait for one training
+                    if future.key not in {other.key for other in going}:
                         beside.submit(self._forget, [future])
                     bar.update()
                     yield name, run

@@ -235,7 +235,8 @@ def execute_pages(pages: Sequence[Page], workers: int = 1) -> Iterator[tuple[Pag
         raise ValueError(f"workers: expected 1 page at a time or more, got {workers}")
     pages = sorted(pages, key=lambda page: page.waits)
     alone = pages if workers == 1 else [page for page in pages if not needs_kernel(page)]
-    yield from ((page, *_timed(page)) for page in alone)
+    for page in alone:
+        yield page, *_timed(page)
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
     cores = max(1, joblib.cpu_count() // workers)
     for waits in (False, True):
@@ -300,9 +301,10 @@ def _write_placeholder(page: Page, card: Card) -> None:
         f"# {page.title or page.name}\n\nNot built here, because {card.title} is not on this machine: "
         f"{how_to_get(card)}; then run `make book` again."
     )
+    root = page.executed.parents[2]
     quoted = {
         name
-        for prose in (page.executed.parents[2] / "book").glob("*.md")
+        for prose in (root / "book").glob("*.md")
         for name in re.findall(rf"{re.escape(page.executed.name)}::(\w+)", prose.read_text())
     }
     known = _stored_quotes(page.name)
