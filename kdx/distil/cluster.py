@@ -140,7 +140,7 @@ class Cluster:
                         going.clear()
                         raise
                     del going[future]
-                    # at once, for if its worker died, it would be trained again; but two names may wait for one training
+                    # at once: if its worker died, it would be trained again; but two names may wait for one training
                     if future.key not in {other.key for other in going}:
                         beside.submit(self._forget, [future])
                     bar.update()
