@@ -15,6 +15,20 @@ import kdx
 from kdx.data import shapes, sst
 from kdx.data.sources import find_source
 from kdx.paths import DataError
+from tests.kernels import forked_kernels
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    with forked_kernels(tmp_path_factory.mktemp("jupyter")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_kernels(request):
+    """Tests that execute notebooks need not wait for their kernels."""
+    if "book" in request.keywords:
+        request.getfixturevalue("kernels")
 
 
 @pytest.fixture(autouse=True)

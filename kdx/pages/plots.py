@@ -41,6 +41,8 @@ def use_style(vector: bool = False) -> None:
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium", "text.color": INK})
     plt.rcParams["text.parse_math"] = False  # a class may be called $5
     set_matplotlib_formats("retina", *(["svg"] if vector else []))
+    plt.switch_backend(plt.get_backend())
+    plt.uninstall_repl_displayhook()  # it draws each figure once more, before it is drawn for the page
 
 
 def colours(names: Iterable[str]) -> dict[str, Any]:
