@@ -13,6 +13,7 @@ from distributed import Client
 from kdx import Recipe
 from kdx.distil.fit import Job
 from tests.checkout import ROOT
+from tests.forks import python
 
 CLIENT = """
 import sys
@@ -22,7 +23,6 @@ from tests.clusters import jobs
 images = torch.load(sys.argv[2], weights_only=False)
 print(len(list(fit_all(jobs(images, map(int, sys.argv[4:]), int(sys.argv[3])), sys.argv[1]))))
 """
-COMMAND = "import {0}; {0}.main()"
 
 
 class Local:
@@ -67,9 +67,8 @@ class Local:
 
     def _start(self, name, module, command, environment=None):
         log = (self.folder / f"{name}.log").open("a")
-        python = [sys.executable, "-c", COMMAND.format(module), *command]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
-        return subprocess.Popen(python, env=env, cwd=self.folder, stdout=log, stderr=log)
+        return subprocess.Popen([*python(module), *command], env=env, cwd=self.folder, stdout=log, stderr=log)
 
     def wait_for(self, workers):
         """Until so many workers are there."""

@@ -15,20 +15,20 @@ import kdx
 from kdx.data import shapes, sst
 from kdx.data.sources import find_source
 from kdx.paths import DataError
-from tests.kernels import forked_kernels
+from tests.forks import forks
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    with forked_kernels(tmp_path_factory.mktemp("jupyter")):
+def forked(tmp_path_factory):
+    """Kernels, and workers of clusters, are forks of a process that has imported their libraries."""
+    with forks(tmp_path_factory.mktemp("forks")):
         yield
 
 
 @pytest.fixture(autouse=True)
-def quick_kernels(request):
-    """Tests that execute notebooks need not wait for their kernels."""
+def forked_kernels(request):
     if "book" in request.keywords:
-        request.getfixturevalue("kernels")
+        request.getfixturevalue("forked")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""Kernels for tests, forked from one process that has imported the libraries of pages: seconds less for each.
+"""Kernels and workers for tests, forked from one process that has imported their libraries: seconds less for each.
 
-``kernels.py ADDRESS`` is that process; ``kernels.py ADDRESS ARGUMENTS`` is ``python -m ipykernel_launcher ARGUMENTS``
-in a fork of it. It imports no code of kdx, which pages read anew.
+``forks.py ADDRESS`` is that process; ``forks.py ADDRESS MODULE ARGUMENTS`` is ``python -m MODULE ARGUMENTS`` in a fork
+of it. It imports no code of kdx, which is read anew.
 """
 
 import atexit
@@ -18,30 +18,39 @@ import threading
 from importlib import import_module
 
 LIBRARIES = ("torch", "torchvision", "pandas", "scipy.stats", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel")
+PLACE = "KDX_TEST_FORKS"  # the address, in the environment
 KIND = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
+def python(module):
+    """The command that executes a module: ``python -m``, or a fork."""
+    address = os.environ.get(PLACE)
+    return [sys.executable, *([__file__, address] if address else ["-m"]), module]
+
+
 @contextlib.contextmanager
-def forked_kernels(folder):
-    """Every kernel that is started meanwhile is a fork."""
+def forks(folder):
+    """Meanwhile, every kernel is a fork, and :func:`python` asks for one."""
+    import pytest
+
     address, home = folder / "socket", folder / "kernels" / "python3"
     home.mkdir(parents=True)
-    argv = [sys.executable, __file__, str(address), "-f", "{connection_file}"]
-    (home / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), before]))
     server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     server.stdout.readline()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLACE, str(address))
+        patch.setenv("JUPYTER_PATH", str(folder), os.pathsep)
+        argv = [*python("ipykernel_launcher"), "-f", "{connection_file}"]
+        (home / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        yield
     server.kill()
-    os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
 
 
-def ask(address, *arguments):
-    """Have a kernel run with this process's folder, environment and files; end as it ends, or with the parent."""
+def ask(address, module, *arguments):
+    """Have the module executed with this process's folder, environment and files; end as it ends, or with the parent."""
     connection = socket.socket(*KIND)
     connection.connect(address)
-    order = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    order = {"module": module, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     socket.send_fds(connection, [json.dumps(order).encode()], [0, 1, 2])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: connection.send(bytes([number])))
@@ -53,7 +62,7 @@ def ask(address, *arguments):
 
 
 def serve(address):
-    """Answer every :func:`ask` until the parent ends; return in the processes that are to be kernels."""
+    """Answer every :func:`ask` until the parent ends; return in the processes that are to execute a module."""
     for name in LIBRARIES:
         import_module(name)
     gc.freeze()
@@ -71,20 +80,22 @@ def serve(address):
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
-        if not (kernel := os.fork()):
+        if not (child := os.fork()):
             connection.close()
             return become(json.loads(message), files)
-        threading.Thread(target=forward, args=(connection, os.pidfd_open(kernel)), daemon=True).start()
-        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(kernel, 0)[1])).encode())
+        threading.Thread(target=forward, args=(connection, os.pidfd_open(child)), daemon=True).start()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(str(status).encode())
         os._exit(0)
 
 
-def forward(connection, kernel):
-    """Pass signals on; kill the kernel where whoever asked is gone."""
+def forward(connection, child):
+    """Pass signals on; kill the child where whoever asked is gone."""
     with contextlib.suppress(ProcessLookupError):
         while message := connection.recv(1):
-            signal.pidfd_send_signal(kernel, message[0])
-        signal.pidfd_send_signal(kernel, signal.SIGKILL)
+            signal.pidfd_send_signal(child, message[0])
+        signal.pidfd_send_signal(child, signal.SIGKILL)
 
 
 def become(order, files):
@@ -98,7 +109,7 @@ def become(order, files):
     os.environ.update(order["environment"])
     sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     sys.path[:1] = [order["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.argv[1:] = order["arguments"]
+    sys.argv = [order["module"], *order["arguments"]]
 
 
 if __name__ == "__main__":
@@ -106,6 +117,6 @@ if __name__ == "__main__":
         ask(*sys.argv[1:])
     else:
         serve(sys.argv[1])
-        runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         atexit._run_exitfuncs()
         os._exit(0)  # the rest of an ordinary end takes seconds after torch was imported
