@@ -47,7 +47,7 @@ def forks(folder):
 
 
 def ask(address, module, *arguments):
-    """Have the module executed with this process's folder, environment and files; end as it ends, or with the parent."""
+    """Have the module executed with this folder, environment and files; end as it ends, or as the parent."""
     connection = socket.socket(*KIND)
     connection.connect(address)
     order = {"module": module, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}

@@ -19,17 +19,18 @@ from kdx.pages.build import execute_page, load_pages
 from kdx.pages.sweep import read_glued
 from tests.checkout import ROOT, asked_for, copy_sources
 from tests.clusters import cluster
+from tests.forks import python
 
 
 def kdx(*arguments, home):
-    command = [sys.executable, "-m", "kdx.cli", *map(str, arguments)]
+    command = [*python("kdx.cli"), *map(str, arguments)]
     environment = os.environ | {"KDX_HOME": str(home), "KDX_DATA": "", "KDX_NETWORKS": str(home / "networks")}
     environment["OMP_NUM_THREADS"] = "1"  # weights are equal at one thread
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
-def smoke_book(tmp_path_factory):
+def smoke_book(forked, tmp_path_factory):
     """A checkout's sources with the smoke book built in it, and the data home it used."""
     root = copy_sources(tmp_path_factory.mktemp("book"))
     home = tmp_path_factory.mktemp("home")

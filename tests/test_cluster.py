@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -104,12 +105,15 @@ def test_two_clients_share_trainings_and_a_third_watches(two, small, tmp_path, h
     monkeypatch.setenv("KDX_CLUSTER", two.address)
     other = client(two.address, tmp_path, small, range(40, 44), 40)
     wanted, said = jobs(small, range(40, 44), 40), []
-    with watching(SimpleNamespace(disable=False, total=2, set_postfix_str=said.append)):
-        until(lambda: any(line.startswith(("1 of", "2 of")) for line in said))
+    until(lambda: any(two.begun(job.key) for job in wanted.values()))
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(lambda: dict(fit_all(wanted, two.address)))
+        with watching(SimpleNamespace(disable=False, total=2, set_postfix_str=said.append)):
+            until(lambda: any(line.startswith(("1 of", "2 of")) for line in said))
+        found = ours.result()
     assert said[-1].endswith("workers train networks")
     with watching(SimpleNamespace(disable=True)):  # no terminal
         pass
-    found = dict(fit_all(wanted, two.address))
     assert other.communicate(timeout=60)[0].strip() == "4"
     assert all(len(two.trained(run.key)) == 1 for run in found.values())
 
