@@ -11,7 +11,8 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	@start=$$(date +%s); $(PYTHON) -m venv .venv && \
-	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[book,cluster,detection,text,test]" && \
+	$(BIN)/python -m pip install --quiet --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[book,cluster,detection,text,test]" && \
+	{ $(BIN)/python -m compileall -qq -j 0 .venv/lib || true; } && \
 	echo "installation: $$(( $$(date +%s) - start )) s" && touch $@
 
 book: install
