@@ -11,8 +11,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	@start=$$(date +%s); $(PYTHON) -m venv .venv && \
-	$(BIN)/python -m pip install --quiet --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[book,cluster,detection,text,test]" && \
-	{ $(BIN)/python -m compileall -qq -j 0 .venv/lib || true; } && \
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[book,cluster,detection,text,test]" && \
 	echo "installation: $$(( $$(date +%s) - start )) s" && touch $@
 
 book: install
