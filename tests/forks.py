@@ -35,7 +35,8 @@ def forks(folder):
 
     address, home = folder / "socket", folder / "kernels" / "python3"
     home.mkdir(parents=True)
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends with its input, not by Ctrl-C
+    server = subprocess.Popen([sys.executable, __file__, str(address)], start_new_session=True, **pipes)
     server.stdout.readline()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PLACE, str(address))

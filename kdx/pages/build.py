@@ -154,7 +154,6 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
             dict(parameters),
             kernel_name="python3",
             progress_bar=False,
-            request_save_on_cell_execute=False,  # once, at the end
             cwd=folder or notebook.parent,
             extra_arguments=["--log-level=50"],  # not that it is interrupted before it is shut down
         )
