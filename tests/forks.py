@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from importlib import import_module
 
 LIBRARIES = ("torch", "torchvision", "pandas", "scipy.stats", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel")
@@ -35,9 +36,8 @@ def forks(folder):
 
     address, home = folder / "socket", folder / "kernels" / "python3"
     home.mkdir(parents=True)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends with its input, not by Ctrl-C
-    server = subprocess.Popen([sys.executable, __file__, str(address)], start_new_session=True, **pipes)
-    server.stdout.readline()
+    command = [sys.executable, __file__, str(address)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # ends with its input
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PLACE, str(address))
         patch.setenv("JUPYTER_PATH", str(folder), os.pathsep)
@@ -49,8 +49,11 @@ def forks(folder):
 
 def ask(address, module, *arguments):
     """Have the module executed with this folder, environment and files; end as it ends, or as the parent."""
-    connection = socket.socket(*KIND)
-    connection.connect(address)
+    connection, deadline = socket.socket(*KIND), time.monotonic() + 120
+    while connection.connect_ex(address):  # it has not imported the libraries yet
+        if time.monotonic() > deadline:
+            sys.exit(f"{address}: expected a process that forks others within 120 s; read what it wrote when it ended")
+        time.sleep(0.1)
     order = {"module": module, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     socket.send_fds(connection, [json.dumps(order).encode()], [0, 1, 2])
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,7 +74,6 @@ def serve(address):
     listener = socket.socket(*KIND)
     listener.bind(address)
     listener.listen()
-    print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         connection, _ = listener.accept()
@@ -108,6 +110,7 @@ def become(order, files):
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
+    sys.modules["numpy"].random.seed()  # no fork draws what another draws
     sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     sys.path[:1] = [order["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [order["module"], *order["arguments"]]
@@ -120,4 +123,5 @@ if __name__ == "__main__":
         serve(sys.argv[1])
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         atexit._run_exitfuncs()
+        sys.stdout.flush()
         os._exit(0)  # the rest of an ordinary end takes seconds after torch was imported

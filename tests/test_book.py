@@ -30,7 +30,7 @@ def kdx(*arguments, home):
 
 
 @pytest.fixture(scope="session")
-def smoke_book(forked, tmp_path_factory):
+def smoke_book(tmp_path_factory):
     """A checkout's sources with the smoke book built in it, and the data home it used."""
     root = copy_sources(tmp_path_factory.mktemp("book"))
     home = tmp_path_factory.mktemp("home")
@@ -118,7 +118,7 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
 
 
 @pytest.mark.book
-def test_book_pages_on_a_cluster_are_those_made_here(smoke_book, tmp_path, monkeypatch):
+def test_book_pages_on_a_cluster_are_those_made_here(smoke_book, own_processes, tmp_path, monkeypatch):
     """With two workers that share no store with anyone: the same trainings, weights and numbers."""
     root, home = smoke_book
     monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))

@@ -12,14 +12,13 @@ from kdx.distil.run_store import receive
 from kdx.paths import DataError
 from tests.clusters import client, cluster, jobs, until
 
-pytestmark = pytest.mark.usefixtures("forked")
 QUICK = {"recipe": kdx.Recipe(epochs=1, batch_size=16, lr=0.05), "width": 0.125, "device": "cpu"}
 PAIR = {"teacher": "resnet18", "student": "resnet10", "k": 2, "first": 1, "controls": 1, **QUICK}
 OLD = "import kdx.distil.cluster\nkdx.distil.cluster.__version__ = '0.0'\n"
 
 
 @pytest.fixture(scope="module")
-def two(forked, tmp_path_factory):
+def two(tmp_path_factory):
     """A cluster of two workers."""
     with cluster(tmp_path_factory.mktemp("cluster")) as local:
         yield local

@@ -15,7 +15,6 @@ import torch
 from kdx import Recipe, fit
 from kdx.distil import run_store
 from kdx.distil.run_store import code_digest, find_run, run_key
-from tests.forks import python
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -186,7 +185,7 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
 
 
 @pytest.mark.book
-def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
+def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path, own_processes):
     notebook = nbformat.v4.new_notebook()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook.cells = [
@@ -200,7 +199,7 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
         ),
     ]
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    command = [*python("kdx.cli"), "run", str(tmp_path / "n.ipynb"), "-o", str(tmp_path / "out.ipynb")]
+    command = [sys.executable, "-m", "kdx.cli", "run", str(tmp_path / "n.ipynb"), "-o", str(tmp_path / "out.ipynb")]
     environment = os.environ | {"KDX_HOME": str(home)}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     store = home / "runs"
