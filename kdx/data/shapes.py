@@ -106,13 +106,20 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
     body_colour = rng.uniform(0.45, 0.95, (n, 3)).astype(np.float32)
     mark_colour = rng.uniform(0.0, 0.25, (n, 3)).astype(np.float32)
     part_colour = np.where(is_tailed[:, None], body_colour, mark_colour)
+    change = np.empty_like(canvas)
     for distance, colour in ((body, body_colour), (part, part_colour)):
-        cover = _cover(distance)[:, None]
-        canvas += cover * (colour[:, :, None, None] - canvas)
-    canvas += 0.02 * rng.standard_normal(canvas.shape, dtype=np.float32)
+        np.subtract(colour[:, :, None, None], canvas, out=change)
+        change *= _cover(distance)[:, None]
+        canvas += change
+    rng.standard_normal(out=change, dtype=np.float32)
+    change *= 0.02
+    canvas += change
 
-    masks = np.where(part < 0, 2, np.where(body < 0, 1, 0)).astype(np.uint8)
-    return np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8), masks
+    masks = (body < 0).astype(np.uint8)
+    masks[part < 0] = 2
+    np.clip(canvas, 0, 1, out=canvas)
+    canvas *= 255
+    return np.rint(canvas, out=canvas).astype(np.uint8), masks
 
 
 def _background(n: int, rng: np.random.Generator) -> np.ndarray:
