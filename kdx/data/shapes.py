@@ -101,25 +101,28 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
             part[of] = np.minimum(part[of], np.maximum(tail, -body[of]))
     body[is_none] = np.inf
 
-    # Colours: a background, a brighter body, and a mark darker than the body.
+    masks = (body < 0).astype(np.uint8)
+    masks[part < 0] = 2
+    return _paint(body, part, is_tailed, rng), masks
+
+
+def _paint(body: np.ndarray, part: np.ndarray, same: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A background, a brighter body, and a part of the colour of the body where ``same``, else a darker one."""
+    n = len(body)
     canvas = _background(n, rng)
     body_colour = rng.uniform(0.45, 0.95, (n, 3)).astype(np.float32)
     mark_colour = rng.uniform(0.0, 0.25, (n, 3)).astype(np.float32)
-    part_colour = np.where(is_tailed[:, None], body_colour, mark_colour)
     change = np.empty_like(canvas)
-    for distance, colour in ((body, body_colour), (part, part_colour)):
+    for distance, colour in ((body, body_colour), (part, np.where(same[:, None], body_colour, mark_colour))):
         np.subtract(colour[:, :, None, None], canvas, out=change)
         change *= _cover(distance)[:, None]
         canvas += change
     rng.standard_normal(out=change, dtype=np.float32)
     change *= 0.02
     canvas += change
-
-    masks = (body < 0).astype(np.uint8)
-    masks[part < 0] = 2
     np.clip(canvas, 0, 1, out=canvas)
     canvas *= 255
-    return np.rint(canvas, out=canvas).astype(np.uint8), masks
+    return np.rint(canvas, out=canvas).astype(np.uint8)
 
 
 def _background(n: int, rng: np.random.Generator) -> np.ndarray:
