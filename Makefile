@@ -4,18 +4,19 @@ PYTHON ?= python3
 PROFILE ?= shipped
 CONSTRAINTS ?= constraints.txt# `make CONSTRAINTS= book` installs the newest versions instead
 BIN = .venv/bin
+PIP = $(BIN)/python -m pip
+UV = $(BIN)/uv pip install --quiet --python $(BIN)/python --system-certs --compile-bytecode
 PINS = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PACKAGE = --editable ".[book,cluster,detection,text,test]"
 
 .PHONY: install book explore test clean
 
-install: .venv/installed # with uv, which is faster than pip; with pip where uv does not reach the index
+install: .venv/installed # with uv, which is faster; with pip where uv fails or pip is set to an index of its own
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	@start=$$(date +%s); $(PYTHON) -m venv .venv && \
-	$(BIN)/python -m pip install --quiet $(PINS) uv && \
-	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --system-certs --compile-bytecode $(PINS) $(PACKAGE) || \
-	$(BIN)/python -m pip install --quiet $(PINS) $(PACKAGE); } && \
+	if $(PIP) config list | grep -q 'index-url=.*http' || ! { $(PIP) install --quiet $(PINS) uv && $(UV) $(PINS) $(PACKAGE); }; \
+	then $(PIP) install --quiet $(PINS) $(PACKAGE); fi && \
 	echo "installation: $$(( $$(date +%s) - start )) s" && touch $@
 
 book: install

@@ -127,7 +127,8 @@ def test_a_book_page_on_a_cluster_is_the_one_made_here(smoke_book, own_processes
         monkeypatch.setenv("KDX_CLUSTER", local.address)
         assert execute_page(page) == "executed"
     there, here = (read_glued(at) for at in (page.executed, root / "book/executed/03_capacity_gap.ipynb"))
-    assert {key for key in here if there[key] != here[key]} <= {"training_minutes"}
+    assert here
+    assert all(there[key] == here[key] for key in here)
     weights = {path.parent.name: path.read_bytes() for path in (tmp_path / "home").glob("runs/*/*.safetensors")}
     assert len(weights) > 20
     assert all((home / f"runs/{key}/model.safetensors").read_bytes() == found for key, found in weights.items())
@@ -181,24 +182,27 @@ def site(smoke_book):
     server.shutdown()
 
 
-AXE = """const done = arguments[0], kinds = new Set();
-for (const text of document.querySelectorAll("body *")) {  // contrast is checked once for each kind of text
-    const words = [...text.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
-    if (!words || !text.checkVisibility()) continue;
-    const style = getComputedStyle(text), kind = [style.color, style.fontSize, style.fontWeight];
+AXE = """const done = arguments[0], kinds = new Map();
+for (const text of document.querySelectorAll("body *")) {  // contrast is checked thrice for each kind of text
+    const own = [...text.childNodes].map((node) => (node.nodeType === Node.TEXT_NODE ? node.data : "")).join("");
+    if (!/[\\p{L}\\p{N}].*[\\p{L}\\p{N}]/su.test(own)) continue;  // axe-core does not judge a single letter
+    if (!text.checkVisibility({visibilityProperty: true}) || text.closest("mjx-container")) continue;
+    const style = getComputedStyle(text), looks = [style.color, style.fontSize, style.fontWeight];
     for (let behind = text; behind; behind = behind.parentElement) {
         const {backgroundColor, backgroundImage, opacity} = getComputedStyle(behind);
-        kind.push(backgroundColor, backgroundImage, opacity);
+        looks.push(backgroundColor, backgroundImage, opacity);
     }
-    text.classList.toggle("kind", !kinds.has(kind.join()));
-    kinds.add(kind.join());
+    const kind = looks.join();
+    kinds.set(kind, 1 + (kinds.get(kind) || 0));
+    text.classList.toggle("kind", kinds.get(kind) <= 3);
 }
-const exclude = [["mjx-container"]], resultTypes = ["violations"], contrast = ["color-contrast"];
-const rules = {runOnly: ["wcag2a", "wcag2aa"], resultTypes, rules: {[contrast]: {enabled: false}}};
-axe.run({exclude}, rules)
-    .then(async (of) => [of, await axe.run({include: [[".kind"]], exclude}, {runOnly: contrast, resultTypes})])
-    .then(([of, one]) => ({passes: of.passes, violations: of.violations.concat(one.violations), kinds: kinds.size}))
-    .then(done, (error) => done({passes: [], violations: [], kinds: 0, error}));"""
+const exclude = [["mjx-container"]], resultTypes = ["violations"];
+const contrast = {runOnly: ["color-contrast"], resultTypes};
+const others = {runOnly: ["wcag2a", "wcag2aa"], resultTypes, rules: {"color-contrast": {enabled: false}}};
+axe.run({exclude}, others)
+    .then(async (of) => [of, await axe.run({include: [[".kind"]], exclude}, contrast)])
+    .then((both) => ({passes: both.flatMap((of) => of.passes), violations: both.flatMap((of) => of.violations)}))
+    .then(done, (error) => done({passes: [], violations: [], error}));"""
 
 
 @pytest.mark.book
@@ -233,7 +237,7 @@ def test_book_pages_in_a_browser(site, browser):
         browser.execute_script(rules)
         found = browser.execute_async_script(AXE)
         assert len(found["passes"]) > 10, page
-        assert found["kinds"] > 10, page
+        assert "color-contrast" in {of["id"] for of in found["passes"]}, page
         serious = [of for of in found["violations"] if of["impact"] in ("serious", "critical")]
         barriers += [(page, of["id"], [node["html"][:200] for node in of["nodes"]]) for of in serious]
     assert barriers == []
