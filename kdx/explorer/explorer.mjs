@@ -3,8 +3,7 @@
 // render({ model, el }), which returns what removes the view, and model.get("data") is the payload of kdx.explorer.page.
 
 const STYLE = `
-.kdx-explorer { --line: color-mix(in srgb, currentColor 28%, transparent);
-  --soft: color-mix(in srgb, currentColor 8%, transparent); --mark: #d1603d;
+.kdx-explorer { --line: rgb(128 128 128 / 0.5); --soft: rgb(128 128 128 / 0.1); --mark: #d1603d;
   font-size: 0.92rem; line-height: 1.35; margin: 1rem 0; }
 .kdx-explorer .controls { display: flex; flex-wrap: wrap; gap: 0.5rem 0.9rem; margin: 0.5rem 0; align-items: end; }
 .kdx-explorer label { display: flex; flex-direction: column; gap: 0.15rem; }
