@@ -15,7 +15,7 @@ import kdx
 from kdx.data import shapes, sst
 from kdx.data.sources import find_source
 from kdx.paths import DataError
-from tests.forks import PLACE, forks
+from tests.forks import forks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,13 +23,6 @@ def forked(tmp_path_factory):
     """Kernels, and workers of clusters, are forks of a process that has imported their libraries."""
     with forks(tmp_path_factory.mktemp("forks")):
         yield
-
-
-@pytest.fixture
-def own_processes(monkeypatch):
-    """They are processes of their own: with a hash seed of their own, and children of who starts them."""
-    monkeypatch.delenv(PLACE)
-    monkeypatch.delenv("JUPYTER_PATH")
 
 
 @pytest.fixture(autouse=True)

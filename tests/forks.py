@@ -47,6 +47,17 @@ def forks(folder):
     server.kill()
 
 
+@contextlib.contextmanager
+def own_processes():
+    """Meanwhile, they are processes of their own: with a hash seed of their own, and children of who starts them."""
+    import pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(PLACE)
+        patch.delenv("JUPYTER_PATH")
+        yield
+
+
 def ask(address, module, *arguments):
     """Have the module executed with this folder, environment and files; end as it ends, or as the parent."""
     connection, deadline = socket.socket(*KIND), time.monotonic() + 120

@@ -19,7 +19,7 @@ from kdx.pages.build import execute_page, load_pages
 from kdx.pages.sweep import read_glued
 from tests.checkout import ROOT, asked_for, copy_sources
 from tests.clusters import cluster
-from tests.forks import python
+from tests.forks import own_processes, python
 
 
 def kdx(*arguments, home):
@@ -118,12 +118,12 @@ def test_book_rebuild_restores_a_lost_picture(smoke_book):
 
 
 @pytest.mark.book
-def test_a_book_page_on_a_cluster_is_the_one_made_here(smoke_book, own_processes, tmp_path, monkeypatch):
+def test_a_book_page_on_a_cluster_is_the_one_made_here(smoke_book, tmp_path, monkeypatch):
     """With two workers that share no store with anyone: the same trainings, weights and numbers."""
     root, home = smoke_book
     monkeypatch.setenv("KDX_HOME", str(tmp_path / "home"))
     (page,) = (page for page in load_pages(copy_sources(tmp_path), "smoke") if page.name == "03_capacity_gap")
-    with cluster(tmp_path / "cluster") as local:
+    with own_processes(), cluster(tmp_path / "cluster") as local:
         monkeypatch.setenv("KDX_CLUSTER", local.address)
         assert execute_page(page) == "executed"
     there, here = (read_glued(at) for at in (page.executed, root / "book/executed/03_capacity_gap.ipynb"))

@@ -131,7 +131,6 @@ def test_appendix_page_on_real_leaves(photographs, tmp_path, monkeypatch):
     (tmp_path / "root").mkdir()
     root = copy_sources(tmp_path / "root")
     (page,) = [page for page in build.load_pages(root, "smoke") if page.name == "plantvillage_unicam"]
-    page.parameters["techniques"] = ["response"]
     assert build.execute_page(page) == "executed"
     cells = nbformat.read(page.executed, as_version=4).cells
     assert cells[0].source.startswith("# Plant leaves: features that only one of two networks has\n")

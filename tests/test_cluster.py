@@ -14,7 +14,7 @@ from tests.clusters import client, cluster, jobs, until
 
 QUICK = {"recipe": kdx.Recipe(epochs=1, batch_size=16, lr=0.05), "width": 0.125, "device": "cpu"}
 PAIR = {"teacher": "resnet18", "student": "resnet10", "k": 2, "first": 1, "controls": 1, **QUICK}
-BOTH = {"techniques": ["response", "attention"]}
+PAIR_OF_ALL = {"techniques": ["response", "overhaul", "attention"], **PAIR}
 OLD = "import kdx.distil.cluster\nkdx.distil.cluster.__version__ = '0.0'\n"
 
 
@@ -31,16 +31,16 @@ def small(shapes16):
 
 
 def test_networks_of_a_cluster_are_those_trained_here(two, small, home, monkeypatch, one_thread):
-    there = kdx.cross_fit(small, workers=two.address, **BOTH, **PAIR)
+    there = kdx.cross_fit(small, workers=two.address, **PAIR_OF_ALL)
     assert {run.path.parent for run in there.values()} == {home / "runs"}
     assert all(two.trained(run.key) for (role, _), run in there.items())
     assert not connect(two.address).client.list_datasets()
     stamps = {run.path: run.path.stat().st_mtime_ns for run in there.values()}
     monkeypatch.setenv("KDX_CLUSTER", two.address)
-    assert {r.path: r.path.stat().st_mtime_ns for r in kdx.cross_fit(small, **BOTH, **PAIR).values()} == stamps
+    assert {r.path: r.path.stat().st_mtime_ns for r in kdx.cross_fit(small, **PAIR_OF_ALL).values()} == stamps
     monkeypatch.delenv("KDX_CLUSTER")
     monkeypatch.setenv("KDX_HOME", str(home) + "-other")
-    here = kdx.cross_fit(small, **BOTH, **PAIR)
+    here = kdx.cross_fit(small, **PAIR_OF_ALL)
     assert {name: run.key for name, run in here.items()} == {name: run.key for name, run in there.items()}
     for name, run in here.items():
         ours, theirs = run.model.state_dict(), there[name].model.state_dict()

@@ -149,7 +149,7 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
 @pytest.mark.book
 def test_explain_a_transformer_beside_a_convolutional_network_of_timm(here, images, checkpoint, browser):
     given = ["--student", checkpoint(TRANSFORMER, 0, "s"), "--base", checkpoint(CONVNEXT, 1, "b"), "--data", images]
-    given += ["--build", TRANSFORMER, "--build-base", CONVNEXT, "--limit", 20, "--size", 224, "--out", "deep/report"]
+    given += ["--build", TRANSFORMER, "--build-base", CONVNEXT, "--limit", 24, "--size", 224, "--out", "deep/report"]
     result = invoke(*given, *QUICK, "-p", "method=unicam")
     assert result.exit_code == 0, result.output
     page, said = check(here / "deep" / "report", browser, ["L1", "L2", "L3", "L4"])

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from kdx import Recipe, fit
 from kdx.distil import run_store
 from kdx.distil.run_store import code_digest, find_run, run_key
-from tests.forks import PLACE, python
+from tests.forks import own_processes, python
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -186,7 +185,7 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
 
 
 @pytest.mark.book
-def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
+def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook.cells = [
@@ -201,10 +200,10 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     ]
     nbformat.write(notebook, tmp_path / "n.ipynb")
     command = ["run", str(tmp_path / "n.ipynb"), "-o", str(tmp_path / "out.ipynb")]
-    environment = os.environ | {"KDX_HOME": str(home)}
-    unforked = {name: value for name, value in environment.items() if name not in (PLACE, "JUPYTER_PATH")}
-    killed = [sys.executable, "-m", "kdx.cli", *command]  # its kernel is its child, which is killed with it
-    job = subprocess.Popen(killed, cwd=ROOT, env=unforked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    monkeypatch.setenv("KDX_HOME", str(home))
+    with own_processes():  # the kernel is a child of the run, and is killed with it
+        killed = [*python("kdx.cli"), *command]
+        job = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     store = home / "runs"
     deadline = time.monotonic() + 240
     while not list(store.glob("[!.]*/manifest.json")):
@@ -219,7 +218,7 @@ def test_killed_kdx_run_resumes_from_the_last_finished_network(home, tmp_path):
     assert 1 <= len(before) < 9
     for key in before:  # whatever lies under a key is whole
         assert find_run(key).model
-    subprocess.run([*python("kdx.cli"), *command], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([*python("kdx.cli"), *command], cwd=ROOT, check=True, capture_output=True)
     after = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in store.glob("[!.]*")}
     # two bases, a student each, and the controls: two bases, a student, a teacher and its student
     assert len(after) == 9

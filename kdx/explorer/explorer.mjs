@@ -24,7 +24,8 @@ const STYLE = `
 .kdx-explorer .strip button[aria-pressed=true] { border-color: var(--mark); box-shadow: 0 0 0 1px var(--mark); }
 .kdx-explorer .strip canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; }
 .kdx-explorer table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0; width: auto; }
-.kdx-explorer td, .kdx-explorer th { padding: 0.1rem 0.7rem 0.1rem 0; text-align: left; font-weight: 400; white-space: nowrap; }
+.kdx-explorer td, .kdx-explorer th { padding: 0.1rem 0.7rem 0.1rem 0; text-align: left; font-weight: 400;
+  white-space: nowrap; }
 .kdx-explorer .bar { display: inline-block; height: 0.7em; background: var(--mark); vertical-align: baseline; }
 .kdx-explorer .base .bar { background: #2b6ca3; }
 .kdx-explorer .link { color: inherit; }

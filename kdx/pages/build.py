@@ -388,8 +388,8 @@ def _jupyter_book(root: Path, builder: str, profile: str) -> None:
     command += ["--builder", builder, "-W", "-n", "--keep-going"]
     settled = os.environ | {
         "KDX_PROFILE": profile,  # for book/_ext/page_foot.py
-        "PYTHONHASHSEED": "0",
-    }  # jupyter-book lists a set in its configuration: else all is read anew
+        "PYTHONHASHSEED": "0",  # jupyter-book lists a set in its configuration: else all is read anew
+    }
     done = subprocess.run(command, cwd=root, env=settled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = root / "book" / "_build" / "build.log"
     log.parent.mkdir(parents=True, exist_ok=True)
