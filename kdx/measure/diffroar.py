@@ -148,13 +148,18 @@ def removed(maps: Tensor, fraction: float, highest: bool, seed: int = 0) -> Tens
     Returns:
         bool (n, ...).
     """
-    count = _count(fraction, maps[0].numel())
+    elements = maps[0].numel()
+    count = _count(fraction, elements)
     generator, found = torch.Generator().manual_seed(seed), []
     for part in maps.flatten(1).split(AT_ONCE):
-        shuffle = torch.rand(part.shape, generator=generator).argsort(1)
-        order = shuffle.gather(1, part.gather(1, shuffle).argsort(dim=1, descending=highest, stable=True))
-        gone = order[:, :count]
-        found.append(torch.zeros_like(part, dtype=torch.bool).scatter(1, gone, True))
+        draw = torch.rand(part.shape, generator=generator)
+        limit = part.kthvalue(elements - count + 1 if highest else count, dim=1, keepdim=True).values
+        gone, tied = part > limit if highest else part < limit, part == limit
+        left = count - gone.sum(1, keepdim=True)
+        many = (tied.sum(1, keepdim=True) > left)[:, 0]
+        first = draw[many].where(tied[many], 2).argsort(1)
+        tied[many] = torch.zeros_like(tied[many]).scatter(1, first, torch.arange(elements) < left[many])
+        found.append(gone | tied)
     return torch.cat(found).view(maps.shape)
 
 
