@@ -161,7 +161,7 @@ def rank_cell(row: Mapping[str, Any]) -> str:
 
 def multiline(table: pd.DataFrame) -> Styler:
     """A table of text that keeps line breaks and shows names as they are, markup included."""
-    narrow = "font-size: 0.8em; padding: 2px 3px; vertical-align: top; text-align: left"
+    narrow = "font-size: 0.8em; padding: 2px; vertical-align: top; text-align: left"
     cell = {"selector": "td", "props": f"white-space: pre; {narrow}"}
     heading = {"selector": "th", "props": f"white-space: pre-line; {narrow}"}
     caption = {"selector": "caption", "props": "white-space: normal"}

@@ -100,7 +100,7 @@ def calibration(table: pd.DataFrame) -> Styler:
     for row in table.to_dict("records"):
         minus = interval(row, change, "+.3f")
         cells.setdefault(row["network"], {})[row["score"]] = interval(row, form=".3f") + (
-            f"\nstudent minus this: {minus}" if minus else ""
+            f"\nstudent minus this:\n{minus}" if minus else ""
         )
     return multiline(pd.DataFrame(cells).T)
 

@@ -1,46 +1,49 @@
-"""What a step of each technique costs: ``python tests/benchmarks/techniques.py``.
+"""What a step of each technique costs: ``python tests/benchmarks/techniques.py``; ``--write`` stores it for the book.
 
 Trains ``resnet10@0.125`` for a few steps of the shipped recipe with each technique, by the shipped teacher of CIFAR-10.
-Prints seconds a step, the same relative to training on labels, those of a step of fitting to the teacher, and how much
-memory the process needed at most. Every technique has a process of its own; the first two steps are not counted.
-Nothing is stored. ``--steps 5`` is quicker and less exact.
+Prints seconds a step; the same relative to training on labels, which is measured before and after in the same process,
+since machines change their speed; seconds of a step of fitting to the teacher; and how much more memory the process
+needs than for labels (on Linux alone). The first two steps are not counted. ``--steps 5`` is quicker and less exact.
 """
 
 import argparse
 import contextlib
 import multiprocessing
-import resource
 import statistics
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 import kdx
-from kdx.distil.shipped import STUDIES
-from kdx.distil.techniques import TECHNIQUES, find_techniques, settings_of
+from kdx.distil.shipped import STUDIES, TAUGHT
+from kdx.distil.techniques import find_techniques, settings_of
 from kdx.distil.training import train_epochs
+from kdx.pages import results
 
-SETTINGS = {"attention_weight": 100.0, "contrastive_negatives": 1024, "self_supervised_epochs": 1, "factor_epochs": 1}
+STANDARDISED = "standardised response"
+QUICKER = {"self_supervised_epochs": 1, "factor_epochs": 1}  # a step of fitting costs the same in every epoch
+STUDY = next(study for study in STUDIES if study.dataset == "cifar10")
 
 
 class EnoughError(Exception):
     """The steps that were asked for are done."""
 
 
-def measure(name, steps, threads):
-    torch.set_num_threads(threads)
-    recipe = next(study.recipe for study in STUDIES if study.dataset == "cifar10")
-    whole = kdx.load_dataset("cifar10", "train")  # of contrastive, the cost depends on how many there are
-    parts = find_techniques(name, {k: v for k, v in SETTINGS.items() if k in settings_of(name)})
+def train(name, images, steps):
+    """Seconds of each step of fitting to the teacher, and of each of training."""
+    settings = {**STUDY.settings, **QUICKER, "standardise": name == STANDARDISED}
+    name = "response" if name == STANDARDISED else name
+    parts = find_techniques(name, {k: v for k, v in settings.items() if k in settings_of(name)})
     teacher = kdx.load_network("cifar10", "teacher") if parts[0].needs_teacher else None
     student = kdx.build("resnet10@0.125", 10, "small", seed=0).to(memory_format=torch.channels_last)
-    recipe, times = replace(recipe, epochs=1, augmentation=whole.card.augmentation), []
-    fitting = sum(part.fitting_epochs for part in parts) * (len(whole) // recipe.batch_size)
+    recipe, times = replace(STUDY.recipe, epochs=1, augmentation=images.card.augmentation), []
+    fitting = sum(part.fitting_epochs for part in parts) * (len(images) // recipe.batch_size)
     if fitting:  # fewer images, so that both stages are reached
-        whole, fitting = whole.limit((steps + 2) * recipe.batch_size), steps + 2
+        images, fitting = images.limit((steps + 2) * recipe.batch_size), steps + 2
 
     def stepped():
         times.append(time.perf_counter())
@@ -48,26 +51,52 @@ def measure(name, steps, threads):
             raise EnoughError
 
     with contextlib.suppress(EnoughError):
-        list(train_epochs(student, teacher, whole, parts, recipe, 0, torch.device("cpu"), stepped))
+        list(train_epochs(student, teacher, images, parts, recipe, 0, torch.device("cpu"), stepped))
     spent = [b - a for a, b in pairwise(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    of_fitting = statistics.median(spent[1 : fitting - 1]) if fitting else float("nan")
-    return {"seconds": statistics.median(spent[fitting + 1 :]), "fitting": of_fitting, "MiB": peak}
+    return spent[1 : fitting - 1] if fitting else [], spent[fitting + 1 :]
+
+
+def memory(of):
+    """MiB that this process holds (``VmRSS``), or held at most since the last call for it (``VmHWM``)."""
+    held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(of))
+    if of == "VmRSS":
+        Path("/proc/self/clear_refs").write_text("5")  # the largest size begins anew
+    return int(held.split()[1]) / 1024
+
+
+def measure(name, steps, threads):
+    torch.set_num_threads(threads)
+    images = kdx.load_dataset("cifar10", "train")  # of contrastive, the cost depends on how many there are
+    _, before = train("label", images, steps)
+    held = memory("VmRSS")
+    fitting, spent = train(name, images, steps)
+    grown = memory("VmHWM") - held
+    _, after = train("label", images, steps)
+    seconds = statistics.median(spent)
+    return {
+        "seconds": seconds,
+        "relative": seconds / statistics.median(before + after),
+        "fitting": statistics.median(fitting) if fitting else float("nan"),
+        "MiB": grown,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", default=list(TECHNIQUES))
+    parser.add_argument("names", nargs="*", default=["label", *TAUGHT, STANDARDISED])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
-    rows = {}
+    rows, start = {}, time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    for name in dict.fromkeys(["label", *chosen.names]):
+    for name in dict.fromkeys(chosen.names):
         with context.Pool(1) as pool:
             rows[name] = pool.apply(measure, (name, chosen.steps, torch.get_num_threads()))
-    table = pd.DataFrame(rows).T
-    table.insert(1, "relative", table["seconds"] / table.loc["label", "seconds"])
+    table = pd.DataFrame(rows).T.rename_axis("technique")
     print(table.to_string(float_format="{:.3f}".format))
+    if chosen.write:
+        command = "python tests/benchmarks/techniques.py --write"
+        results.store("techniques", table.reset_index().round(4), command, time.perf_counter() - start)
 
 
 if __name__ == "__main__":
