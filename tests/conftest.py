@@ -157,7 +157,7 @@ def browser(chromedriver, tmp_path_factory):
     options = webdriver.ChromeOptions()
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1600",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1600",
         f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ):  # fmt: skip
         options.add_argument(flag)

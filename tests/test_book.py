@@ -182,6 +182,11 @@ def site(smoke_book):
     server.shutdown()
 
 
+WIDE = """return [...document.querySelectorAll(".cell_output table")]
+    .filter((table) => !table.closest(".kdx-sortable, .kdx-explorer"))
+    .filter((table) => table.offsetWidth > table.closest(".cell_output").clientWidth)
+    .map((table) => [table.offsetWidth, table.innerText.slice(0, 80)]);"""
+
 AXE = """const done = arguments[0], kinds = new Map();
 for (const text of document.querySelectorAll("body *")) {  // contrast is checked thrice for each kind of text
     const own = [...text.childNodes].map((node) => (node.nodeType === Node.TEXT_NODE ? node.data : "")).join("");
@@ -208,13 +213,14 @@ axe.run({exclude}, others)
 @pytest.mark.book
 @pytest.mark.browser
 def test_book_pages_in_a_browser(site, browser):
-    """Every page: no request to another host, every image loaded and described, no script error; every page of the book
-    has no serious barrier by the rules of axe-core for WCAG 2, beside formulas, which take it minutes."""
+    """Every page: no request to another host, every image loaded and described, no table that is cut off beside the one
+    that can be sorted, no script error; every page of the book has no serious barrier by the rules of axe-core for
+    WCAG 2, beside formulas, which take it minutes."""
     axe = pytest.importorskip("axe_core_python")
     rules = (Path(axe.__file__).parent / "axe.min.js").read_text()
     address, pages = site
     assert len(pages) >= 8
-    seen, barriers = 0, []
+    seen, barriers, cut = 0, [], []
     for page in pages:
         browser.get(address + page)
         browser.execute_async_script(  # lazy images too; MathJax has run where there is math
@@ -229,6 +235,7 @@ def test_book_pages_in_a_browser(site, browser):
         assert browser.execute_script(broken) == [], page
         bare = "[...document.querySelectorAll('article img')].filter(i => !i.alt || i.alt.includes('/'))"
         assert browser.execute_script(f"return {bare}.map(i => i.src)") == [], page
+        cut += [(page, of) for of in browser.execute_script(WIDE)]
         severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
         errors = [message for message in severe if "favicon" not in message]
         assert errors == [], page
@@ -241,6 +248,7 @@ def test_book_pages_in_a_browser(site, browser):
         serious = [of for of in found["violations"] if of["impact"] in ("serious", "critical")]
         barriers += [(page, of["id"], [node["html"][:200] for node in of["nodes"]]) for of in serious]
     assert barriers == []
+    assert cut == []
     assert seen > 50  # the log of requests does work
 
 

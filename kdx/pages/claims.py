@@ -150,7 +150,8 @@ class Verdict:
         tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
         forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)
         forms |= {headings["detectable"]: self._size, "δ": self._size} | dict.fromkeys(tests.values(), "{:.3f}")
-        style = self.table.rename(columns=headings | tests).style.format(forms)
+        table = self.table if self.table["margin"].nunique() > 1 else self.table.drop(columns="margin")
+        style = table.rename(columns=headings | tests).style.format(forms)
         return style.set_caption(f"Claim {self.number}, {self.effect}: {self.word} (δ = {self._delta})")
 
     @property
