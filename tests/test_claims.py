@@ -79,7 +79,10 @@ def test_each_effect_is_judged_in_its_own_unit():
     assert table["margin"].tolist() == [ACCURACY_MARGIN, SCORE_MARGIN]
     alone = {name: effects({name: v}, margins([name])[name]).loc[name, "within"] for name, v in small.items()}
     assert table["within"].to_dict() == alone
-    assert "(δ = 0.010 or 0.020)" in Verdict("H1", "both", small, margins(small)).show().caption
+    shown = Verdict("H1", "both", small, margins(small)).show()
+    assert "(δ = 0.010 or 0.020)" in shown.caption
+    assert "δ" in shown.columns
+    assert "δ" not in Verdict("H1", "both", small, 0.02).show().columns  # the caption has it
 
 
 def test_judge_wants_an_effect():

@@ -7,7 +7,7 @@ from torch import nn
 import kdx
 from kdx.distil.fit import Job
 from kdx.intervals import mean_interval
-from kdx.measure.diffroar import attributions, removed, retrained
+from kdx.measure.diffroar import AT_ONCE, attributions, removed, retrained
 
 FAST = {"model": "resnet10@0.0625", "recipe": kdx.Recipe(epochs=4, batch_size=32, lr=0.1, augmentation={})}
 
@@ -51,6 +51,19 @@ def test_ends_are_complements_and_equal_values_are_removed_at_random():
     often = removed(torch.ones(2000, 4, 4), 0.25, True).double().mean(0)
     assert (often - 0.25).abs().max() < 0.05
     assert not torch.equal(removed(maps, 0.25, True, seed=1), high)
+
+
+@pytest.mark.parametrize("highest", [True, False])
+def test_of_equal_values_the_first_in_a_random_order_are_removed(highest):
+    maps = torch.randint(4, (600, 30), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(5)
+    draws = [torch.rand(part.shape, generator=generator) for part in maps.split(AT_ONCE)]
+    found = removed(maps, 0.3, highest, seed=5)
+    for values, draw, gone in zip(maps.tolist(), torch.cat(draws).tolist(), found, strict=True):
+        order = sorted(range(30), key=lambda i: (-values[i] if highest else values[i], draw[i]))
+        assert gone.nonzero()[:, 0].tolist() == sorted(order[:9])
+    mask = maps > 1
+    assert torch.equal(removed(mask, 0.3, highest), removed(mask.float(), 0.3, highest))
 
 
 def test_images_without_a_part_are_grey_there_and_masks_stand_alone(home):

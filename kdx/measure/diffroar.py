@@ -151,13 +151,14 @@ def removed(maps: Tensor, fraction: float, highest: bool, seed: int = 0) -> Tens
     elements = maps[0].numel()
     count = _count(fraction, elements)
     generator, found = torch.Generator().manual_seed(seed), []
-    for part in maps.flatten(1).split(AT_ONCE):
+    whole = maps.flatten(1)
+    for part in (whole.byte() if whole.dtype == torch.bool else whole).split(AT_ONCE):
         draw = torch.rand(part.shape, generator=generator)
         limit = part.kthvalue(elements - count + 1 if highest else count, dim=1, keepdim=True).values
         gone, tied = part > limit if highest else part < limit, part == limit
         left = count - gone.sum(1, keepdim=True)
         many = (tied.sum(1, keepdim=True) > left)[:, 0]
-        first = draw[many].where(tied[many], 2).argsort(1)
+        first = draw[many].where(tied[many], 2).argsort(dim=1, stable=True)
         tied[many] = torch.zeros_like(tied[many]).scatter(1, first, torch.arange(elements) < left[many])
         found.append(gone | tied)
     return torch.cat(found).view(maps.shape)
