@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -80,27 +81,29 @@ def loss_gradients(dataset: Dataset, gradients: Mapping[str, Tensor]) -> Figure:
 
 
 def unmasking(table: pd.DataFrame, ends: Mapping[str, str]) -> Figure:
-    """Accuracy of new networks over the share of elements that their images lack, one panel for each data set.
+    """Accuracy of new networks over the share of elements that their images lack, a panel for each data set and network.
+
+    Lines are means over seeds; bars go from the least to the largest.
 
     Args:
         table: data, network, fraction, and a column of accuracies for each of ``ends``, one row for each seed.
         ends: Column -> line style.
     """
     names, sets = list(table["network"].unique()), list(table["data"].unique())
-    figure, grid = plt.subplots(1, len(sets), figsize=(4.3 * len(sets) + 1.4, 3.3), squeeze=False)
-    palette = colours(names)
-    for axes, data in zip(grid[0], sets, strict=True):
-        for name, rows in table[table["data"] == data].groupby("network", sort=False):
-            for column, style in ends.items():
-                of = rows.groupby("fraction")[column]
-                if of.mean().notna().all():
-                    axes.plot(of.mean().index, of.mean(), style, marker="o", ms=3, lw=1.2, color=palette[name])
-                    axes.vlines(of.min().index, of.min(), of.max(), color=palette[name], lw=0.8)
-        axes.set(title=data, xlabel="share of the elements removed", ylim=(0, 1), xlim=(0, 1))
+    size = 1.65 * len(names) + 1.6, 1.9 * len(sets) + 0.3
+    figure, grid = plt.subplots(len(sets), len(names), figsize=size, squeeze=False, sharex=True, sharey="row")
+    for axes, (data, name) in zip(grid.flat, itertools.product(sets, names), strict=True):
+        rows = table[(table["data"] == data) & (table["network"] == name)]
+        for column, style in ends.items():
+            of = rows.groupby("fraction")[column]
+            axes.plot(of.mean().index, of.mean(), style, marker="o", ms=3, lw=1.2, color=INK)
+            axes.vlines(of.min().index, of.min(), of.max(), color=INK, lw=0.8)
+        axes.set(xlim=(0, 1), title=name if axes in grid[0] else "")
         axes.grid(axis="y", alpha=0.4)
-    grid[0, 0].set_ylabel("test accuracy of a new network")
-    handles = [plt.Line2D([], [], color=palette[name], label=name) for name in names]
-    handles += [plt.Line2D([], [], color=INK, ls=style, label=f"{column} removed") for column, style in ends.items()]
+    for data, axes in zip(sets, grid[:, 0], strict=True):
+        axes.set_ylabel(f"{data}\naccuracy")
+    figure.supxlabel("share of the elements removed", size="medium")
+    handles = [plt.Line2D([], [], color=INK, ls=style, label=f"{column} removed") for column, style in ends.items()]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     sns.despine(figure)
     return figure
