@@ -81,7 +81,7 @@ def loss_gradients(dataset: Dataset, gradients: Mapping[str, Tensor]) -> Figure:
 
 
 def unmasking(table: pd.DataFrame, ends: Mapping[str, str]) -> Figure:
-    """Accuracy of new networks over the share of elements that their images lack, a panel for each data set and network.
+    """Accuracy of new networks over the share of elements that images lack, a panel for each data set and network.
 
     Lines are means over seeds; bars go from the least to the largest.
 
