@@ -45,6 +45,9 @@ def test_unmasking_curves_are_means_over_seeds():
     table = pd.DataFrame(rows, columns=["data", "network", "fraction", "seed", "highest", "lowest"])
     (axes,) = yardstick_plots.unmasking(table, {"highest": "-", "lowest": ":"}).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.05, 0.25], pytest.approx([0.15, 0.55])]
+    other = table.assign(network="edges", highest=0.5)
+    _, second = yardstick_plots.unmasking(pd.concat([table, other]), {"highest": "-", "lowest": ":"}).axes
+    assert (second.get_title(), list(second.lines[0].get_ydata())) == ("edges", [0.5, 0.5])
 
 
 def test_correlations_have_a_row_for_each_yardstick():
