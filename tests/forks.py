@@ -18,7 +18,11 @@ import threading
 import time
 from importlib import import_module
 
-LIBRARIES = ("torch", "torchvision", "pandas", "scipy.stats", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel")
+LIBRARIES = (
+    *("torch", "torchvision.transforms.v2", "safetensors.torch", "pandas.io.formats.style", "scipy.stats"),
+    *("matplotlib.pyplot", "seaborn", "joblib", "requests", "papermill"),
+    *("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel"),
+)
 PLACE = "KDX_TEST_FORKS"  # the address, in the environment
 KIND = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

@@ -34,6 +34,20 @@ def test_the_teacher_is_framed():
     assert [text.get_text() for text in axes.texts] == ["0.50", "0.20", "0.40"]  # one was not asked
 
 
+def test_techniques_are_rows_and_hollow_where_one_fold_is_known():
+    rows = [("a", "L4", 0.3, 0.2, 0.5, 3), ("c", "L4", 0.1, 0.0, 0.2, 1), ("a", "answer", 0.4, 0.3, 0.5, 3)]
+    table = pd.DataFrame(rows, columns=["network", "stage", "value", "low", "high", "folds"])
+    kinds = {"a": "answers", "b": "features", "c": "features"}
+    last, answer = handed_over_plots.by_technique(table, kinds, "minus the control").axes
+    assert [label.get_text() for label in last.get_yticklabels()] == ["a", "b", "c"]
+    points = [line for line in last.lines if line.get_marker() == "o"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [(0.3, 0), (0.1, 2)]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True]
+    assert points[0].get_color() != points[1].get_color()
+    assert [list(line.get_xdata()) for line in last.lines if list(line.get_ydata()) == [2, 2]] == [[0.0, 0.2]]
+    assert len([line for line in answer.lines if line.get_marker() == "o"]) == 1
+
+
 def test_doses_have_a_colour_each():
     rows = [(0.0, 0.0, 0.02, -0.03, 0.07), (0.5, 0.6, 0.58, 0.5, 0.66), (1.0, 0.97, 0.95, 0.9, 1.0)]
     (axes,) = handed_over_plots.doses(pd.DataFrame(rows, columns=["dose", "truth", "value", "low", "high"])).axes

@@ -1,4 +1,4 @@
-"""Figures of what was handed over: parts of a student, doses, and who taught whom."""
+"""Figures of what was handed over: parts of a student, techniques beside each other, doses, and who taught whom."""
 
 from __future__ import annotations
 
@@ -97,6 +97,32 @@ def who_taught(table: pd.DataFrame, students: Sequence[str]) -> Figure:
     axes.set(xlabel="candidate", ylabel="student")
     axes.set_xticks(axes.get_xticks(), values.columns, rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
+    return figure
+
+
+def by_technique(table: pd.DataFrame, kinds: Mapping[str, str], label: str) -> Figure:
+    """Differences from a control as points with intervals: a panel for each stage, a row for each network.
+
+    Args:
+        table: network, stage, value, low, high, folds. Points of one fold are hollow.
+        kinds: Network -> kind, which has a colour; also the order of the rows.
+        label: Of the axis of differences.
+    """
+    levels, names = list(table["stage"].unique()), list(kinds)
+    figure, grid = plt.subplots(1, len(levels), figsize=(9.2, 0.27 * len(names) + 1.3), sharex=True, sharey=True)
+    palette = dict(zip(dict.fromkeys(kinds.values()), sns.color_palette("deep"), strict=False))
+    for axes, stage in zip(np.atleast_1d(grid), levels, strict=True):
+        for _, row in table[table["stage"] == stage].iterrows():
+            y, colour = names.index(row["network"]), palette[kinds[row["network"]]]
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.4)
+            axes.plot(row["value"], y, "o", ms=4.5, color=colour, mfc=colour if row["folds"] > 1 else "white")
+        axes.axvline(0, color="#999999", lw=0.8, zorder=0)
+        axes.set(title=stage, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axes.grid(axis="y", alpha=0.3)
+    figure.supxlabel(label, size="medium")
+    handles = [plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=kind) for kind, colour in palette.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    sns.despine(figure)
     return figure
 
 
