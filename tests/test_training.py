@@ -11,6 +11,7 @@ from torch import nn
 
 import kdx
 from kdx import Recipe, fit
+from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
 from kdx.distil.training import _Objective, train_epochs
 from kdx.networks import models
@@ -73,6 +74,40 @@ def test_guidance_moves_the_students_features(name):
     assert losses[-1] < 0.8 * losses[0]
 
 
+class Drawing(nn.Module):
+    """An adapter with a weight to fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1))
+
+
+class FitsAndDraws(Technique):
+    name = "fits and draws"
+    fitting_epochs = 1
+
+    def adapter(self, student, teacher, taps):
+        return Drawing()
+
+    def fitting(self, teacher, adapter):
+        return adapter.weight.sum() * torch.rand(())
+
+    def guidance(self, student, teacher, adapter):
+        return 0 * student.logits.sum() * torch.rand(3).sum()
+
+
+def test_what_a_technique_fits_and_draws_leaves_the_batches_as_they_are(shapes16):
+    def shown(parts, teacher):
+        student, images = models.build("resnet10", 10, "small", 0.125, seed=0), []
+        student.conv1.register_forward_pre_hook(lambda _, x: images.append(x[0].clone()) if student.training else None)
+        recipe = Recipe(epochs=2, batch_size=16, lr=0.1, augmentation={"RandomHorizontalFlip": {}})
+        list(train_epochs(student, teacher, shapes16["train"], parts, recipe, 0, torch.device("cpu"), lambda: None))
+        return torch.stack(images)
+
+    teacher = models.build("resnet10", 10, "small", 0.125, seed=1).eval()
+    assert torch.equal(shown([FitsAndDraws()], teacher), shown(find_techniques("label", {}), None))
+
+
 def test_joined_techniques_add_up(shapes16):
     student, teacher = models.build("resnet10", 10, "small", 0.125, 0), models.build("resnet10", 10, "small", 0.25, 1)
     student.eval(), teacher.eval()
@@ -133,6 +168,7 @@ def two_stages(home, technique, **settings):
 
 KILL = """
 import os, signal, sys
+from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES
 from tests.test_training import two_stages
 for technique, stage, home in zip(*[iter(sys.argv[1:])] * 3):

@@ -139,7 +139,7 @@ class Correlation(Technique):
               + \gamma \big(1 - \operatorname{mean}_c \rho(p^s_{\cdot c}, p^t_{\cdot c})\big)\Big)
 
     with :math:`p = \mathrm{softmax}(z/T)` of images i and classes c, and :math:`\rho` Pearson's correlation, 0 with a
-    constant.
+    constant. The defaults are the authors' for CIFAR; for ImageNet they take T = 1 with the same weights.
 
     Attributes:
         dist_beta: Weight of the correlation between classes, >= 0. With two classes it is 1 or -1, and teaches nothing.
@@ -148,9 +148,9 @@ class Correlation(Technique):
     """
 
     name = "dist"
-    dist_beta: float = 1.0
-    dist_gamma: float = 1.0
-    dist_temperature: float = 1.0
+    dist_beta: float = 2.0
+    dist_gamma: float = 2.0
+    dist_temperature: float = 4.0
 
     def __post_init__(self) -> None:
         check_weight(self.dist_beta, "dist_beta")

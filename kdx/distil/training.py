@@ -110,6 +110,8 @@ def train_epochs(
         torch.manual_seed(seed)  # of the augmentation
         if recipe.epochs:
             objective.fit_to_teacher(batches, recipe, stepped)
+            generator.manual_seed(seed)  # so that all techniques have the same batches
+            torch.manual_seed(seed)
         for epoch in range(recipe.epochs):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
@@ -173,6 +175,7 @@ class _Objective:
             for i, part in enumerate(parts):
                 seen = [self._seen(i, which, logits[which], x, sizes, rows) for which in (0, 1)]
                 self.adapters.append(part.adapter(seen[0], seen[1], self.taps[i][1]) or nn.Identity())
+            self.draws = torch.get_rng_state()  # of the techniques, apart from those of the augmentation
         self.adapters.to(images.device)
 
     def _views(self, x: Tensor) -> tuple[Tensor, list[int]]:
@@ -255,10 +258,14 @@ class _Objective:
                 logits += [network(resize(x, 1.0)).float() for network in teacher]
         answers = logits[0][: len(images)]
         loss = F.cross_entropy(answers, self.labels[rows], label_smoothing=self.label_smoothing) * self.label_weight
-        if teacher:
+        if not teacher:
+            return answers, loss
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.draws)
             for i, (part, adapter) in enumerate(zip(self.parts, self.adapters, strict=True)):
                 seen = [self._seen(i, which, logits[which], x, sizes, rows) for which in (0, 1)]
                 loss = loss + part.guidance(seen[0], seen[1], adapter)
+            self.draws = torch.get_rng_state()
         return answers, loss
 
 
