@@ -171,7 +171,7 @@ def test_dist_by_hand():
     student, teacher = torch.tensor([[4.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     found = guidance("dist", seen(student), seen(teacher), dist_beta=3.0, dist_gamma=7.0, dist_temperature=2.0)
     assert found.item() == pytest.approx(4 * (3 * 1 + 7 * 0), rel=1e-5)
-    found = guidance("dist", seen(student), seen(teacher.flip(0)), dist_beta=3.0, dist_gamma=7.0)
+    found = guidance("dist", seen(student), seen(teacher.flip(0)), dist_beta=3.0, dist_gamma=7.0, dist_temperature=1.0)
     assert found.item() == pytest.approx(3 * 1 + 7 * 2, rel=1e-5)
 
 
