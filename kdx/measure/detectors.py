@@ -115,7 +115,7 @@ def at_equal_accuracy(
     A straight line is fitted to detectors over accuracy of the reference networks, all folds together. What is returned
     is how far above this line the network lies, on average over its folds. The parts of the folds are the jackknife's,
     so they hold the uncertainty of the line as well. Beyond the accuracies of the reference, the line is extrapolated.
-    Errors in the accuracies make it too flat, which favours the more accurate network.
+    Errors in the accuracies make it too flat; where detectors rise with accuracy, this favours the more accurate.
 
     Args:
         detectors: Network -> share of its units, fold x block, as :func:`kdx.intervals.by_fold` gives.
