@@ -39,14 +39,16 @@ class Dissection:
     """The units of a network, with the concepts that they detect.
 
     Attributes:
-        units: A row for each stage, quantile and unit: threshold; concept and category with the largest IoU (missing
-            where no IoU is above 0); iou; detector (whether it reaches the first of ``iou_thresholds``); null (95 %
-            quantile of the largest IoU where masks are exchanged among images); p (the share of exchanges, with the
-            actual masks as one of them, whose largest IoU over all concepts is at least as large). A unit that is
-            nowhere above its threshold, since it is constant or has its largest value at too many places, has no
-            concept, and NaN for iou and p.
-        concepts: A row for each concept: concept, category, images (that show it), and coverage, its share of the
-            pixels of the images that are annotated in its category. A concept that no image shows cannot be detected.
+        units: A row for each stage, quantile and unit: threshold; area (the share of all pixels of the probe at which
+            it is above its threshold, after resizing); concept and category with the largest IoU (missing where no IoU
+            is above 0); iou; detector (whether it reaches the first of ``iou_thresholds``); null (95 % quantile of the
+            largest IoU where masks are exchanged among images); p (the share of exchanges, with the actual masks as one
+            of them, whose largest IoU over all concepts is at least as large). A unit that is nowhere above its
+            threshold, since it is constant or has its largest value at too many places, has no concept, and NaN for iou
+            and p.
+        concepts: A row for each concept: concept, category, annotated (images that are, in its category), images (that
+            show it), and coverage, its share of the pixels of the annotated images. A concept that no image shows
+            cannot be detected.
         iou_thresholds: From which IoU on a unit is a detector.
         probe: Name of the probe.
         union: How areas were counted.
@@ -182,8 +184,10 @@ def dissect(
         stage: Names of stages; None takes all of ``layers``.
         quantile: q, in (0, 1): the share of a unit's activations, of all images and places at the stage's own
             resolution, that are above its threshold. At most so many are; fewer if values are equal. Several are
-            dissected at once. Since a unit covers about the share q of all pixels, a concept that covers the share
-            r > q has an IoU of q / r at most.
+            dissected at once. Resizing to the masks flattens peaks, so the share of all pixels, ``area``, is mostly
+            smaller, by far at coarse stages. With n images, of which m are annotated in a concept's category and r the
+            concept's coverage in these, a unit's IoU is at most area * n / (m * r): all of its area may lie in the m
+            images.
         iou: IoU, in (0, 1], from which a unit is a detector; or several, for :meth:`Dissection.totals`.
         union: ``"dataset"`` counts a unit's area in all images that are annotated in the concept's category;
             ``"lite"``, as the code of NetDissect-Lite, only in those where it touches a concept of the category, which
@@ -211,8 +215,8 @@ def dissect(
         >>> network = kdx.build("resnet10", 27, "small", 0.125, seed=0)
         >>> probe = kdx.load_probe("planted", limit=60)
         >>> found = kdx.dissect(network, probe, "L1", quantile=0.02, normalize=kdx.DATASETS["planted"].normalize)
-        >>> found.units.columns[2:8].tolist(), len(found.units)
-        (['unit', 'threshold', 'concept', 'category', 'iou', 'detector'], 8)
+        >>> found.units.columns[2:9].tolist(), len(found.units)
+        (['unit', 'threshold', 'area', 'concept', 'category', 'iou', 'detector'], 8)
         >>> found.totals(resamples=20)["category"].tolist()
         ['all', 'gratings', 'shapes', 'dots', 'colour']
     """
@@ -296,7 +300,8 @@ def _result(
     thresholds: tuple[float, ...],
     union: str,
 ) -> Dissection:
-    concepts = _concepts(probe, shown)
+    pixels = math.prod(probe.read_masks(torch.tensor([0])).shape[2:])
+    concepts = _concepts(probe, shown, pixels)
     kinds = probe.category_of.numpy()
     names = np.array([*concepts[["concept", "category"]].values.tolist(), [None, None]], dtype=object)
     tables, chance = [], {}
@@ -315,6 +320,7 @@ def _result(
                     "quantile": q,
                     "unit": np.arange(tally.units),
                     "threshold": limits[stage, q].numpy(),
+                    "area": tally.sizes.numpy() / (len(probe) * pixels),
                     "concept": names[place, 0],
                     "category": names[place, 1],
                     "iou": np.where(silent, np.nan, found[0]),
@@ -330,8 +336,9 @@ def _result(
     )
 
 
-def _concepts(probe: Probe, shown: sparse.csr_array) -> pd.DataFrame:
-    """The table ``Dissection.concepts``, from the pixels of each concept in each image, sparse (n, concepts)."""
+def _concepts(probe: Probe, shown: sparse.csr_array, pixels: int) -> pd.DataFrame:
+    """The table ``Dissection.concepts``, from the pixels of each concept in each image, sparse (n, concepts), and those
+    of an image."""
     kinds = probe.category_of.numpy()
     areas, images = shown.sum(0), (shown > 0).sum(0)
     if empty := [name for i, name in enumerate(probe.categories) if not areas[kinds == i].any()]:
@@ -339,8 +346,13 @@ def _concepts(probe: Probe, shown: sparse.csr_array) -> pd.DataFrame:
             f"probe {probe.name}: expected pixels with a concept in each category, got none in {', '.join(empty)}; "
             "leave it out with probe.only([...])"
         )
-    pixels = probe.annotated.sum(0).numpy() * math.prod(probe.read_masks(torch.tensor([0])).shape[2:])
-    category = pd.Categorical.from_codes(kinds, list(probe.categories))
+    annotated = probe.annotated.sum(0).numpy()[kinds]
     return pd.DataFrame(
-        {"concept": probe.concepts, "category": category, "images": images, "coverage": areas / pixels[kinds]}
+        {
+            "concept": probe.concepts,
+            "category": pd.Categorical.from_codes(kinds, list(probe.categories)),
+            "annotated": annotated,
+            "images": images,
+            "coverage": areas / (annotated * pixels),
+        }
     )
