@@ -74,7 +74,8 @@ class Dissection:
 
         Intervals are over images: the probe's images are drawn anew with replacement, at the same thresholds of the
         units. Resampling favours concepts that fit by chance, so numbers rise in it; their 95 % range is therefore
-        moved by as much as their median differs from the number found.
+        moved by as much as their median differs from the number found. Numbers and intervals are about probes of this
+        size: the fewer images, the more units fit a concept by chance, so detectors rise, and distinct concepts more.
 
         Args:
             iou: IoU from which a unit is a detector, or several; None takes ``iou_thresholds``.
