@@ -34,7 +34,8 @@ def dissect_all(
     Args:
         models: Name -> network. Networks that several names share are taken in turns.
         probe: Images with masks, best :meth:`~kdx.data.broden.Probe.in_memory`.
-        workers: Networks that are dissected at the same time, each by one thread; 0: one per core.
+        workers: Networks that are dissected at the same time, each by one thread; 0: one per core. Each of them holds
+            ``memory``, a setting of :func:`kdx.dissect`, besides what the probe takes.
         **settings: Of :func:`kdx.dissect`.
 
     Returns:

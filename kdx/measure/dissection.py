@@ -176,8 +176,9 @@ def dissect(
 
     The network runs once over the probe if the activations of the stages fit into ``memory``, otherwise twice. Beyond
     the larger of ``memory`` and a batch of 256 images, what is held is the share of the largest quantile of all
-    activations, 12 bytes for each pair of unit and concept that meet in an image, and 8 bytes for each unit, concept
-    and permutation.
+    activations, 20 bytes (32 for one stage and quantile at a time) for each pair of a unit and a concept, or a
+    category, that meet in an image, and 8 bytes for each unit, concept or category, and set of masks, of which there
+    are 1 + ``permutations``.
 
     Args:
         model: Any CNN or plain vision transformer.
@@ -307,7 +308,9 @@ def _result(
     names = np.array([*concepts[["concept", "category"]].values.tolist(), [None, None]], dtype=object)
     tables, chance = [], {}
     for (stage, q), tally in tallies.items():
-        best, found = _best(tally.intersections[:, 1:].numpy(), tally.areas.numpy()[:, kinds], shown.sum(0)[None])
+        both, areas, coverage = tally.intersections[:, 1:].numpy(), tally.areas.numpy(), shown.sum(0)[None]
+        pairs = [_best(both[[i]], areas[[i]][:, kinds], coverage) for i in range(len(both))]
+        best, found = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         chance[stage, q] = best[1:], found[1:]
         silent, exchanges = tally.sizes.numpy() == 0, len(found) - 1
         unknown = silent | (exchanges == 0)
