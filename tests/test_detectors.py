@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CATEGORIES = {"object": ("cat", "dog"), "part": ("head",)}
 
 
-def dissect_units(concepts, n=12):
+def dissect_units(concepts, n=12, stage="L1", quantile=0.1):
     """Dissect a network with one unit for each of ``concepts``, which is the concept's own mask."""
     masks = torch.zeros(n, 2, 4, 4, dtype=torch.int16)
     masks[:, 0, 0, 0], masks[:, 0, 3, 3], masks[:, 1, 1, 2] = 1, 2, 3
@@ -26,7 +26,12 @@ def dissect_units(concepts, n=12):
         table[(slice(None), unit, *places[name])] = 1
     network = Given(table)
     return kdx.dissect(
-        network, make_probe(masks, CATEGORIES), "L1", 0.1, normalize=as_given, layers=network.layers, permutations=0
+        network,
+        make_probe(masks, CATEGORIES),
+        quantile=quantile,
+        normalize=as_given,
+        layers={stage: "stages.0"},
+        permutations=0,
     )
 
 
@@ -90,6 +95,16 @@ def test_wrong_arguments_are_named(found):
         detector_scores(found, blocks=1)
     with pytest.raises(ValueError, match="the same images, 12 of"):
         detector_scores(dissect_units(["cat"]), base=found)
+    for iou in (0, 1.5, [0.1, 0.1], ()):
+        with pytest.raises(ValueError, match=r"iou: expected different values in \(0, 1\]"):
+            detector_scores(found, iou)
+    for other, missing in (({"stage": "L2"}, "L1, 0.1"), ({"quantile": (0.2, 0.3)}, "L1, 0.1")):
+        with pytest.raises(ValueError, match=f"stages and quantiles of the network, got none at {missing}; dissect"):
+            detector_scores(dissect_units(["cat"]), blocks=3, base=dissect_units(["dog"], **other))
+
+
+def test_one_iou_is_as_a_list_of_it(found):
+    pd.testing.assert_frame_equal(detector_scores(found, 0.05), detector_scores(found, [0.05]))
 
 
 def linear(accuracies, offset=0.0, noise=None, slope=2.0):

@@ -302,6 +302,11 @@ def broken(**changes):
     if changes.get("annotated") is not None:
         annotated[:, 1] = False
         annotated[: changes["annotated"], 1] = True
+    if changes.get("not annotated"):
+        annotated[[3, 6], 2] = False
+        masks[[3, 6], 2] = 6
+    if "masks" in changes:
+        masks = changes["masks"](masks)
     if "label" in changes:
         masks[5, 0, 0, 0] = changes["label"]
     if changes.get("unmarked"):
@@ -322,6 +327,10 @@ def broken(**changes):
         ("masks of each category in at least 2 images, got 0 in part", {"annotated": 0}, {}),
         ("masks: expected 0 (no concept) to 6 (the last concept), got 0 to 7", {"label": 7}, {"quantile": 0.1}),
         ("masks: expected 0 (no concept) to 6 (the last concept), got -1 to 6", {"label": -1}, {"quantile": 0.1}),
+        ("got colour in images [3, 6] of probe own, which are not", {"not annotated": True}, {"quantile": 0.1}),
+        ("masks: expected integers (n, layers, h, w) of 1 images", {"masks": lambda of: of[:, 0]}, {"quantile": 0.1}),
+        ("got torch.float32 (1, 4, 8, 12); correct", {"masks": lambda of: of.float()}, {"quantile": 0.1}),
+        ("got torch.bool (1, 4, 8, 12); correct read_masks", {"masks": lambda of: of > 0}, {"quantile": 0.1}),
         ("pixels with a concept in each category, got none in part", {"unmarked": True}, {"quantile": 0.1}),
     ],
 )

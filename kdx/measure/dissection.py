@@ -91,7 +91,7 @@ class Dissection:
         Raises:
             ValueError: A threshold outside (0, 1], or fewer than 2 resamples.
         """
-        chosen = self.iou_thresholds if iou is None else _several("iou", iou, closed=True)
+        chosen = self.iou_thresholds if iou is None else several("iou", iou, closed=True)
         if resamples < 2:
             raise ValueError(f"resamples: expected at least 2, got {resamples}")
         generator, n = np.random.default_rng(seed), self.images
@@ -210,7 +210,8 @@ def dissect(
     Raises:
         ValueError: A setting is out of range; a category has masks in fewer than two images, or no pixel with one of
             its concepts; the probe has too few activations for the quantile; activations that are not finite; masks
-            with unknown numbers.
+            that are no integers (n, layers, h, w) of one size, have unknown numbers, or show a category in images that
+            are not annotated in it.
 
     Examples:
         >>> import kdx
@@ -222,7 +223,7 @@ def dissect(
         >>> found.totals(resamples=20)["category"].tolist()
         ['all', 'gratings', 'shapes', 'dots', 'colour']
     """
-    quantiles, thresholds = _several("quantile", quantile), _several("iou", iou, closed=True)
+    quantiles, thresholds = several("quantile", quantile), several("iou", iou, closed=True)
     if union not in UNIONS:
         raise ValueError(f"unknown union {union!r}; choose from: {', '.join(UNIONS)}")
     if permutations < 0:
@@ -239,10 +240,11 @@ def dissect(
     }
     shown = sparse.csr_array((len(probe), len(probe.concepts)), dtype=np.float32)
     generator = np.random.default_rng(seed)
-    height, width = probe.read_masks(order[0][:1]).shape[2:]
+    height, width = _masks(probe, order[0][:1]).shape[2:]
     for i, rows in enumerate(order):
         maps = network.of(rows) if held is None else held.pop(i)
-        segments = segment(probe.read_masks(rows), probe.annotated[rows], len(probe.concepts), (height, width))
+        segments = segment(_masks(probe, rows), probe.annotated[rows], len(probe.concepts), (height, width))
+        _check_annotated(probe, segments, rows)
         orders = _exchanges(probe.annotated[rows], permutations, generator)
         for name, of in maps.items():
             for some in torch.arange(len(rows)).split(STEP):
@@ -254,7 +256,7 @@ def dissect(
     return _result(probe, limits, tallies, shown, thresholds, union)
 
 
-def _several(name: str, values: Settings, closed: bool = False) -> tuple[float, ...]:
+def several(name: str, values: Settings, closed: bool = False) -> tuple[float, ...]:
     """Different settings in (0, 1), or in (0, 1]."""
     found = tuple(np.atleast_1d(np.asarray(values, dtype=float)).tolist())
     if not found or not all(0 < v < 1 or (closed and v == 1) for v in found) or len(set(found)) < len(found):
@@ -267,6 +269,31 @@ def _check_probe(probe: Probe) -> None:
         raise ValueError(
             f"probe {probe.name}: expected masks of each category in at least 2 images, got {', '.join(few)}; "
             "take more images, or leave categories out with probe.only([...])"
+        )
+
+
+def _masks(probe: Probe, rows: Tensor) -> Tensor:
+    """Masks of the images at ``rows`` (n,): integers (n, layers, h, w)."""
+    masks = probe.read_masks(rows)
+    wrong = masks.is_floating_point() or masks.is_complex() or masks.dtype == torch.bool
+    if wrong or masks.ndim != 4 or len(masks) != len(rows):
+        raise ValueError(
+            f"masks: expected integers (n, layers, h, w) of {len(rows)} images, 0 for no concept and i + 1 for concept "
+            f"i, got {masks.dtype} {tuple(masks.shape)}; correct read_masks of probe {probe.name}"
+        )
+    return masks
+
+
+def _check_annotated(probe: Probe, segments: Segments, rows: Tensor) -> None:
+    kinds = probe.category_of[segments.concepts - 1]
+    wrong = (segments.concepts > 0) & (segments.annotated.gather(1, kinds) == 0)
+    if wrong.any():
+        names = [probe.categories[i] for i in kinds[wrong].unique().tolist()]
+        images = rows[wrong.any(1)].sort().values.tolist()
+        raise ValueError(
+            f"masks: expected pixels of a category only in images that are annotated in it, got {', '.join(names)} in "
+            f"images {images[:10]}{' and more' if len(images) > 10 else ''} of probe {probe.name}, which are not; "
+            "correct the masks or annotated"
         )
 
 
