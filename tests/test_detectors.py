@@ -77,7 +77,28 @@ def test_parts_give_the_variance_of_the_jackknife(found):
         weights[b, out] = 0
     without = (found.best(("L2", 0.02), weights)[1] >= iou).mean(1)
     assert without.std() > 0
+    half = 2.364624 * row["parts"].std(ddof=1) / np.sqrt(8)  # Student's t, 7 degrees of freedom
+    assert (row["low"], row["high"]) == (pytest.approx(row["value"] - half), pytest.approx(row["value"] + half))
     assert row["parts"].var(ddof=1) / 8 == pytest.approx(7 / 8 * ((without - without.mean()) ** 2).sum())
+
+
+def test_beyond_looks_at_the_base_without_each_block_too():
+    """A base that detects the concept in all images, but not without the first block, where most of its hits are."""
+    first, second, _ = np.array_split(np.random.default_rng(0).permutation(12), 3)
+    masks = torch.zeros(12, 1, 4, 4, dtype=torch.int16)
+    masks[:, 0, 0, 0] = 1
+    everywhere, seldom = torch.zeros(2, 12, 1, 4, 4)
+    everywhere[:, 0, 0, 0] = 1
+    seldom[[*first, *second[:2]], 0, 0, 0] = 1  # IoU 6/12; without a block 2/8, 4/8, 6/8
+    probe = make_probe(masks, {"object": ("cat",)})
+    student, base = (
+        kdx.dissect(network, probe, None, 0.1, 0.5, normalize=as_given, layers=network.layers, permutations=0)
+        for network in (Given(everywhere), Given(seldom))
+    )
+    table = detector_scores(student, blocks=3, base=base).set_index(["category", "count"])
+    assert table.loc[("all", "beyond"), "value"] == 0
+    assert table.loc[("all", "beyond"), "parts"] == pytest.approx([-4 / 3, 2 / 3, 2 / 3])  # 1, 0 and 0 without each
+    assert table.loc[("all", "total"), "parts"] == pytest.approx([1, 1, 1])
 
 
 def test_tables_of_folds_are_averaged(found):

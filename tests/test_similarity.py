@@ -171,6 +171,22 @@ def test_alike_ratio():
         alike_ratio(centres[labels], labels, torch.tensor([0, 1, 2, 3, -1]))
 
 
+def test_the_interval_of_alike_ratio_is_the_basic_one():
+    features = torch.randn(90, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels, rng = torch.arange(3).repeat(30), np.random.default_rng(5)
+    members = [features[labels == c].numpy() for c in range(3)]
+    drawn = [rng.multinomial(30, np.full(30, 1 / 30), 200) @ of / 30 for of in members]
+
+    def distance(a, b):
+        return np.linalg.norm(drawn[a] - drawn[b], axis=1)
+
+    low, high = np.quantile(2 * distance(0, 1) / (distance(0, 2) + distance(1, 2)), (0.025, 0.975))
+    found = alike_ratio(features, labels, torch.tensor([0, 0, 1]), resamples=200, seed=5)
+    assert found.low == pytest.approx(2 * found.mean - high)
+    assert found.high == pytest.approx(2 * found.mean - low)
+    assert abs(found.low - low) > 0.01 * (high - low)  # the percentile interval is another
+
+
 def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
     categories = torch.tensor([0, 0, 1])
     labels = torch.arange(3).repeat(400)
