@@ -8,6 +8,8 @@ from torch import nn
 
 from kdx.data.broden import Probe
 
+CATEGORIES = {"object": ("cat", "dog", "tree"), "part": ("head", "tail"), "colour": ("red",)}
+
 
 class Given(nn.Module):
     """A network whose stages L1, L2, ... have given activations (n, k, h, w): an image names its row by its value."""
@@ -47,6 +49,21 @@ def make_probe(masks, categories, annotated=None, images=None):
     category_of = torch.tensor([i for i, names in enumerate(categories.values()) for _ in names])
     names = tuple(name for of in categories.values() for name in of)
     return Probe("own", names, tuple(categories), category_of, annotated, images.__getitem__, masks.__getitem__)
+
+
+def draw_probe(n=8, size=(8, 12), seed=0):
+    """Masks of two layers of objects, one of parts and one of a colour that fills whole images."""
+    g = torch.Generator().manual_seed(seed)
+    objects = torch.randint(0, 4, (n, 2, 2, 3), generator=g).repeat_interleave(size[0] // 2, 2)
+    objects = objects.repeat_interleave(size[1] // 3, 3)
+    parts = torch.randint(3, 6, (n, 1, *size), generator=g)
+    parts[parts == 3] = 0
+    red = (6 * torch.randint(0, 2, (n, 1, 1, 1), generator=g)).expand(n, 1, *size)
+    annotated = torch.rand(n, 3, generator=g) < 0.7
+    annotated[:3] = True
+    masks = torch.cat([objects * annotated[:, :1, None, None], parts * annotated[:, 1:2, None, None],
+                       red * annotated[:, 2:, None, None]], 1)  # fmt: skip
+    return make_probe(masks.short(), CATEGORIES, annotated)
 
 
 def dissect_literally(table, probe, q, union="dataset", counts=None):

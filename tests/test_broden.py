@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ LABELS = """number,name,category,frequency,coverage,syns
 1,red-c,color(3),3,1.5,
 2,blue-c,color(2),2,0.5,
 3,cat,object(2),2,0.6,
-4,window,part(2);object(1),3,0.5,
+4,window,part(2);object(3),3,0.5,
 5,tail,part(1),1,0.1,
 300,street,scene(1),1,1.0,
 """
 TABLES = {
     "color": "1,1,red-c,3,1.5\n2,2,blue-c,2,0.5\n",
-    "object": "1,3,cat,2,0.6\n2,4,window,1,0.1\n",
+    "object": "1,3,cat,2,0.6\n2,4,window,3,0.1\n",  # in more images than as a part, and smaller
     "part": "1,4,window,2,0.4\n2,5,tail,1,0.1\n",
     "scene": "1,300,street,1,1.0\n",
 }
@@ -178,6 +179,22 @@ def test_bad_folders_are_named(folder):
     (folder / "c_part.csv").unlink()
     with pytest.raises(DataError, match=r"expected a folder in Broden's layout, found no c_part\.csv"):
         kdx.load_probe(folder)
+
+
+def test_parts_of_a_probe_fit_each_other():
+    probe = kdx.load_probe("planted", limit=30)
+    concepts = len(probe.concepts)
+    for places in (probe.category_of[1:], probe.category_of + 1, probe.category_of - 1):
+        with pytest.raises(
+            ValueError, match=f"category_of: expected the place of a category, 0 to 3, for each of {concepts}"
+        ):
+            replace(probe, category_of=places)
+    for annotated in (probe.annotated[:, :3], probe.annotated[:, 0], probe.annotated.float()):
+        got = f"{annotated.dtype} {tuple(annotated.shape)}"
+        with pytest.raises(
+            ValueError, match=re.escape(f"annotated: expected bool (n, 4), a column for each category, got {got}")
+        ):
+            replace(probe, annotated=annotated)
 
 
 # --- generated probes ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CATEGORIES = {"object": ("cat", "dog"), "part": ("head",)}
 
 
-def dissect_units(concepts, n=12):
+def dissect_units(concepts, n=12, stage="L1", quantile=0.1):
     """Dissect a network with one unit for each of ``concepts``, which is the concept's own mask."""
     masks = torch.zeros(n, 2, 4, 4, dtype=torch.int16)
     masks[:, 0, 0, 0], masks[:, 0, 3, 3], masks[:, 1, 1, 2] = 1, 2, 3
@@ -26,7 +26,12 @@ def dissect_units(concepts, n=12):
         table[(slice(None), unit, *places[name])] = 1
     network = Given(table)
     return kdx.dissect(
-        network, make_probe(masks, CATEGORIES), "L1", 0.1, normalize=as_given, layers=network.layers, permutations=0
+        network,
+        make_probe(masks, CATEGORIES),
+        quantile=quantile,
+        normalize=as_given,
+        layers={stage: "stages.0"},
+        permutations=0,
     )
 
 
@@ -72,7 +77,28 @@ def test_parts_give_the_variance_of_the_jackknife(found):
         weights[b, out] = 0
     without = (found.best(("L2", 0.02), weights)[1] >= iou).mean(1)
     assert without.std() > 0
+    half = 2.364624 * row["parts"].std(ddof=1) / np.sqrt(8)  # Student's t, 7 degrees of freedom
+    assert (row["low"], row["high"]) == (pytest.approx(row["value"] - half), pytest.approx(row["value"] + half))
     assert row["parts"].var(ddof=1) / 8 == pytest.approx(7 / 8 * ((without - without.mean()) ** 2).sum())
+
+
+def test_beyond_looks_at_the_base_without_each_block_too():
+    """A base that detects the concept in all images, but not without the first block, where most of its hits are."""
+    first, second, _ = np.array_split(np.random.default_rng(0).permutation(12), 3)
+    masks = torch.zeros(12, 1, 4, 4, dtype=torch.int16)
+    masks[:, 0, 0, 0] = 1
+    everywhere, seldom = torch.zeros(2, 12, 1, 4, 4)
+    everywhere[:, 0, 0, 0] = 1
+    seldom[[*first, *second[:2]], 0, 0, 0] = 1  # IoU 6/12; without a block 2/8, 4/8, 6/8
+    probe = make_probe(masks, {"object": ("cat",)})
+    student, base = (
+        kdx.dissect(network, probe, None, 0.1, 0.5, normalize=as_given, layers=network.layers, permutations=0)
+        for network in (Given(everywhere), Given(seldom))
+    )
+    table = detector_scores(student, blocks=3, base=base).set_index(["category", "count"])
+    assert table.loc[("all", "beyond"), "value"] == 0
+    assert table.loc[("all", "beyond"), "parts"] == pytest.approx([-4 / 3, 2 / 3, 2 / 3])  # 1, 0 and 0 without each
+    assert table.loc[("all", "total"), "parts"] == pytest.approx([1, 1, 1])
 
 
 def test_tables_of_folds_are_averaged(found):
@@ -90,6 +116,16 @@ def test_wrong_arguments_are_named(found):
         detector_scores(found, blocks=1)
     with pytest.raises(ValueError, match="the same images, 12 of"):
         detector_scores(dissect_units(["cat"]), base=found)
+    for iou in (0, 1.5, [0.1, 0.1], ()):
+        with pytest.raises(ValueError, match=r"iou: expected different values in \(0, 1\]"):
+            detector_scores(found, iou)
+    for other, missing in (({"stage": "L2"}, "L1, 0.1"), ({"quantile": (0.2, 0.3)}, "L1, 0.1")):
+        with pytest.raises(ValueError, match=f"stages and quantiles of the network, got none at {missing}; dissect"):
+            detector_scores(dissect_units(["cat"]), blocks=3, base=dissect_units(["dog"], **other))
+
+
+def test_one_iou_is_as_a_list_of_it(found):
+    pd.testing.assert_frame_equal(detector_scores(found, 0.05), detector_scores(found, [0.05]))
 
 
 def linear(accuracies, offset=0.0, noise=None, slope=2.0):

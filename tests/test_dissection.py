@@ -14,26 +14,9 @@ from kdx.measure import dissection
 from kdx.measure.overlaps import Maps
 from kdx.networks.vision_transformers import to_grid
 
-from .probes import Given, as_given, dissect_literally, make_probe
+from .probes import CATEGORIES, Given, as_given, dissect_literally, draw_probe, make_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CATEGORIES = {"object": ("cat", "dog", "tree"), "part": ("head", "tail"), "colour": ("red",)}
-
-
-def draw_probe(n=8, size=(8, 12), seed=0):
-    """Masks of two layers of objects, one of parts and one of a colour that fills whole images."""
-    g = torch.Generator().manual_seed(seed)
-    objects = torch.randint(0, 4, (n, 2, 2, 3), generator=g).repeat_interleave(size[0] // 2, 2)
-    objects = objects.repeat_interleave(size[1] // 3, 3)
-    parts = torch.randint(3, 6, (n, 1, *size), generator=g)
-    parts[parts == 3] = 0
-    red = (6 * torch.randint(0, 2, (n, 1, 1, 1), generator=g)).expand(n, 1, *size)
-    annotated = torch.rand(n, 3, generator=g) < 0.7
-    annotated[:3] = True
-    masks = torch.cat([objects * annotated[:, :1, None, None], parts * annotated[:, 1:2, None, None],
-                       red * annotated[:, 2:, None, None]], 1)  # fmt: skip
-    return make_probe(masks.short(), CATEGORIES, annotated)
 
 
 def check(table, probe, q, union="dataset", iou=0.05, **settings):
@@ -98,47 +81,6 @@ def test_dissect_is_the_literal_one_on_degenerate_activations(union):
     assert found.units.loc[3, ["threshold", "detector"]].tolist()[0] == 0
 
 
-def test_totals_count_resampled_images_as_often_as_they_are_drawn():
-    probe = draw_probe(6)
-    table = torch.randn(6, 4, 4, 3)
-    network = Given(table)
-    found = kdx.dissect(network, probe, "L1", 0.1, normalize=as_given, layers=network.layers, permutations=0)
-    counts = [2, 0, 1, 3, 0, 0]
-    _, expected = dissect_literally(table, probe, 0.1, counts=counts)
-    concept, iou = found.best(("L1", 0.1), np.array([counts], dtype=float))
-    np.testing.assert_allclose(iou[0], [max(row) for row in expected], rtol=1e-12)
-    assert concept[0].tolist() == [row.index(max(row)) for row in expected]
-    assert found.units["p"].isna().all()
-    assert found.totals(resamples=5)["by_chance"].isna().all()
-
-
-def test_totals_count_an_iou_that_is_exactly_the_threshold():
-    masks = torch.zeros(4, 1, 2, 5, dtype=torch.int16)
-    masks[:, 0, :, :] = 1
-    masks[0, 0, 0, 0] = 0
-    table = torch.arange(40.0).view(4, 1, 2, 5)
-    network = Given(table)
-    probe = make_probe(masks, {"object": ("cat",)})
-    found = kdx.dissect(network, probe, None, 0.7, 28 / 39, normalize=as_given, layers=network.layers)
-    assert found.units["iou"].tolist() == [28 / 39]
-    assert found.totals(resamples=2)["total"].tolist() == [1, 1]
-
-
-def test_totals_at_several_thresholds():
-    probe, table = draw_probe(6), torch.randn(6, 20, 4, 3)
-    network = Given(table)
-    found = kdx.dissect(network, probe, "L1", 0.1, (0.05, 0.1), normalize=as_given, layers=network.layers)
-    both = found.totals(resamples=20)
-    assert both["threshold"].unique().tolist() == [0.05, 0.1]
-    alone = found.totals(0.1, resamples=20)
-    assert alone.equals(both[both["threshold"] == 0.1].reset_index(drop=True))
-    assert not found.totals(1.0, resamples=20)["total"].any()
-    with pytest.raises(ValueError, match=r"iou: expected different values in \(0, 1\], got 1.5"):
-        found.totals(1.5)
-    with pytest.raises(ValueError, match="resamples: expected at least 2, got 1"):
-        found.totals(resamples=1)
-
-
 # --- units wired by hand ----------------------------------------------------------------------
 
 
@@ -163,7 +105,21 @@ def test_a_unit_that_sees_a_colour_is_found():
         assert red["iou"] == iou
         assert red["p"] == 0.05
         assert math.isnan(blue["iou"])
-    assert found.concepts[["images", "coverage"]].values.tolist() == [[10, 0.04], [10, 0.04]]
+    assert found.concepts[["annotated", "images", "coverage"]].values.tolist() == [[10, 10, 0.04], [10, 10, 0.04]]
+
+
+def test_areas_and_annotated_images_by_hand():
+    table = torch.zeros(3, 1, 2, 2)
+    table[0, 0, 0, 0], table[1], table[2, 0, 0, 0] = 8, 2, 3  # on 4 x 4 pixels, a corner falls as 1, 3/4, 1/4, 0
+    masks = torch.zeros(3, 2, 4, 4, dtype=torch.int16)
+    masks[0, 0, :2, :3], masks[2, 1, :2, :2] = 1, 2
+    annotated = [[True, True], [True, False], [False, True]]
+    network, probe = Given(table), make_probe(masks, {"object": ("cat",), "part": ("head",)}, annotated)
+    found = kdx.dissect(network, probe, "L1", 2 / 12, normalize=as_given, layers=network.layers, permutations=0)
+    unit = found.units.iloc[0]
+    assert (unit["threshold"], unit["area"]) == (2, 7 / 48)  # 4 pixels of 8 and 3 of 3, less than the share q
+    assert (unit["concept"], unit["iou"]) == ("cat", 4 / 6)
+    assert found.concepts[["annotated", "images", "coverage"]].values.tolist() == [[2, 1, 6 / 32], [2, 1, 4 / 32]]
 
 
 def test_a_unit_that_sees_a_shape_is_found():
@@ -346,6 +302,11 @@ def broken(**changes):
     if changes.get("annotated") is not None:
         annotated[:, 1] = False
         annotated[: changes["annotated"], 1] = True
+    if changes.get("not annotated"):
+        annotated[[3, 6], 2] = False
+        masks[[3, 6], 2] = 6
+    if "masks" in changes:
+        masks = changes["masks"](masks)
     if "label" in changes:
         masks[5, 0, 0, 0] = changes["label"]
     if changes.get("unmarked"):
@@ -366,6 +327,10 @@ def broken(**changes):
         ("masks of each category in at least 2 images, got 0 in part", {"annotated": 0}, {}),
         ("masks: expected 0 (no concept) to 6 (the last concept), got 0 to 7", {"label": 7}, {"quantile": 0.1}),
         ("masks: expected 0 (no concept) to 6 (the last concept), got -1 to 6", {"label": -1}, {"quantile": 0.1}),
+        ("got colour in images [3, 6] of probe own, which are not", {"not annotated": True}, {"quantile": 0.1}),
+        ("masks: expected integers (n, layers, h, w) of 1 images", {"masks": lambda of: of[:, 0]}, {"quantile": 0.1}),
+        ("got torch.float32 (1, 4, 8, 12); correct", {"masks": lambda of: of.float()}, {"quantile": 0.1}),
+        ("got torch.bool (1, 4, 8, 12); correct read_masks", {"masks": lambda of: of > 0}, {"quantile": 0.1}),
         ("pixels with a concept in each category, got none in part", {"unmarked": True}, {"quantile": 0.1}),
     ],
 )

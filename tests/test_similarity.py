@@ -70,6 +70,9 @@ def test_class_entropies_names_bad_input():
         "categories: expected (7,), got (6,)": {2: CATEGORIES[:6]},
         "expected logits (n, classes) and n labels": {1: torch.tensor([0, 1, 7])},
         "got (2, 7) and (3,) from 0 to 2": {0: torch.rand(2, 7)},
+        "logits: expected finite values, got NaN or infinity in 1 of 3 rows, the first being 1": {
+            0: torch.tensor([[0.0] * 7, [math.nan] + [0.0] * 6, [0.0] * 7])
+        },
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             class_entropies(*[change.get(i, of) for i, of in enumerate(good)])
@@ -88,6 +91,11 @@ def test_wrong_rank_correlation_is_spearmans():
     assert wrong_rank_correlation(torch.ones(6, 5), teacher, labels).isnan().all()
     with pytest.raises(ValueError, match="of the same images and of three classes or more"):
         wrong_rank_correlation(student, teacher[:, :4], labels)
+    unknown = student.clone()
+    unknown[4:] = math.nan
+    for pair in ((unknown, teacher), (teacher, unknown)):
+        with pytest.raises(ValueError, match="in 2 of 6 rows, the first being 4; check the network"):
+            wrong_rank_correlation(*pair, labels)
 
 
 def test_penultimate_features_and_templates_give_the_logits():
@@ -136,6 +144,9 @@ def test_class_plane_names_bad_input():
             class_plane(torch.randn(3, 6), labels, templates, classes)
     with pytest.raises(ValueError, match=re.escape("features: expected (3, 6), a row for each label")):
         class_plane(torch.randn(3, 5), labels, templates, (0, 1, 2))
+    for wrong, got in ((torch.tensor([0, 1, 4]), "0 to 4"), (torch.tensor([-1, 1, 2]), "-1 to 2")):
+        with pytest.raises(ValueError, match=f"labels: expected 0 to 3, the classes of the templates, got {got}"):
+            class_plane(torch.randn(3, 6), wrong, templates, (0, 1, 2))
     on_a_line = torch.arange(4.0)[:, None] * torch.ones(6)
     with pytest.raises(ValueError, match=r"templates: expected those of \[0, 1, 2\] to span a plane"):
         class_plane(torch.randn(3, 6), labels, on_a_line, (0, 1, 2))
@@ -160,6 +171,22 @@ def test_alike_ratio():
         alike_ratio(centres[labels], labels, torch.tensor([0, 1, 2, 3, -1]))
 
 
+def test_the_interval_of_alike_ratio_is_the_basic_one():
+    features = torch.randn(90, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels, rng = torch.arange(3).repeat(30), np.random.default_rng(5)
+    members = [features[labels == c].numpy() for c in range(3)]
+    drawn = [rng.multinomial(30, np.full(30, 1 / 30), 200) @ of / 30 for of in members]
+
+    def distance(a, b):
+        return np.linalg.norm(drawn[a] - drawn[b], axis=1)
+
+    low, high = np.quantile(2 * distance(0, 1) / (distance(0, 2) + distance(1, 2)), (0.025, 0.975))
+    found = alike_ratio(features, labels, torch.tensor([0, 0, 1]), resamples=200, seed=5)
+    assert found.low == pytest.approx(2 * found.mean - high)
+    assert found.high == pytest.approx(2 * found.mean - low)
+    assert abs(found.low - low) > 0.01 * (high - low)  # the percentile interval is another
+
+
 def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
     categories = torch.tensor([0, 0, 1])
     labels = torch.arange(3).repeat(400)
@@ -175,10 +202,21 @@ def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
     assert exact == pytest.approx(np.full(5, 2 / ((10 + math.sqrt(104)) / 2)))
     assert np.array_equal(alike_parts(7 * features, labels, categories), alike_parts(7 * features, labels, categories))
     assert alike_parts(7 * features, labels, categories) == pytest.approx(alike_parts(features, labels, categories))
+    with pytest.raises(ValueError, match="blocks: expected at least 2, got 1"):
+        alike_parts(features, labels, categories, blocks=1)
     with pytest.raises(
         ValueError, match=r"features: expected 500 images or more of each class .* fewer of \[0, 1, 2\]"
     ):
         alike_parts(features, labels, categories, blocks=500)
+
+
+@pytest.mark.parametrize("score", [alike_parts, alike_ratio])
+def test_alike_needs_a_label_for_each_row(score):
+    labels, categories = torch.arange(3).repeat(20), torch.tensor([0, 0, 1])
+    for features in (torch.randn(59, 2), torch.randn(61, 2), torch.randn(60)):
+        message = f"features: expected (60, d), a row for each label, got {tuple(features.shape)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            score(features, labels, categories)
 
 
 def test_hierarchies_fit_their_classes():

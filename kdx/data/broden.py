@@ -51,7 +51,10 @@ class Probe:
             carries a concept, then it shows none of them.
         read_images: Returns the images at the rows (m,), uint8 (m, 3, h, w).
         read_masks: Returns their masks, integers (m, layers, H, W). A pixel carries the concepts of all layers, each
-            in its own category.
+            in its own category, and only where the image is annotated in it.
+
+    Raises:
+        ValueError: ``category_of`` or ``annotated`` does not fit the concepts and categories.
     """
 
     name: str
@@ -61,6 +64,20 @@ class Probe:
     annotated: Tensor = field(repr=False)
     read_images: Callable[[Tensor], Tensor] = field(repr=False)
     read_masks: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        concepts, categories = len(self.concepts), len(self.categories)
+        places = self.category_of.tolist()
+        if len(places) != concepts or not set(places) <= set(range(categories)):
+            raise ValueError(
+                f"category_of: expected the place of a category, 0 to {categories - 1}, for each of {concepts} "
+                f"concepts, got {len(places)}: {places}"
+            )
+        if self.annotated.ndim != 2 or self.annotated.shape[1] != categories or self.annotated.dtype != torch.bool:
+            raise ValueError(
+                f"annotated: expected bool (n, {categories}), a column for each category, got {self.annotated.dtype} "
+                f"{tuple(self.annotated.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.annotated)

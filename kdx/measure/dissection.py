@@ -39,14 +39,16 @@ class Dissection:
     """The units of a network, with the concepts that they detect.
 
     Attributes:
-        units: A row for each stage, quantile and unit: threshold; concept and category with the largest IoU (missing
-            where no IoU is above 0); iou; detector (whether it reaches the first of ``iou_thresholds``); null (95 %
-            quantile of the largest IoU where masks are exchanged among images); p (the share of exchanges, with the
-            actual masks as one of them, whose largest IoU over all concepts is at least as large). A unit that is
-            nowhere above its threshold, since it is constant or has its largest value at too many places, has no
-            concept, and NaN for iou and p.
-        concepts: A row for each concept: concept, category, images (that show it), and coverage, its share of the
-            pixels of the images that are annotated in its category. A concept that no image shows cannot be detected.
+        units: A row for each stage, quantile and unit: threshold; area (the share of all pixels of the probe at which
+            it is above its threshold, after resizing); concept and category with the largest IoU (missing where no IoU
+            is above 0); iou; detector (whether it reaches the first of ``iou_thresholds``); null (95 % quantile of the
+            largest IoU where masks are exchanged among images); p (the share of exchanges, with the actual masks as one
+            of them, whose largest IoU over all concepts is at least as large). A unit that is nowhere above its
+            threshold, since it is constant or has its largest value at too many places, has no concept, and NaN for iou
+            and p.
+        concepts: A row for each concept: concept, category, annotated (images that are, in its category), images (that
+            show it), and coverage, its share of the pixels of the annotated images. A concept that no image shows
+            cannot be detected.
         iou_thresholds: From which IoU on a unit is a detector.
         probe: Name of the probe.
         union: How areas were counted.
@@ -72,7 +74,8 @@ class Dissection:
 
         Intervals are over images: the probe's images are drawn anew with replacement, at the same thresholds of the
         units. Resampling favours concepts that fit by chance, so numbers rise in it; their 95 % range is therefore
-        moved by as much as their median differs from the number found.
+        moved by as much as their median differs from the number found. Numbers and intervals are about probes of this
+        size: the fewer images, the more units fit a concept by chance, so detectors rise, and distinct concepts more.
 
         Args:
             iou: IoU from which a unit is a detector, or several; None takes ``iou_thresholds``.
@@ -88,7 +91,7 @@ class Dissection:
         Raises:
             ValueError: A threshold outside (0, 1], or fewer than 2 resamples.
         """
-        chosen = self.iou_thresholds if iou is None else _several("iou", iou, closed=True)
+        chosen = self.iou_thresholds if iou is None else several("iou", iou, closed=True)
         if resamples < 2:
             raise ValueError(f"resamples: expected at least 2, got {resamples}")
         generator, n = np.random.default_rng(seed), self.images
@@ -173,8 +176,9 @@ def dissect(
 
     The network runs once over the probe if the activations of the stages fit into ``memory``, otherwise twice. Beyond
     the larger of ``memory`` and a batch of 256 images, what is held is the share of the largest quantile of all
-    activations, 12 bytes for each pair of unit and concept that meet in an image, and 8 bytes for each unit, concept
-    and permutation.
+    activations, 20 bytes (32 for one stage and quantile at a time) for each pair of a unit and a concept, or a
+    category, that meet in an image, and 8 bytes for each unit, concept or category, and set of masks, of which there
+    are 1 + ``permutations``.
 
     Args:
         model: Any CNN or plain vision transformer.
@@ -182,8 +186,10 @@ def dissect(
         stage: Names of stages; None takes all of ``layers``.
         quantile: q, in (0, 1): the share of a unit's activations, of all images and places at the stage's own
             resolution, that are above its threshold. At most so many are; fewer if values are equal. Several are
-            dissected at once. Since a unit covers about the share q of all pixels, a concept that covers the share
-            r > q has an IoU of q / r at most.
+            dissected at once. Resizing to the masks flattens peaks, so the share of all pixels, ``area``, is mostly
+            smaller, by far at coarse stages. With n images, of which m are annotated in a concept's category and r the
+            concept's coverage in these, a unit's IoU is at most area * n / (m * r): all of its area may lie in the m
+            images.
         iou: IoU, in (0, 1], from which a unit is a detector; or several, for :meth:`Dissection.totals`.
         union: ``"dataset"`` counts a unit's area in all images that are annotated in the concept's category;
             ``"lite"``, as the code of NetDissect-Lite, only in those where it touches a concept of the category, which
@@ -204,19 +210,20 @@ def dissect(
     Raises:
         ValueError: A setting is out of range; a category has masks in fewer than two images, or no pixel with one of
             its concepts; the probe has too few activations for the quantile; activations that are not finite; masks
-            with unknown numbers.
+            that are no integers (n, layers, h, w) of one size, have unknown numbers, or show a category in images that
+            are not annotated in it.
 
     Examples:
         >>> import kdx
         >>> network = kdx.build("resnet10", 27, "small", 0.125, seed=0)
         >>> probe = kdx.load_probe("planted", limit=60)
         >>> found = kdx.dissect(network, probe, "L1", quantile=0.02, normalize=kdx.DATASETS["planted"].normalize)
-        >>> found.units.columns[2:8].tolist(), len(found.units)
-        (['unit', 'threshold', 'concept', 'category', 'iou', 'detector'], 8)
+        >>> found.units.columns[2:9].tolist(), len(found.units)
+        (['unit', 'threshold', 'area', 'concept', 'category', 'iou', 'detector'], 8)
         >>> found.totals(resamples=20)["category"].tolist()
         ['all', 'gratings', 'shapes', 'dots', 'colour']
     """
-    quantiles, thresholds = _several("quantile", quantile), _several("iou", iou, closed=True)
+    quantiles, thresholds = several("quantile", quantile), several("iou", iou, closed=True)
     if union not in UNIONS:
         raise ValueError(f"unknown union {union!r}; choose from: {', '.join(UNIONS)}")
     if permutations < 0:
@@ -233,10 +240,11 @@ def dissect(
     }
     shown = sparse.csr_array((len(probe), len(probe.concepts)), dtype=np.float32)
     generator = np.random.default_rng(seed)
-    height, width = probe.read_masks(order[0][:1]).shape[2:]
+    height, width = _masks(probe, order[0][:1]).shape[2:]
     for i, rows in enumerate(order):
         maps = network.of(rows) if held is None else held.pop(i)
-        segments = segment(probe.read_masks(rows), probe.annotated[rows], len(probe.concepts), (height, width))
+        segments = segment(_masks(probe, rows), probe.annotated[rows], len(probe.concepts), (height, width))
+        _check_annotated(probe, segments, rows)
         orders = _exchanges(probe.annotated[rows], permutations, generator)
         for name, of in maps.items():
             for some in torch.arange(len(rows)).split(STEP):
@@ -248,7 +256,7 @@ def dissect(
     return _result(probe, limits, tallies, shown, thresholds, union)
 
 
-def _several(name: str, values: Settings, closed: bool = False) -> tuple[float, ...]:
+def several(name: str, values: Settings, closed: bool = False) -> tuple[float, ...]:
     """Different settings in (0, 1), or in (0, 1]."""
     found = tuple(np.atleast_1d(np.asarray(values, dtype=float)).tolist())
     if not found or not all(0 < v < 1 or (closed and v == 1) for v in found) or len(set(found)) < len(found):
@@ -261,6 +269,31 @@ def _check_probe(probe: Probe) -> None:
         raise ValueError(
             f"probe {probe.name}: expected masks of each category in at least 2 images, got {', '.join(few)}; "
             "take more images, or leave categories out with probe.only([...])"
+        )
+
+
+def _masks(probe: Probe, rows: Tensor) -> Tensor:
+    """Masks of the images at ``rows`` (n,): integers (n, layers, h, w)."""
+    masks = probe.read_masks(rows)
+    wrong = masks.is_floating_point() or masks.is_complex() or masks.dtype == torch.bool
+    if wrong or masks.ndim != 4 or len(masks) != len(rows):
+        raise ValueError(
+            f"masks: expected integers (n, layers, h, w) of {len(rows)} images, 0 for no concept and i + 1 for concept "
+            f"i, got {masks.dtype} {tuple(masks.shape)}; correct read_masks of probe {probe.name}"
+        )
+    return masks
+
+
+def _check_annotated(probe: Probe, segments: Segments, rows: Tensor) -> None:
+    kinds = probe.category_of[segments.concepts - 1]
+    wrong = (segments.concepts > 0) & (segments.annotated.gather(1, kinds) == 0)
+    if wrong.any():
+        names = [probe.categories[i] for i in kinds[wrong].unique().tolist()]
+        images = rows[wrong.any(1)].sort().values.tolist()
+        raise ValueError(
+            f"masks: expected pixels of a category only in images that are annotated in it, got {', '.join(names)} in "
+            f"images {images[:10]}{' and more' if len(images) > 10 else ''} of probe {probe.name}, which are not; "
+            "correct the masks or annotated"
         )
 
 
@@ -296,12 +329,15 @@ def _result(
     thresholds: tuple[float, ...],
     union: str,
 ) -> Dissection:
-    concepts = _concepts(probe, shown)
+    pixels = math.prod(probe.read_masks(torch.tensor([0])).shape[2:])
+    concepts = _concepts(probe, shown, pixels)
     kinds = probe.category_of.numpy()
     names = np.array([*concepts[["concept", "category"]].values.tolist(), [None, None]], dtype=object)
     tables, chance = [], {}
     for (stage, q), tally in tallies.items():
-        best, found = _best(tally.intersections[:, 1:].numpy(), tally.areas.numpy()[:, kinds], shown.sum(0)[None])
+        both, areas, coverage = tally.intersections[:, 1:].numpy(), tally.areas.numpy(), shown.sum(0)[None]
+        pairs = [_best(both[[i]], areas[[i]][:, kinds], coverage) for i in range(len(both))]
+        best, found = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         chance[stage, q] = best[1:], found[1:]
         silent, exchanges = tally.sizes.numpy() == 0, len(found) - 1
         unknown = silent | (exchanges == 0)
@@ -315,6 +351,7 @@ def _result(
                     "quantile": q,
                     "unit": np.arange(tally.units),
                     "threshold": limits[stage, q].numpy(),
+                    "area": tally.sizes.numpy() / (len(probe) * pixels),
                     "concept": names[place, 0],
                     "category": names[place, 1],
                     "iou": np.where(silent, np.nan, found[0]),
@@ -330,8 +367,9 @@ def _result(
     )
 
 
-def _concepts(probe: Probe, shown: sparse.csr_array) -> pd.DataFrame:
-    """The table ``Dissection.concepts``, from the pixels of each concept in each image, sparse (n, concepts)."""
+def _concepts(probe: Probe, shown: sparse.csr_array, pixels: int) -> pd.DataFrame:
+    """The table ``Dissection.concepts``, from the pixels of each concept in each image, sparse (n, concepts), and those
+    of an image."""
     kinds = probe.category_of.numpy()
     areas, images = shown.sum(0), (shown > 0).sum(0)
     if empty := [name for i, name in enumerate(probe.categories) if not areas[kinds == i].any()]:
@@ -339,8 +377,13 @@ def _concepts(probe: Probe, shown: sparse.csr_array) -> pd.DataFrame:
             f"probe {probe.name}: expected pixels with a concept in each category, got none in {', '.join(empty)}; "
             "leave it out with probe.only([...])"
         )
-    pixels = probe.annotated.sum(0).numpy() * math.prod(probe.read_masks(torch.tensor([0])).shape[2:])
-    category = pd.Categorical.from_codes(kinds, list(probe.categories))
+    annotated = probe.annotated.sum(0).numpy()[kinds]
     return pd.DataFrame(
-        {"concept": probe.concepts, "category": category, "images": images, "coverage": areas / pixels[kinds]}
+        {
+            "concept": probe.concepts,
+            "category": pd.Categorical.from_codes(kinds, list(probe.categories)),
+            "annotated": annotated,
+            "images": images,
+            "coverage": areas / (annotated * pixels),
+        }
     )

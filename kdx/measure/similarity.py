@@ -97,7 +97,7 @@ def class_entropies(
         sum). NaN where there are fewer than two classes to spread over, or no logit is positive.
 
     Raises:
-        ValueError: Arguments that do not fit each other, or a temperature of 0 or less.
+        ValueError: Arguments that do not fit each other, logits that are not finite, or a temperature of 0 or less.
     """
     labels = _check(logits, labels, categories)
     if not temperatures or min(temperatures) <= 0:
@@ -138,7 +138,7 @@ def wrong_rank_correlation(logits_student: Tensor, logits_teacher: Tensor, label
         A correlation for each image; NaN where all logits of a row are equal.
 
     Raises:
-        ValueError: Arguments that do not fit each other, or fewer than three classes.
+        ValueError: Arguments that do not fit each other, logits that are not finite, or fewer than three classes.
 
     Examples:
         >>> student, teacher = torch.tensor([[9.0, 1.0, 2.0, 3.0]]), torch.tensor([[0.0, 1.0, 5.0, 7.0]])
@@ -151,6 +151,7 @@ def wrong_rank_correlation(logits_student: Tensor, logits_teacher: Tensor, label
             f"expected logits (n, classes) of the same images and of three classes or more, got "
             f"{tuple(logits_student.shape)} and {tuple(logits_teacher.shape)}"
         )
+    _check(logits_teacher, labels)
     wrong = torch.arange(logits_student.shape[1], device=labels.device) != labels[:, None]
     ranks = [stats.rankdata(z[wrong].view(len(z), -1).cpu().numpy(), axis=1) for z in (logits_student, logits_teacher)]
     one, two = (torch.from_numpy(rank - rank.mean(1, keepdims=True)) for rank in ranks)
@@ -211,11 +212,17 @@ def class_plane(features: Tensor, labels: Tensor, templates: Tensor, classes: Se
         classes: Three different class indices; usually two that are alike and one that is not.
 
     Raises:
-        ValueError: Not three classes of the templates, templates on one line, or arguments that do not fit.
+        ValueError: Not three classes of the templates, labels of other classes, templates on one line, or arguments
+            that do not fit.
     """
     labels = class_indices(labels)
     if len(set(classes)) != 3 or not all(0 <= c < len(templates) for c in classes):
         raise ValueError(f"classes: expected three different ones of {len(templates)}, got {list(classes)}")
+    if not ((labels >= 0) & (labels < len(templates))).all():
+        raise ValueError(
+            f"labels: expected 0 to {len(templates) - 1}, the classes of the templates, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
     if features.ndim != 2 or features.shape != (len(labels), templates.shape[1]):
         raise ValueError(
             f"features: expected ({len(labels)}, {templates.shape[1]}), a row for each label and a column for each of "
@@ -250,10 +257,12 @@ def alike_parts(
         float64 (blocks,), by the jackknife.
 
     Raises:
-        ValueError: A class with fewer images than blocks, or no two classes alike or unalike.
+        ValueError: Fewer than 2 blocks; features and labels that differ in number; a class with fewer images than
+            blocks; or no two classes alike or unalike.
     """
-    labels = class_indices(labels)
-    members, same, other = _alike(labels, categories, least=blocks)
+    if blocks < 2:
+        raise ValueError(f"blocks: expected at least 2, got {blocks}")
+    members, same, other = _alike(features, labels, categories, least=blocks)
     generator = torch.Generator().manual_seed(seed)
     parts = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(blocks) for rows in members]
     sums = torch.stack([torch.stack([features[rows].double().cpu().sum(0) for rows in part]) for part in parts])
@@ -280,9 +289,10 @@ def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples:
         The ratio with its interval, and the number of images.
 
     Raises:
-        ValueError: A class with fewer than two images, or no two classes alike or unalike.
+        ValueError: Features and labels that differ in number; a class with fewer than two images; or no two classes
+            alike or unalike.
     """
-    members, same, other = _alike(class_indices(labels), categories)
+    members, same, other = _alike(features, labels, categories)
     parts, rng = [features[rows].double().cpu().numpy() for rows in members], np.random.default_rng(seed)
     shares = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), resamples) / len(part) for part in parts]
     drawn = torch.from_numpy(np.stack([share @ part for share, part in zip(shares, parts, strict=True)], 1))
@@ -292,8 +302,14 @@ def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples:
     return Interval(value, float(2 * value - high), float(2 * value - low), sum(map(len, parts)))
 
 
-def _alike(labels: Tensor, categories: Tensor, least: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
+def _alike(features: Tensor, labels: Tensor, categories: Tensor, least: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
     """Rows of each class with a category, and which pairs of these classes are alike, and unalike."""
+    labels = class_indices(labels)
+    if features.ndim != 2 or len(features) != len(labels):
+        raise ValueError(
+            f"features: expected ({len(labels)}, d), a row for each label, got {tuple(features.shape)}; give both "
+            "of the same images"
+        )
     kept = (categories >= 0).nonzero()[:, 0].tolist()
     members = [(labels == c).nonzero()[:, 0] for c in kept]
     if few := [c for c, rows in zip(kept, members, strict=True) if len(rows) < least]:
@@ -320,6 +336,11 @@ def _check(logits: Tensor, labels: Tensor, categories: Tensor | None = None) -> 
         raise ValueError(
             f"expected logits (n, classes) and n labels from 0 to the number of classes, got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)} from {min(labels.tolist(), default=0)} to {max(labels.tolist(), default=0)}"
+        )
+    if wrong := (~logits.isfinite()).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"logits: expected finite values, got NaN or infinity in {len(wrong)} of {len(logits)} rows, the first "
+            f"being {wrong[0]}; check the network"
         )
     if categories is not None and categories.shape != logits.shape[1:]:
         raise ValueError(f"categories: expected ({logits.shape[1]},), got {tuple(categories.shape)}")
