@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchdistill.losses.mid_level import AuxSSKDLoss, CRDLoss, SSKDLoss
 
-from kdx.distil.contrastive_techniques import cosines, least_mistaken, originals
+from kdx import Recipe
+from kdx.distil.contrastive_techniques import SelfSupervised, cosines, least_mistaken, originals
 from kdx.distil.technique import Seen
 from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import _Objective
 from kdx.networks import models
+from tests.networks import Small
 
 
 def batch(features, labels, rows=None, logits=None, views=None):
@@ -184,6 +186,25 @@ def test_views_are_the_rotations_and_others_do_not_see_them():
     plain = F.cross_entropy(student(images), labels)
     attention, alone, joined = map(loss, ("attention", "self-supervised", "attention+self-supervised"))
     torch.testing.assert_close(joined, attention + alone - plain, rtol=1e-3, atol=0)  # also in bfloat16
+
+
+def test_the_teachers_head_is_fitted_to_tell_images_apart():
+    losses = []
+
+    class Noted(SelfSupervised):
+        def fitting(self, teacher, adapter):
+            losses.append(super().fitting(teacher, adapter))
+            return losses[-1]
+
+    images, rows = 10 * spread(4, 3, 1, 1, seed=0).expand(-1, -1, 8, 8), torch.arange(4)  # of one colour each
+    part = Noted(self_supervised_epochs=3)
+    objective = _Objective([part], Small(), Small(8, seed=1).eval(), images, rows, seed=0)
+    (adapter,) = objective.adapters
+    before = copy.deepcopy(adapter.state_dict())
+    objective.fit_to_teacher(lambda: iter([(images, rows)] * 10), Recipe(), lambda: None)
+    assert losses[-1] < 0.9 * losses[0]
+    moved = {name.partition(".")[0] for name, now in adapter.state_dict().items() if not torch.equal(now, before[name])}
+    assert moved == {"teacher"}
 
 
 # --- both of them -----------------------------------------------------------------------------

@@ -150,6 +150,13 @@ def test_prior_is_the_teachers_share_of_the_tokens(monkeypatch, likeness, depend
         assert changed == (role != depends)
 
 
+def test_prior_draws_other_places_for_each_image(monkeypatch):
+    monkeypatch.setattr(_Rebuilder, "likeness", lambda self, student, teacher: 0.5)
+    student, teacher = torch.randn(1, 3, 4, 4).expand(2, -1, -1, -1), torch.randn(1, 5, 4, 4).expand(2, -1, -1, -1)
+    one, other = _Rebuilder(student, teacher, 8, 2)(student, teacher)
+    assert (one - other).abs().max() > 0.01
+
+
 def test_prior_by_hand():
     student, teacher = torch.randn(2, 3, 2, 2), torch.full((2, 1, 2, 2), 5.0)
     stages = {"last": student, "last but one": student}

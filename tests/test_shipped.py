@@ -12,6 +12,7 @@ import kdx
 from kdx.distil import shipped
 from kdx.distil.cross_validation import plan_chains, plan_fit
 from kdx.distil.run_store import find_run, manifests, shipped_table
+from kdx.distil.techniques import find_techniques, settings_of
 from kdx.networks.models import load_checkpoint
 from kdx.pages import build
 
@@ -123,6 +124,11 @@ def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
             assert run.digest == digest
 
 
+def with_settings(technique, settings):
+    """The technique with those of the settings that it has."""
+    return find_techniques(technique, {name: settings[name] for name in settings_of(technique) if name in settings})
+
+
 def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS")
     table = shipped_table()
@@ -149,6 +155,8 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
                 {str(i): each for i, each in enumerate(line)}, p["technique"], p["used"], p["controls"], 0
             )
             wanted = {link for links in chains.values() for link in links}
+            losses = plan_fit(p["teachers"][-1], p["student"], ["dist"], p["used"], 0, 0, recipe)
+            wanted |= set(losses.values())
         else:
             of_pages = p["techniques"] or shipped.TAUGHT, p.get("used") or p["folds"], p["controls"]
             wanted = plan_fit(p["teacher"], p["student"], *of_pages, 0, recipe, p.get("temperatures", ()))
@@ -157,7 +165,8 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
             assert p.get("stored_smoothing") or p.get("only_stored") or set(wanted) <= stored
             unused = ("reordered base", "second student") if p.get("only_stored") else ()
             wanted = {plan for (role, _), plan in wanted.items() if role not in unused}
-            assert p["settings"].items() <= study.settings.items()
         assert wanted <= set(study.plans(study.recipe).values())
+        for name in {plan.technique for plan in wanted}:
+            assert with_settings(name, p["settings"]) == with_settings(name, study.settings)
         asked += 1
     assert asked == 12

@@ -1,7 +1,9 @@
+import copy
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import kdx
 from kdx import Recipe, fit
+from kdx.distil.feature_techniques import InterChannel
 from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
 from kdx.distil.training import _Objective, train_epochs
@@ -151,6 +154,120 @@ def test_hooks_are_gone_after_a_failure(shapes16, name):
     finally:
         del TECHNIQUES["fails"]
     assert untouched(guide.model)
+
+
+# --- what techniques see and what they learn ----------------------------------------------------
+
+
+def train_small(teacher, *parts):
+    """Train a small student by these techniques, in four batches; the training images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    data = kdx.Dataset(images, torch.arange(16) % 4, kdx.DATASETS["shapes"])
+    recipe = Recipe(epochs=1, batch_size=4, lr=0.05)
+    list(train_epochs(Small(), teacher, data, parts, recipe, 0, torch.device("cpu"), lambda: None))
+    return data
+
+
+def test_adapters_learn_with_the_student():
+    adapters = []
+
+    class Kept(InterChannel):
+        def adapter(self, *seen):
+            own = super().adapter(*seen)
+            adapters.extend([own, copy.deepcopy(own)])
+            return own
+
+    train_small(Small(8, seed=1).eval(), Kept())
+    now, before = (adapter.parameters() for adapter in adapters)
+    assert not any(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+
+
+class Colour(nn.Module):
+    """Answers with the mean colour of an image, which tells it from all others."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+@dataclass(frozen=True)
+class Notes(Technique):
+    """Notes what it sees; of each image also as many views, which show the same."""
+
+    noted: list
+    views_of_each: int = 0
+    name = "notes"
+    fitting_epochs = 1
+
+    def views(self, images):
+        return images.repeat(self.views_of_each, 1, 1, 1)
+
+    def adapter(self, *_):
+        return nn.Linear(1, 1)
+
+    def fitting(self, teacher, adapter):
+        self.noted.append(teacher)
+        return adapter.weight.sum()
+
+    def guidance(self, student, teacher, adapter):
+        assert torch.equal(student.rows, teacher.rows)
+        self.noted.append(teacher)
+        return student.logits.sum() * 0
+
+
+def test_rows_are_those_of_the_images_in_the_order_of_the_batch():
+    parts = [Notes([], n) for n in (0, 1, 3)]
+    data = train_small(Colour(), *parts)
+    colours = data.card.normalize(data.images).mean((2, 3))
+    for part in parts:
+        for stage in (part.noted[:4], part.noted[4:]):
+            assert sorted(torch.cat([seen.rows for seen in stage]).tolist()) == list(range(16))
+        for seen in part.noted:
+            torch.testing.assert_close(seen.logits, colours[seen.rows])
+            assert seen.labels.tolist() == (seen.rows % 4).tolist()
+            assert (seen.views is None) == (part.views_of_each == 0)
+            if seen.views:
+                assert torch.equal(seen.views.rows, seen.rows.repeat(part.views_of_each))
+                torch.testing.assert_close(seen.views.logits, colours[seen.views.rows])
+
+
+# --- the fitting to the teacher -----------------------------------------------------------------
+
+
+def test_fitting_is_sgd_whose_learning_rate_is_divided_by_ten_after_each_third():
+    class Slope(Technique):
+        name, fitting_epochs, fitting_lr = "slope", 6, 0.5
+
+        def adapter(self, *_):
+            return nn.Linear(1, 1, bias=False)
+
+        def fitting(self, teacher, adapter):
+            return adapter.weight.sum()
+
+    images, rows = torch.rand(2, 3, 8, 8), torch.arange(2)
+    objective = _Objective([Slope()], Small(), Small().eval(), images, rows, seed=0)
+    weight, velocity = objective.adapters[0].weight.item(), 0.0
+    recipe = Recipe(momentum=0.5, weight_decay=0.1)
+    objective.fit_to_teacher(lambda: iter([(images, rows)] * 2), recipe, lambda: None)
+    for lr in (0.5, 0.05, 0.005):
+        for _ in range(4):
+            velocity = 0.5 * velocity + 1 + 0.1 * weight
+            weight -= lr * velocity
+    assert objective.adapters[0].weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_joined_technique_is_fitted_as_alone():
+    images, rows = torch.rand(4, 3, 16, 16), torch.arange(4)
+    fitted = []
+    for name in ("factor", "response+factor"):
+        objective = _Objective(find_techniques(name, {}), Small(), Small(seed=1).eval(), images, rows, seed=0)
+        before = copy.deepcopy(objective.adapters[-1])
+        objective.fit_to_teacher(lambda: iter([(images, rows)] * 2), Recipe(), lambda: None)
+        fitted.append(objective.adapters[-1]["paraphraser"])
+        assert not torch.equal(fitted[-1][0].weight, before["paraphraser"][0].weight)
+        with objective.watching():
+            assert objective(images, rows)[1].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(*(part.parameters() for part in fitted), strict=True))
 
 
 # --- a training of two stages that is killed ----------------------------------------------------
