@@ -20,7 +20,7 @@ from importlib import import_module
 
 LIBRARIES = (
     *("torch", "torchvision.transforms.v2", "safetensors.torch", "pandas.io.formats.style", "scipy.stats"),
-    *("matplotlib.pyplot", "seaborn", "joblib", "requests", "papermill"),
+    *("joblib", "requests", "papermill"),  # not matplotlib, which asks the environment for its backend
     *("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel"),
 )
 PLACE = "KDX_TEST_FORKS"  # the address, in the environment
