@@ -3,7 +3,7 @@
 A number of detectors belongs to a whole probe, not to an image. The part of a block of images in it is what the
 jackknife gives (:func:`kdx.inference.jackknife`). Since numbers of detectors are steps, blocks have to hold more than
 the square root of the number of images. Even so, standard errors are too large on average, and some of few concepts
-are 0; *Network dissection* in the book's chapter on the method says by how much.
+are 0.
 """
 
 from __future__ import annotations
