@@ -160,13 +160,32 @@ def test_prior_draws_other_places_for_each_image(monkeypatch):
 def test_prior_by_hand():
     student, teacher = torch.randn(2, 3, 2, 2), torch.full((2, 1, 2, 2), 5.0)
     stages = {"last": student, "last but one": student}
-    part = TECHNIQUES["prior"](prior_weight=3.0)
+    part = TECHNIQUES["prior"]()
     both = seen(**stages), seen(**dict.fromkeys(stages, teacher))
     adapter = part.adapter(*both, {})
     for rebuilder, answer in zip(adapter.values(), (3.0, 6.0), strict=True):
         rebuilder.last.weight.data.zero_()
         rebuilder.last.bias.data.fill_(answer)
-    assert part.guidance(*both, adapter).item() == pytest.approx(3 * ((5 - 3) ** 2 + (5 - 6) ** 2))
+    assert part.guidance(*both, adapter).item() == pytest.approx((5 - 3) ** 2 + (5 - 6) ** 2)
+
+
+def test_the_weight_of_prior_acts_on_the_student_and_not_on_what_rebuilds(monkeypatch):
+    monkeypatch.setattr(_Rebuilder, "likeness", lambda self, student, teacher: 0.5)
+    student, teacher = drawn("prior", 2, 2, 0), drawn("prior", 4, 2, 1)
+    features = [value.requires_grad_() for value in student.values()]
+    adapter = TECHNIQUES["prior"]().adapter(seen(**student), seen(**teacher), {}).double()
+
+    def gradients(weight):
+        torch.manual_seed(0)
+        loss = TECHNIQUES["prior"](prior_weight=weight).guidance(seen(**student), seen(**teacher), adapter)
+        found = torch.autograd.grad(loss, [*features, *adapter.parameters()])
+        return found[: len(features)], found[len(features) :]
+
+    (ours, rebuilding), (heavier, same) = gradients(1.0), gradients(30.0)
+    for one, other in zip(ours, heavier, strict=True):
+        torch.testing.assert_close(other, 30 * one)
+    assert all(map(torch.equal, rebuilding, same))
+    assert all(not gradient.any() for gradient in gradients(0.0)[0])
 
 
 def test_prior_takes_the_last_two_stages_whatever_their_number():
@@ -189,7 +208,7 @@ def drawn(name, width, size, seed, n=4):
 @pytest.mark.parametrize("name", STAGES)
 def test_gradients_reach_the_student_and_are_right(name, monkeypatch):
     monkeypatch.setattr(_Rebuilder, "likeness", lambda self, student, teacher: 0.5)
-    part = TECHNIQUES[name](**({"prior_width": 4, "prior_blocks": 1} if name == "prior" else {}))
+    part = TECHNIQUES[name](**({"prior_weight": 1, "prior_width": 4, "prior_blocks": 1} if name == "prior" else {}))
     student, teacher = drawn(name, 2, 2, 0), drawn(name, 4, 2, 1)
     adapter = part.adapter(seen(**student), seen(**teacher), {}).double()
     generator = torch.Generator().manual_seed(3)

@@ -94,14 +94,17 @@ class Prior(Technique):
 
     In each of the last two stages, features of both networks become tokens of one width by a trained 1x1 convolution
     each. A random share :math:`\pi` of the student's tokens is replaced by the teacher's; of these, a transformer B
-    rebuilds the teacher's features at all locations:
+    rebuilds the teacher's features at all locations. With
 
-    .. math:: \mathrm{CE} + w \sum_l \operatorname{mean}\big((B_l(H_l) - F_l^t)^2\big), \qquad
+    .. math:: L = \sum_l \operatorname{mean}\big((B_l(H_l) - F_l^t)^2\big), \qquad
               H_l = \begin{cases} C_l^t F_l^t & \text{with probability } \pi_l \\ C_l^s F_l^s & \text{else} \end{cases},
               \qquad \pi_l = 1 - \mathrm{CKA}(F_l^s, F_l^t)
 
-    so the teacher helps less as the student becomes like it. The authors' code is not public; width, depth, w and the
-    choice of stages are those of kdx. The student's features are averaged, or repeated, to the teacher's grid.
+    the student minimises :math:`\mathrm{CE} + w L`, and B and C minimise L, so that w does not change how fast they
+    learn. The teacher helps less as the student becomes like it. The authors' code is not public; width, depth and the
+    choice of stages are those of kdx, and so is w, chosen in short trainings on training images: with 1 the student
+    hardly learns from L, and much larger weights keep it from its labels. The student's features are averaged, or
+    repeated, to the teacher's grid.
 
     Attributes:
         prior_weight: w >= 0.
@@ -110,7 +113,7 @@ class Prior(Technique):
     """
 
     name = "prior"
-    prior_weight: float = 1.0
+    prior_weight: float = 10.0
     prior_width: int = 64
     prior_blocks: int = 2
 
@@ -135,8 +138,13 @@ class Prior(Technique):
         losses = []
         for stage, features in student.features.items():
             target = teacher.features[stage]
-            losses.append(F.mse_loss(adapter[stage](features, target), target))
-        return self.prior_weight * torch.stack(losses).sum()
+            losses.append(F.mse_loss(adapter[stage](scale_gradient(features, self.prior_weight), target), target))
+        return torch.stack(losses).sum()
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The same values; the gradient that passes back through them is multiplied."""
+    return x.detach() + factor * (x - x.detach())
 
 
 class _Rebuilder(nn.Module):
