@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from kdx.distil.run_store import versions
+from kdx.distil.run_store import shipped_table, versions
 from kdx.distil.shipped import commit
 from kdx.paths import CHECKOUT
 from kdx.version import __version__
 
 
-def store(name: str, table: pd.DataFrame, command: str, seconds: float) -> None:
+def store(name: str, table: pd.DataFrame, command: str, seconds: float, networks: pd.DataFrame | None = None) -> None:
     """Write ``data/results/NAME.csv`` and, beside it, where it comes from.
 
     Args:
@@ -24,11 +24,15 @@ def store(name: str, table: pd.DataFrame, command: str, seconds: float) -> None:
         table: The results.
         command: The command that made them.
         seconds: How long it took.
+        networks: Rows of ``shipped_table`` that the results hold for; :func:`load` refuses the results once one of
+            these networks is trained anew.
     """
     path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
     facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds), "commit": commit()}
+    if networks is not None:
+        facts["networks"] = dict(zip(networks["file"], networks["sha256"], strict=True))
     text = json.dumps(facts | {"kdx": __version__} | versions(), indent=2) + "\n"
     for target, content in ((path, table.to_csv(index=False)), (beside, text)):
         scratch = target.with_suffix(".partial")
@@ -40,13 +44,20 @@ def load(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A stored table and its provenance: command, date, seconds, commit, versions.
 
     Raises:
-        ValueError: There is no such table.
+        ValueError: There is no such table, or it was made with other networks than those that are shipped.
     """
     path = _path(name)
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob("*.csv"))) or "none"
         raise ValueError(f"no stored results {name!r} in {path.parent}; choose from: {known}")
-    return pd.read_csv(path), json.loads(path.with_suffix(".json").read_text())
+    facts = json.loads(path.with_suffix(".json").read_text())
+    now = shipped_table().set_index("file")["sha256"].to_dict()
+    if changed := [file for file, sha256 in facts.get("networks", {}).items() if now.get(file, sha256) != sha256]:
+        raise ValueError(
+            f"the stored results {name!r} are of other networks than those that are shipped: {', '.join(changed)}; "
+            f"run `{facts['command']}` again"
+        )
+    return pd.read_csv(path), facts
 
 
 def origin(name: str) -> str:

@@ -18,12 +18,12 @@ DATASET, COMMAND = "bccd", "python tests/benchmarks/side_by_side.py"
 if __name__ == "__main__":
     start = time.perf_counter()
     images = kdx.load_detection(DATASET, "test")
-    roles = shipped_table().query("dataset == @DATASET")["role"]
-    detectors = {role: kdx.load_network(DATASET, role) for role in roles}
+    shipped = shipped_table().query("dataset == @DATASET")
+    detectors = {role: kdx.load_network(DATASET, role) for role in shipped["role"]}
     base, teacher = detectors["base"], detectors["teacher"]
     students = {role: detector for role, detector in detectors.items() if role != "teacher"}
     values = pd.concat([precision_table(detectors, images), compare_detectors(students, teacher, images)])
     others = {role: detector for role, detector in students.items() if role != "base"}
     shares = shares_table(others, base, teacher, images)
-    results.store("side_by_side", values.round({"value": 4}), COMMAND, time.perf_counter() - start)
-    results.store("side_by_side_shares", shares.round(5), COMMAND, time.perf_counter() - start)
+    results.store("side_by_side", values.round({"value": 4}), COMMAND, time.perf_counter() - start, shipped)
+    results.store("side_by_side_shares", shares.round(5), COMMAND, time.perf_counter() - start, shipped)
