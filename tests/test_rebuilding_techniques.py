@@ -160,7 +160,7 @@ def test_prior_draws_other_places_for_each_image(monkeypatch):
 def test_prior_by_hand():
     student, teacher = torch.randn(2, 3, 2, 2), torch.full((2, 1, 2, 2), 5.0)
     stages = {"last": student, "last but one": student}
-    part = TECHNIQUES["prior"]()
+    part = TECHNIQUES["prior"](prior_weight=3.0)  # of the gradient alone
     both = seen(**stages), seen(**dict.fromkeys(stages, teacher))
     adapter = part.adapter(*both, {})
     for rebuilder, answer in zip(adapter.values(), (3.0, 6.0), strict=True):
@@ -183,6 +183,7 @@ def test_the_weight_of_prior_acts_on_the_student_and_not_on_what_rebuilds(monkey
 
     (ours, rebuilding), (heavier, same) = gradients(1.0), gradients(30.0)
     for one, other in zip(ours, heavier, strict=True):
+        assert one.any()
         torch.testing.assert_close(other, 30 * one)
     assert all(map(torch.equal, rebuilding, same))
     assert all(not gradient.any() for gradient in gradients(0.0)[0])

@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 
+from kdx.distil.run_store import shipped_table
 from kdx.pages import results
 
 
@@ -30,3 +31,11 @@ def test_results_of_networks_that_were_trained_anew_are_refused(tmp_path, monkey
     monkeypatch.setattr(results, "shipped_table", lambda: table.assign(sha256=["1", "3"]))
     with pytest.raises(ValueError, match=r"other networks .*: b\.safetensors; run `python rank\.py` again"):
         results.load("ranking")
+
+
+def test_results_that_come_with_the_checkout_are_of_its_networks(monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    stored = sorted(path.stem for path in (results.CHECKOUT / "data" / "results").glob("*.csv"))
+    facts = {name: results.load(name)[1] for name in stored}
+    detectors = set(shipped_table().query("dataset == 'bccd'")["file"])
+    assert set(facts["side_by_side"]["networks"]) == detectors == set(facts["side_by_side_shares"]["networks"])

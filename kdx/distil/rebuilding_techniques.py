@@ -100,11 +100,11 @@ class Prior(Technique):
               H_l = \begin{cases} C_l^t F_l^t & \text{with probability } \pi_l \\ C_l^s F_l^s & \text{else} \end{cases},
               \qquad \pi_l = 1 - \mathrm{CKA}(F_l^s, F_l^t)
 
-    the student minimises :math:`\mathrm{CE} + w L`, and B and C minimise L, so that w does not change how fast they
-    learn. The teacher helps less as the student becomes like it. The authors' code is not public; width, depth and the
-    choice of stages are those of kdx, and so is w, chosen in short trainings on training images: with 1 the student
-    hardly learns from L, and much larger weights keep it from its labels. The student's features are averaged, or
-    repeated, to the teacher's grid.
+    the student minimises :math:`\mathrm{CE} + w L`, and B and C minimise L, whatever w; the loss that is reported is
+    :math:`\mathrm{CE} + L`. The teacher helps less as the student becomes like it. The authors' code is not public;
+    width, depth and the choice of stages are those of kdx, and so is w, chosen in short trainings on training images
+    of CIFAR-10: with 1 the student hardly learns from L, and much larger weights keep it from its labels. The
+    student's features are averaged, or repeated, to the teacher's grid.
 
     Attributes:
         prior_weight: w >= 0.

@@ -24,8 +24,8 @@ def store(name: str, table: pd.DataFrame, command: str, seconds: float, networks
         table: The results.
         command: The command that made them.
         seconds: How long it took.
-        networks: Rows of ``shipped_table`` that the results hold for; :func:`load` refuses the results once one of
-            these networks is trained anew.
+        networks: Rows of ``shipped_table`` that the results hold for. :func:`load` refuses the results once the table
+            has another one of these networks; one that is no longer in the table is not checked.
     """
     path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def load(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A stored table and its provenance: command, date, seconds, commit, versions.
 
     Raises:
-        ValueError: There is no such table, or it was made with other networks than those that are shipped.
+        ValueError: There is no such table, or a network that it holds for was trained anew.
     """
     path = _path(name)
     if not path.is_file():
