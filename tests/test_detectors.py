@@ -40,7 +40,7 @@ def value(table, category, count):
 
 
 def test_detectors_are_counted_by_hand():
-    table = detector_scores(dissect_units(["cat", "cat", "head"]), blocks=3, base=dissect_units(["cat", "dog"]))
+    table = detector_scores(dissect_units(["cat", "cat", "head"]), resamples=3, base=dissect_units(["cat", "dog"]))
     assert value(table, "all", "total") == 1
     assert value(table, "all", "unique") == value(table, "object", "total") == pytest.approx(2 / 3)
     assert value(table, "object", "unique") == value(table, "part", "total") == pytest.approx(1 / 3)
@@ -69,36 +69,53 @@ def test_means_of_parts_are_the_totals(found):
             assert of["low"] <= of["value"] <= of["high"]
 
 
-def test_parts_give_the_variance_of_the_jackknife(found):
+def drawn(n, resamples):
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
+
+
+def test_parts_give_the_variance_of_the_bootstrap(found):
     iou = found.units["iou"].median()
-    row = detector_scores(found, [iou], blocks=8).iloc[0]
-    weights = np.ones((8, 120))
-    for b, out in enumerate(np.array_split(np.random.default_rng(0).permutation(120), 8)):
-        weights[b, out] = 0
-    without = (found.best(("L2", 0.02), weights)[1] >= iou).mean(1)
-    assert without.std() > 0
-    half = 2.364624 * row["parts"].std(ddof=1) / np.sqrt(8)  # Student's t, 7 degrees of freedom
+    row = detector_scores(found, [iou], resamples=8).iloc[0]
+    shares = (found.best(("L2", 0.02), drawn(120, 8))[1] >= iou).mean(1)
+    assert shares.std() > 0
+    half = 2.364624 * shares.std(ddof=1)  # Student's t, 7 degrees of freedom
     assert (row["low"], row["high"]) == (pytest.approx(row["value"] - half), pytest.approx(row["value"] + half))
-    assert row["parts"].var(ddof=1) / 8 == pytest.approx(7 / 8 * ((without - without.mean()) ** 2).sum())
+    assert row["parts"] == pytest.approx(row["value"] + np.sqrt(8) * (shares - shares.mean()))
 
 
-def test_beyond_looks_at_the_base_without_each_block_too():
-    """A base that detects the concept in all images, but not without the first block, where most of its hits are."""
-    first, second, _ = np.array_split(np.random.default_rng(0).permutation(12), 3)
+def test_standard_errors_are_those_of_probes_that_are_drawn_anew():
+    values, variances = [], []
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        masks, activations = torch.zeros(100, 1, 4, 4, dtype=torch.int16), torch.randn(100, 40, 4, 4, generator=g)
+        masks[:, 0, 0, 0] = torch.rand(100, generator=g) < 0.5
+        activations[:, :, 0, 0] += torch.linspace(0, 4, 40) * masks[:, :, 0, 0]  # units of rising IoU
+        network, probe = Given(activations), make_probe(masks, {"object": ("cat",)})
+        of = kdx.dissect(network, probe, None, 0.05, 0.3, normalize=as_given, layers=network.layers, permutations=0)
+        row = detector_scores(of).iloc[0]
+        values.append(row["value"])
+        variances.append(row["parts"].var(ddof=1) / len(row["parts"]))
+    assert np.sqrt(np.mean(variances)) == pytest.approx(np.std(values, ddof=1), rel=0.25)  # the jackknife's: 1.3 times
+
+
+def test_beyond_looks_at_the_base_on_each_set_of_images_too():
+    """A base that detects the concept in all images, but not in sets of which most are others than its hits."""
     masks = torch.zeros(12, 1, 4, 4, dtype=torch.int16)
     masks[:, 0, 0, 0] = 1
     everywhere, seldom = torch.zeros(2, 12, 1, 4, 4)
     everywhere[:, 0, 0, 0] = 1
-    seldom[[*first, *second[:2]], 0, 0, 0] = 1  # IoU 6/12; without a block 2/8, 4/8, 6/8
+    seldom[:6, 0, 0, 0] = 1  # IoU: the share of a set that is among the first six images
     probe = make_probe(masks, {"object": ("cat",)})
     student, base = (
         kdx.dissect(network, probe, None, 0.1, 0.5, normalize=as_given, layers=network.layers, permutations=0)
         for network in (Given(everywhere), Given(seldom))
     )
-    table = detector_scores(student, blocks=3, base=base).set_index(["category", "count"])
+    table = detector_scores(student, resamples=9, base=base).set_index(["category", "count"])
+    beyond = drawn(12, 9)[:, :6].sum(1) < 6
+    assert 0 < beyond.sum() < 9
     assert table.loc[("all", "beyond"), "value"] == 0
-    assert table.loc[("all", "beyond"), "parts"] == pytest.approx([-4 / 3, 2 / 3, 2 / 3])  # 1, 0 and 0 without each
-    assert table.loc[("all", "total"), "parts"] == pytest.approx([1, 1, 1])
+    assert table.loc[("all", "beyond"), "parts"] == pytest.approx(3 * (beyond - beyond.mean()))
+    assert table.loc[("all", "total"), "parts"] == pytest.approx(np.ones(9))
 
 
 def test_tables_of_folds_are_averaged(found):
@@ -112,8 +129,8 @@ def test_tables_of_folds_are_averaged(found):
 
 
 def test_wrong_arguments_are_named(found):
-    with pytest.raises(ValueError, match="expected 2 to 120"):
-        detector_scores(found, blocks=1)
+    with pytest.raises(ValueError, match="resamples: expected at least 2, got 1"):
+        detector_scores(found, resamples=1)
     with pytest.raises(ValueError, match="the same images, 12 of"):
         detector_scores(dissect_units(["cat"]), base=found)
     for iou in (0, 1.5, [0.1, 0.1], ()):
@@ -121,7 +138,7 @@ def test_wrong_arguments_are_named(found):
             detector_scores(found, iou)
     for other, missing in (({"stage": "L2"}, "L1, 0.1"), ({"quantile": (0.2, 0.3)}, "L1, 0.1")):
         with pytest.raises(ValueError, match=f"stages and quantiles of the network, got none at {missing}; dissect"):
-            detector_scores(dissect_units(["cat"]), blocks=3, base=dissect_units(["dog"], **other))
+            detector_scores(dissect_units(["cat"]), base=dissect_units(["dog"], **other))
 
 
 def test_one_iou_is_as_a_list_of_it(found):
@@ -129,10 +146,10 @@ def test_one_iou_is_as_a_list_of_it(found):
 
 
 def linear(accuracies, offset=0.0, noise=None, slope=2.0):
-    """Detectors that follow accuracy, fold x block, and the accuracies by fold."""
+    """Detectors that follow accuracy, fold x part, and the accuracies by fold."""
     of = pd.Series(accuracies, index=pd.Index(range(1, len(accuracies) + 1), name="fold"))
-    blocks = pd.DataFrame({b: slope * of + 0.1 + offset for b in range(4)})
-    return (blocks if noise is None else blocks + noise), of
+    parts = pd.DataFrame({b: slope * of + 0.1 + offset for b in range(4)})
+    return (parts if noise is None else parts + noise), of
 
 
 def test_detectors_at_equal_accuracy_are_those_above_the_line():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdx.inference import Estimate, holm, known_images, ratio_values, tukey, two_factor
+from kdx.inference import Estimate, bootstrap_parts, holm, known_images, ratio_values, tukey, two_factor
 
 
 def test_two_factor_by_hand():
@@ -116,3 +116,13 @@ def test_ratio_values_have_the_ratio_of_means_as_their_mean_and_its_delta_method
     bootstrap = (above[0][drawn].mean(1) / below[0][drawn].mean(1)).std()
     assert stats.sem(found[0]) == pytest.approx(bootstrap, rel=0.1)
     assert np.isnan(ratio_values([[1.0, 1.0]], [[-1.0, 0.5]])).all()
+
+
+def test_bootstrap_parts_of_a_mean_have_its_standard_error():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    sets = rng.multinomial(200, np.full(200, 1 / 200), 400)
+    parts = bootstrap_parts(x.mean(), sets @ x / 200)
+    assert parts.mean() == pytest.approx(x.mean())
+    of_images, of_sets = (two_factor(values[None]).half(0.025) for values in (x, parts))
+    assert of_sets == pytest.approx(of_images, rel=0.1)

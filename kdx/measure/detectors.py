@@ -1,9 +1,8 @@
 """Numbers of detectors as scores that can be averaged and compared over folds *and* images.
 
-A number of detectors belongs to a whole probe, not to an image. The part of a block of images in it is what the
-jackknife gives (:func:`kdx.inference.jackknife`). Since numbers of detectors are steps, blocks have to hold more than
-the square root of the number of images. Even so, standard errors are too large on average, and some of few concepts
-are 0.
+A number of detectors belongs to a whole probe, not to an image. Its parts come from sets of images that are drawn with
+replacement (:func:`kdx.inference.bootstrap_parts`). A number of few concepts has a standard error of 0 where it is the
+same in all sets.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from scipy import stats
 from torch import nn
 
 from kdx.data.broden import Probe
-from kdx.inference import jackknife
+from kdx.inference import bootstrap_parts, jackknife
 from kdx.measure.dissection import Dissection, Settings, detections, dissect, several
 
 ALL, BEYOND = "all", "beyond"
@@ -57,7 +56,7 @@ def dissect_all(
 def detector_scores(
     found: Dissection,
     iou: Settings | None = None,
-    blocks: int = 10,
+    resamples: int = 100,
     seed: int = 0,
     base: Dissection | None = None,
 ) -> pd.DataFrame:
@@ -66,23 +65,23 @@ def detector_scores(
     Args:
         found: From :func:`kdx.dissect`.
         iou: IoU in (0, 1] from which a unit is a detector, or several; None takes those of ``found``.
-        blocks: Parts of about equal size into which the images are divided, at least 2.
-        seed: Draws them; equal for equal probes, so that networks can be compared block by block.
+        resamples: Sets of images that are drawn, at least 2.
+        seed: Draws them; the same sets for all networks on a probe, so that these can be compared set by set.
         base: Of another network on the same probe. Adds the count *beyond*: units whose concept no unit of this network
             detects, at the same stage.
 
     Returns:
         stage, quantile, threshold (of IoU), category (``"all"`` or one of the probe), count (*total*: detectors;
         *unique*: distinct concepts; *beyond*), value (share of the stage's units), low, high (95 %, over images), parts
-        (blocks,), units, p and floor (NaN).
+        (resamples,), units, p and floor (NaN).
 
     Raises:
-        ValueError: An IoU outside (0, 1]; fewer than 2 blocks, or more than images; networks that were dissected on
-            different probes; a base that was not dissected at all stages and quantiles of the network.
+        ValueError: An IoU outside (0, 1]; fewer than 2 resamples; networks that were dissected on different probes; a
+            base that was not dissected at all stages and quantiles of the network.
     """
     thresholds = found.iou_thresholds if iou is None else several("iou", iou, closed=True)
-    if not 2 <= blocks <= found.images:
-        raise ValueError(f"blocks: expected 2 to {found.images} (the images), got {blocks}")
+    if resamples < 2:
+        raise ValueError(f"resamples: expected at least 2, got {resamples}")
     if base is not None and not base.concepts.equals(found.concepts):
         raise ValueError(
             f"base: expected a dissection on the same images, {found.images} of {found.probe}, got {base.images} of "
@@ -93,13 +92,12 @@ def detector_scores(
             f"base: expected a dissection at the stages and quantiles of the network, got none at "
             f"{', '.join(f'{stage}, {quantile:g}' for stage, quantile in missing)}; dissect both with equal settings"
         )
-    weights = _weights(found.images, blocks, seed)
     kinds = found.concepts["category"].cat.codes.to_numpy()
     of = {ALL: kinds >= 0} | {name: kinds == i for i, name in enumerate(found.concepts["category"].cat.categories)}
     rows = []
     for at, units in found.units.groupby(["stage", "quantile"], sort=False):
-        best = found.best(at, weights)
-        others = None if base is None else base.best(at, weights)
+        best = found.resampled(at, resamples, seed)
+        others = None if base is None else base.resampled(at, resamples, seed)
         for threshold in thresholds:
             counts = detections(best, threshold, len(kinds))
             numbers = {"total": counts, "unique": counts > 0}
@@ -107,12 +105,12 @@ def detector_scores(
                 numbers[BEYOND] = counts * (detections(others, threshold, len(kinds)) == 0)
             for (category, among), (count, each) in ((a, b) for a in of.items() for b in numbers.items()):
                 shares = each[:, among].sum(1) / len(units)
-                parts = jackknife(shares[0], shares[1:])
+                parts = bootstrap_parts(shares[0], shares[1:])
                 rows.append([*at, threshold, category, count, parts, len(units), shares[0]])
     columns = ["stage", "quantile", "threshold", "category", "count", "parts", "units", "value"]
     table = pd.DataFrame(rows, columns=columns)
     parts = np.stack(list(table["parts"]))
-    half = stats.t.ppf(0.975, blocks - 1) * stats.sem(parts, axis=1)
+    half = stats.t.ppf(0.975, resamples - 1) * stats.sem(parts, axis=1)
     return table.assign(low=table["value"] - half, high=table["value"] + half, p=np.nan, floor=np.nan)
 
 
@@ -127,13 +125,13 @@ def at_equal_accuracy(
     Errors in the accuracies make it too flat; where detectors rise with accuracy, this favours the more accurate.
 
     Args:
-        detectors: Network -> share of its units, fold x block, as :func:`kdx.intervals.by_fold` gives.
+        detectors: Network -> share of its units, fold x part, as :func:`kdx.intervals.by_fold` gives.
         accuracy: Network -> accuracy in each fold.
         network: Of which something is claimed.
         reference: Networks that did not have its teacher.
 
     Returns:
-        (folds, blocks), for :func:`kdx.inference.two_factor`; of the folds that all these networks have.
+        (folds, parts), for :func:`kdx.inference.two_factor`; of the folds that all these networks have.
 
     Raises:
         ValueError: Fewer than two such folds, or reference networks that are all equally accurate.
@@ -145,7 +143,7 @@ def at_equal_accuracy(
     y, x = (np.stack([of[name].loc[folds].to_numpy(float) for name in names]) for of in (detectors, accuracy))
 
     def above(kept: NDArray) -> NDArray:
-        """(blocks,)."""
+        """(parts,)."""
         known, level = x[1:, kept].ravel(), y[1:, kept].reshape(-1, y.shape[2])
         away = known - known.mean()
         if not (away @ away) > 1e-12:
@@ -155,11 +153,3 @@ def at_equal_accuracy(
 
     every = np.arange(len(folds))
     return jackknife(above(every), np.stack([above(np.delete(every, i)) for i in every]))
-
-
-def _weights(images: int, blocks: int, seed: int) -> NDArray[np.float64]:
-    """All images, and all but those of each block: (1 + blocks, images)."""
-    weights = np.ones((1 + blocks, images))
-    for row, out in enumerate(np.array_split(np.random.default_rng(seed).permutation(images), blocks), 1):
-        weights[row, out] = 0
-    return weights

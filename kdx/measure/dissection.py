@@ -94,18 +94,14 @@ class Dissection:
         chosen = self.iou_thresholds if iou is None else several("iou", iou, closed=True)
         if resamples < 2:
             raise ValueError(f"resamples: expected at least 2, got {resamples}")
-        generator, n = np.random.default_rng(seed), self.images
-        weights = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
         rows: list[dict] = []
-        for (stage, quantile), found in self.units.groupby(["stage", "quantile"], sort=False):
-            at, dead = (stage, quantile), int(found["iou"].isna().sum())
-            best = self.best(at, np.ones((1, n)))
-            parts = np.array_split(weights, math.ceil(resamples * len(found) * len(self.concepts) / AT_ONCE))
-            drawn = [self.best(at, part) for part in parts if len(part)]
-            replicates = np.concatenate([each[0] for each in drawn]), np.concatenate([each[1] for each in drawn])
+        for at, found in self.units.groupby(["stage", "quantile"], sort=False):
+            dead = int(found["iou"].isna().sum())
+            concept, of = self.resampled(at, resamples, seed)
+            best, replicates = (concept[:1], of[:1]), (concept[1:], of[1:])
             for threshold in chosen:
                 numbers = [self._numbers(each, threshold) for each in (best, replicates, self.chance[at])]
-                head = {"stage": stage, "quantile": quantile, "threshold": threshold}
+                head = {"stage": at[0], "quantile": at[1], "threshold": threshold}
                 rows += _rows(head, ["all", *self.concepts["category"].cat.categories], len(found), dead, *numbers)
         return pd.DataFrame(rows)
 
@@ -124,6 +120,24 @@ class Dissection:
         inside = inside.reshape(len(weights), len(kinds), -1)
         areas = areas.reshape(len(weights), -1, inside.shape[2])
         return _best(inside, areas[:, kinds], (self._shown.T @ weights.T).T)
+
+    def resampled(self, at: tuple[str, float], resamples: int, seed: int = 0) -> tuple[NDArray, NDArray]:
+        """The best concepts of the units on the probe, and on sets of its images that are drawn with replacement.
+
+        Args:
+            at: Stage and quantile.
+            resamples: Sets of images that are drawn.
+            seed: Draws them; the same sets for probes of the same size.
+
+        Returns:
+            As :meth:`best`, (1 + resamples, units) both; the first row is of the probe as it is.
+        """
+        n, units = self.images, self.chance[at][0].shape[1]
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+        weights = np.concatenate([np.ones((1, n)), drawn])
+        parts = np.array_split(weights, math.ceil(len(weights) * units * len(self.concepts) / AT_ONCE))
+        concept, iou = zip(*(self.best(at, part) for part in parts if len(part)), strict=True)
+        return np.concatenate(concept), np.concatenate(iou)
 
     def _numbers(self, best: tuple[NDArray, NDArray], threshold: float) -> NDArray:
         """Detectors and distinct concepts, of all categories and of each: (2, categories + 1, b)."""

@@ -17,8 +17,7 @@ from kdx.pages.own_features import Layers
 from kdx.pages.own_pair import OwnPair
 from kdx.paths import one_line
 
-BLOCKS = 10  # parts of the probe, for intervals over images
-FEWEST = 2 * BLOCKS  # images of a probe
+FEWEST = 20  # images of a probe
 EXCHANGES = 4  # of masks among images, for what is due to chance
 
 
@@ -87,7 +86,7 @@ def new_detectors(found: Mapping[str, Dissection], seed: int) -> pd.DataFrame:
     """
     tables = []
     for role, of in found.items():
-        table = detector_scores(of, None, BLOCKS, seed, found[BASE])
+        table = detector_scores(of, seed=seed, base=found[BASE])
         table = table[(table["category"] == ALL) & table["count"].isin(["total", BEYOND])]
         totals = of.totals(resamples=2)
         by_chance = totals[totals["category"] == ALL].set_index("stage")
