@@ -122,15 +122,12 @@ class Dissection:
         return _best(inside, areas[:, kinds], (self._shown.T @ weights.T).T)
 
     def resampled(self, at: tuple[str, float], resamples: int, seed: int = 0) -> tuple[NDArray, NDArray]:
-        """The best concepts of the units on the probe, and on sets of its images that are drawn with replacement.
+        """:meth:`best` of the probe, and of ``resamples`` sets of its images that are drawn with replacement.
 
-        Args:
-            at: Stage and quantile.
-            resamples: Sets of images that are drawn.
-            seed: Draws them; the same sets for probes of the same size.
+        A seed draws the same sets for all probes of the same size.
 
         Returns:
-            As :meth:`best`, (1 + resamples, units) both; the first row is of the probe as it is.
+            (1 + resamples, units) both; the first row is of the probe as it is.
         """
         n, units = self.images, self.chance[at][0].shape[1]
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
