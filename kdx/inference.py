@@ -28,10 +28,12 @@ class Estimate(NamedTuple):
     Attributes:
         mean: The estimate.
         parts: Standard error and degrees of freedom of each part; NaN where a value is missing.
+        least: The same of images alone, for these very folds: h is not below its :math:`t\,e`.
     """
 
     mean: float
     parts: tuple[tuple[float, int], ...]
+    least: tuple[float, int] = (0.0, 1)
 
     def __format__(self, spec: str) -> str:
         """Mean and 95 % interval."""
@@ -41,11 +43,12 @@ class Estimate(NamedTuple):
     @property
     def certain(self) -> bool:
         """Whether the values do not vary at all. Their interval has no width and proves nothing."""
-        return all(error <= 1e-12 * abs(self.mean) for error, _ in self.parts)
+        return all(error == 0 for error, _ in (*self.parts, self.least))
 
     def half(self, alpha: float) -> float:
         """Distance of the mean from its one-sided limit at level ``alpha``, below 0.5."""
-        return math.hypot(*(special.stdtrit(df, alpha) * error for error, df in self.parts))
+        *halves, least = (abs(special.stdtrit(df, alpha)) * error for error, df in (*self.parts, self.least))
+        return max(math.hypot(*halves), least)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Both ends of the two-sided interval."""
@@ -85,12 +88,13 @@ def two_factor(values: ArrayLike, ratio: float | None = None) -> Estimate:
               e_I^2 = \hat\sigma_I^2 / m.
 
     :math:`s^2` also holds what an image does in one fold only. It is not taken off: with few folds, the difference
-    would often be 0 by chance, and its intervals would be too narrow.
+    would often be 0 by chance, and its intervals would be too narrow. Fold means that happen to be equal, as counts may
+    be, say nothing of images; so the interval is at least as wide as that of images for these very folds.
 
     Args:
-        values: (folds, images), or batches of images in place of images: column i is the same images in every fold.
-            (folds,) where each fold has images of its own. (1, images) leaves folds out; the estimate is then about
-            this one network.
+        values: (folds, images), or in place of images batches of them or parts from bootstrap samples
+            (:func:`bootstrap_parts`): column i is the same images in every fold. (folds,) where each fold has images of
+            its own. (1, images) leaves folds out; the estimate is then about this one network.
         ratio: Held-out over training images of a fold; None for :math:`1/(k-1)`, as in k-fold cross-validation; 0 for
             repetitions that share nothing.
 
@@ -106,14 +110,17 @@ def two_factor(values: ArrayLike, ratio: float | None = None) -> Estimate:
     k, mean = len(x), float(x.mean())
     if np.isnan(mean):
         return Estimate(np.nan, ((np.nan, 1),))
-    parts = []
+    parts, least = [], (0.0, 1)
     if k > 1:
         shared = 1 / (k - 1) if ratio is None else ratio
         of_fold = x if x.ndim == 1 else x.mean(1)
         parts.append((float(np.sqrt((1 / k + shared) * of_fold.var(ddof=1))), k - 1))
     if x.ndim == 2:
         parts.append(_image_error(x[None]))
-    return Estimate(mean, tuple(parts))
+        least = float(stats.sem(x.mean(0))), x.shape[1] - 1
+    noise = 1e-12 * np.abs(x).max()
+    *parts, least = ((error if error > noise else 0.0, df) for error, df in (*parts, least))
+    return Estimate(mean, tuple(parts), least)
 
 
 def known_images(values: ArrayLike) -> NDArray[np.float64]:
@@ -210,14 +217,13 @@ def jackknife(whole: ArrayLike, without: ArrayLike) -> NDArray[np.float64]:
 def bootstrap_parts(whole: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:
     r"""Parts of a statistic that is no mean, such as a count of what exceeds a threshold, from B bootstrap samples.
 
-    With T the statistic of all and :math:`T^*_b` that of images that were drawn with replacement, they are
+    With T the statistic of all images and :math:`T^*_b` that of a set of them that was drawn with replacement, they are
 
     .. math:: T_b = T + \sqrt B \Big(T^*_b - \frac 1B \sum_j T^*_j\Big).
 
-    The mean of the parts is T, and their variance over B is the variance of the :math:`T^*_b`, the bootstrap's
-    estimate (Efron 1979). They can be treated as scores of B images by :func:`two_factor` if the sets of images are the
-    same in all folds. :func:`jackknife` takes fewer computations, but its variance is too large for statistics that
-    change in steps.
+    Their mean is T, and its variance, as that of a mean of B images, is that of the :math:`T^*_b`: the bootstrap's
+    estimate (Efron 1979). :func:`two_factor` takes them if the sets of images are the same in all folds.
+    :func:`jackknife` needs less computation, but overstates the variance of statistics that change in steps.
 
     Args:
         whole: (...), of all images.

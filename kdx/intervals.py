@@ -99,7 +99,7 @@ def over_folds(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) ->
 
 
 def by_fold(table: pd.DataFrame, by: Sequence[str] = ("network", "stage")) -> dict[tuple[Any, ...], pd.DataFrame]:
-    """The scores of single batches in a table of :class:`kdx.Scorer` with a column ``fold``.
+    """The scores of single batches in a table of :class:`kdx.Scorer`, or of bootstrap samples, with a column ``fold``.
 
     Returns:
         Values of ``by`` -> fold x batch. Differences of two are paired by fold and batch; a fold that one of them

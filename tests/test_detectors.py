@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,6 +8,7 @@ import torch
 import kdx
 from kdx.data.broden import cue_probe
 from kdx.data.cues import Scene, draw
+from kdx.inference import jackknife
 from kdx.intervals import over_folds
 from kdx.measure.detectors import at_equal_accuracy, detector_scores, dissect_all
 
@@ -83,23 +86,42 @@ def test_parts_give_the_variance_of_the_bootstrap(found):
     assert row["parts"] == pytest.approx(row["value"] + np.sqrt(8) * (shares - shares.mean()))
 
 
-def test_standard_errors_are_those_of_probes_that_are_drawn_anew():
-    values, variances = [], []
-    for seed in range(60):
-        g = torch.Generator().manual_seed(seed)
-        masks, activations = torch.zeros(100, 1, 4, 4, dtype=torch.int16), torch.randn(100, 40, 4, 4, generator=g)
-        masks[:, 0, 0, 0] = torch.rand(100, generator=g) < 0.5
-        activations[:, :, 0, 0] += torch.linspace(0, 4, 40) * masks[:, :, 0, 0]  # units of rising IoU
-        network, probe = Given(activations), make_probe(masks, {"object": ("cat",)})
-        of = kdx.dissect(network, probe, None, 0.05, 0.3, normalize=as_given, layers=network.layers, permutations=0)
-        row = detector_scores(of).iloc[0]
+def test_standard_errors_are_those_of_images_drawn_anew():
+    """400 sets of 100 images, each of which is told its standard error; the block jackknife's is far too large."""
+    g, sets = torch.Generator().manual_seed(0), 400
+    n = 100 * sets
+    masks, activations = torch.zeros(n, 1, 2, 2, dtype=torch.int16), torch.randn(n, 40, 2, 2, generator=g)
+    masks[:, 0, 0, 0] = torch.rand(n, generator=g) < 0.5
+    activations[:, :, 0, 0] += torch.linspace(0, 4, 40) * masks[:, :, 0, 0]  # units of rising IoU
+    network, images = Given(activations), torch.arange(n).view(n, 1, 1, 1).expand(n, 3, 2, 2)
+    probe, settings = make_probe(masks, {"object": ("cat",)}, images=images), {"normalize": as_given}
+    found = kdx.dissect(network, probe, None, 0.05, 0.3, layers=network.layers, permutations=0, **settings)
+    values, bootstrap, blocks = [], [], []
+    for some in np.arange(n).reshape(sets, -1):
+        counts = {at: tuple(of[some] for of in both) for at, both in found._counts.items()}
+        part = dataclasses.replace(found, _counts=counts, _shown=found._shown[some])
+        row = detector_scores(part).iloc[0]
+        without = (part.best(("L1", 0.05), 1 - np.repeat(np.eye(10), 10, axis=1))[1] >= 0.3).mean(1)
         values.append(row["value"])
-        variances.append(row["parts"].var(ddof=1) / len(row["parts"]))
-    assert np.sqrt(np.mean(variances)) == pytest.approx(np.std(values, ddof=1), rel=0.25)  # the jackknife's: 1.3 times
+        bootstrap.append(row["parts"].var(ddof=1) / 100)
+        blocks.append(jackknife(row["value"], without).var(ddof=1) / 10)
+    truth = np.std(values, ddof=1)
+    assert np.sqrt(np.mean(bootstrap)) == pytest.approx(truth, rel=0.12)
+    assert np.sqrt(np.mean(blocks)) > 1.2 * truth
+
+
+def test_sets_of_images_are_the_same_whatever_the_memory(found, monkeypatch):
+    once = detector_scores(found)
+    monkeypatch.setattr("kdx.measure.dissection.AT_ONCE", 1000)
+    pd.testing.assert_frame_equal(detector_scores(found), once)
+
+
+def test_there_are_no_more_sets_than_images():
+    assert {len(parts) for parts in detector_scores(dissect_units(["cat"], n=12), resamples=50)["parts"]} == {12}
 
 
 def test_beyond_looks_at_the_base_on_each_set_of_images_too():
-    """A base that detects the concept in all images, but not in sets of which most are others than its hits."""
+    """A base that detects the concept in all images, but not in sets where most images are not among its hits."""
     masks = torch.zeros(12, 1, 4, 4, dtype=torch.int16)
     masks[:, 0, 0, 0] = 1
     everywhere, seldom = torch.zeros(2, 12, 1, 4, 4)

@@ -66,6 +66,19 @@ def test_p_is_the_level_whose_limit_is_the_bound():
     assert Estimate(1e6, ((1e-3, 99),)).p_above() == pytest.approx(0, abs=1e-14)
 
 
+def test_equal_fold_means_do_not_make_images_certain():
+    """Counts of three folds that happen to be equal, although each varies over sets of images of its own."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(-1, 2, size=(3, 100))
+    for count in (0, 2):
+        found = two_factor([bootstrap_parts(count, of) for of in drawn])
+        assert found.mean == pytest.approx(count)
+        assert not found.certain
+        of_images = drawn.mean(0).std(ddof=1)  # the bootstrap's error of the mean over these folds
+        assert found.half(0.025) == pytest.approx(stats.t.ppf(0.975, 99) * of_images)
+        assert found.p_above(count + of_images) == pytest.approx(1 - stats.t.sf(1, 99))
+
+
 def test_values_that_do_not_vary_prove_nothing():
     assert two_factor(np.full((3, 5), 0.1)).certain
     assert math.isnan(two_factor(np.full((3, 5), 0.1)).p_above())

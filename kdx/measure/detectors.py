@@ -1,8 +1,9 @@
 """Numbers of detectors as scores that can be averaged and compared over folds *and* images.
 
 A number of detectors belongs to a whole probe, not to an image. Its parts come from sets of images that are drawn with
-replacement (:func:`kdx.inference.bootstrap_parts`). A number of few concepts has a standard error of 0 where it is the
-same in all sets.
+replacement (:func:`kdx.inference.bootstrap_parts`), at the thresholds that the units have on the whole probe. If a
+count is the same in every set, its standard error is 0; this happens with few concepts. Intervals of few images (20 to
+50) are too narrow, most of all near the largest IoU that the quantile allows.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def dissect_all(
 def detector_scores(
     found: Dissection,
     iou: Settings | None = None,
+    *,
     resamples: int = 100,
     seed: int = 0,
     base: Dissection | None = None,
@@ -65,7 +67,8 @@ def detector_scores(
     Args:
         found: From :func:`kdx.dissect`.
         iou: IoU in (0, 1] from which a unit is a detector, or several; None takes those of ``found``.
-        resamples: Sets of images that are drawn, at least 2.
+        resamples: Sets of images that are drawn, at least 2; no more than there are images, since intervals take the
+            number of sets for that of the images.
         seed: Draws them; the same sets for all networks on a probe, so that these can be compared set by set.
         base: Of another network on the same probe. Adds the count *beyond*: units whose concept no unit of this network
             detects, at the same stage.
@@ -73,7 +76,7 @@ def detector_scores(
     Returns:
         stage, quantile, threshold (of IoU), category (``"all"`` or one of the probe), count (*total*: detectors;
         *unique*: distinct concepts; *beyond*), value (share of the stage's units), low, high (95 %, over images), parts
-        (resamples,), units, p and floor (NaN).
+        (sets,), units, p and floor (NaN).
 
     Raises:
         ValueError: An IoU outside (0, 1]; fewer than 2 resamples; networks that were dissected on different probes; a
@@ -82,6 +85,7 @@ def detector_scores(
     thresholds = found.iou_thresholds if iou is None else several("iou", iou, closed=True)
     if resamples < 2:
         raise ValueError(f"resamples: expected at least 2, got {resamples}")
+    resamples = min(resamples, found.images)
     if base is not None and not base.concepts.equals(found.concepts):
         raise ValueError(
             f"base: expected a dissection on the same images, {found.images} of {found.probe}, got {base.images} of "

@@ -146,7 +146,7 @@ class Verdict:
     def show(self) -> Styler:
         """The effects as a table, captioned with the claim and its verdict."""
         headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power", "margin": "δ"}
-        headings["images"] = "images or batches"
+        headings["images"] = "images or parts"
         tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
         forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)
         forms |= {headings["detectable"]: self._size, "δ": self._size} | dict.fromkeys(tests.values(), "{:.3f}")
@@ -172,7 +172,7 @@ def beyond_controls(scores: pd.DataFrame, networks: Sequence[str], controls: Seq
         controls: Those that never had the teacher.
 
     Returns:
-        network, stage, control; value, low, high (the difference, paired by fold and batch, with its own 95 %
+        network, stage, control; value, low, high (the difference, paired by fold and image or batch, with its own 95 %
         interval), p (that it is 0 or less; adjusted by Holm for all rows, so those with p <= 0.05 hold jointly), folds.
         Where network and control share one fold, the statement is about the networks of this fold alone.
 
