@@ -20,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 
 NOT_YET = {  # roles that are declared, and shipped when they are trained
     "smoothing", "smoothed teacher", *(f"response from smoothed teacher, T {t:g}" for t in shipped.TEMPERATURES),
-    *(f"{name}, resnet10@0.125" for name in (*shipped.TAUGHT, "standardised response", "random teacher")),
 }  # fmt: skip
+OTHER_FOLDS = {  # the same, but those of the first fold are here
+    f"{name}, resnet10@0.125" for name in (*shipped.TAUGHT, "standardised response", "random teacher")
+}
 TINY = kdx.Recipe(epochs=1, batch_size=20, lr=0.1, sizes=(1.0,))
 
 
@@ -113,7 +115,8 @@ def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
         plans = study.plans(study.recipe)
         rows = table[table["dataset"] == study.dataset].set_index(["role", "fold"])
         assert set(rows.index) <= set(study.places)
-        assert {role for role, _ in set(study.places) - set(rows.index)} <= NOT_YET
+        missing = set(study.places) - set(rows.index)
+        assert {(r, fold) for r, fold in missing if r not in NOT_YET and not (r in OTHER_FOLDS and fold > 1)} == set()
         for place, row in rows.iterrows():
             assert (plans[place].model, plans[place].epochs) == (row["model"], row["epochs"])
         for sha256, digest in rows[["sha256", "digest"]].itertuples(index=False):
