@@ -64,11 +64,8 @@ def main():
     found = pd.DataFrame(table)
     print(found.to_string(float_format="{:.3f}".format))
     if chosen.write:
-        command, seconds = (
-            "python tests/benchmarks/families.py --write",
-            sum(r.manifest["seconds"] for r in runs.values()),
-        )
-        results.store("families", found.round(4), command, seconds, networks=networks)
+        seconds = sum(run.manifest["seconds"] for run in runs.values())
+        results.store("families", found.round(4), "python tests/benchmarks/families.py --write", seconds, networks)
 
 
 if __name__ == "__main__":
