@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdx import build
-from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed
+from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed, sound_kernels
 from tests.networks import at_once
 
 
@@ -24,6 +24,19 @@ def test_placed_puts_every_tensor_back():
     with pytest.raises(RuntimeError, match="on purpose"), placed(model, torch.device("cpu")):
         raise RuntimeError("on purpose")
     assert layout(model) == before
+
+
+def test_narrow_strided_convolutions_do_without_onednn_where_it_damages_the_heap(monkeypatch):
+    flags = torch.backends.mkldnn
+    for processor, width, enabled in (("AVX2", 0.0625, False), ("AVX2", 0.125, True), ("AVX512", 0.0625, True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=processor: name)
+        with sound_kernels(build("resnet10", 3, "small", width, seed=0)):
+            assert flags.enabled is enabled
+        assert flags.enabled
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(RuntimeError, match="on purpose"), sound_kernels(build("resnet10", 3, "small", 0.0625)):
+        raise RuntimeError("on purpose")
+    assert flags.enabled
 
 
 def test_placed_in_threads_puts_every_tensor_back(one_thread):

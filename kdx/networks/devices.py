@@ -67,6 +67,25 @@ def reuse_memory() -> None:
 
 
 @contextmanager
+def sound_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside the block, do without oneDNN where it would write past the end of its buffers while ``model`` is trained.
+
+    Seen with oneDNN 3.13 in float32, on processors with AVX2 but without AVX-512: in channels-last memory format, the
+    gradient of the weights of a strided 1x1 convolution of fewer than eight channels damages the heap.
+    """
+    narrow = any(
+        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 8
+        for part in model.modules()
+    )
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (narrow and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+@contextmanager
 def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block a network is on ``device``, in channels-last memory format; afterwards its tensors are those
     of before.
