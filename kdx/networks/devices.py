@@ -77,12 +77,13 @@ def sound_kernels(model: nn.Module) -> Iterator[None]:
         isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 8
         for part in model.modules()
     )
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not (narrow and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    onednn.enabled = before and not (narrow and torch.backends.cpu.get_cpu_capability() == "AVX2")
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        onednn.enabled = before
 
 
 @contextmanager
