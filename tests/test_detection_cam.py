@@ -63,10 +63,13 @@ def test_a_map_is_that_of_its_image_and_of_grad_cams_definition(detector):
     for level, (features, gradient) in found.items():
         weights = gradient.mean((2, 3))
         torch.testing.assert_close(maps[level], torch.einsum("nk,nkhw->nhw", weights, features).relu())
-        alone = kdx.detection_cam(detector, IMAGES[1:2])[level]
-        torch.testing.assert_close(maps[level][1:2], alone, rtol=1e-3, atol=1e-5 * float(maps[level].max()) + 1e-12)
     hires = kdx.detection_cam(detector, IMAGES, method="hires")
     torch.testing.assert_close(hires["P3"], (found["P3"][0] * found["P3"][1]).sum(1).relu())
+    detector.double()  # in float32, rounding can change which of nearly equal detections are kept
+    together, alone = (kdx.detection_cam(detector, images) for images in (IMAGES, IMAGES[1:2]))
+    detector.float()
+    for level, of_all in together.items():
+        torch.testing.assert_close(of_all[1:2], alone[level], rtol=1e-3, atol=1e-5 * float(of_all.max()) + 1e-12)
 
 
 def test_one_box_of_all_is_a_part_of_the_sum(detector):
