@@ -232,7 +232,7 @@ def test_book_pages_in_a_browser(site, browser):
             "const math = (window.MathJax && MathJax.startup) ? MathJax.startup.promise : Promise.resolve();"
             "math.then(() => setTimeout(done, 300));"
         )
-        asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+        asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome"))]
         seen += len(asked)
         assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc], page
         broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
@@ -346,7 +346,7 @@ def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
     settings = json.loads(facts.read_text())
     assert (settings["technique"], settings["stage"], settings["dataset"]) == (other, "L2", "shapes")
     assert facts.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:"))]
+    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome"))]
     assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc]
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == [], log.read_text()[-2000:]

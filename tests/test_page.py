@@ -165,7 +165,7 @@ def test_every_control_changes_what_is_drawn(browser, site, found, origin):
     for name, keep in page.PICKS.items():
         expected = sum(bool(keep(*map(torch.tensor, pair))) for pair in right)
         assert outcomes[name] == (expected or len(right)), name
-    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "chrome:", "about:"))]
+    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "chrome", "about:"))]
     assert {urlparse(url).path.rpartition("/")[2] for url in asked} == {"page.html"}
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
@@ -276,6 +276,6 @@ def test_the_same_module_serves_voila_as_a_widget(browser, site, voila, found):
     assert browser.execute_script(DRAWN) != drawn
     ids = browser.execute_script("return [...document.querySelectorAll('.thumbs canvas')].map(of => of.id)")
     assert len(set(ids)) == 2 * len(found["images"])
-    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome:", "about:"))]
+    asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome", "about:"))]
     assert {urlparse(url).netloc for url in asked} == {urlparse(voila).netloc}
     assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
