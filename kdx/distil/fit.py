@@ -25,7 +25,7 @@ from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
-from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed, sound_kernels
+from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
 from kdx.networks.stages import evaluating
 from kdx.paths import alone
 from kdx.progress import progress
@@ -258,8 +258,7 @@ class Job:
         helper = self.teacher.model if self.teacher else nn.Identity()
         records = []
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        bar = progress(total=self.steps, desc=role, unit="batch")
-        with bar, placed(helper, device), sound_kernels(student):
+        with progress(total=self.steps, desc=role, unit="batch") as bar, placed(helper, device):
             trained = train_epochs(
                 student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
                 device, bar.update,

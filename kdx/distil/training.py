@@ -20,7 +20,7 @@ from kdx.data.augmentation import augment
 from kdx.data.dataset import Dataset
 from kdx.distil.technique import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
-from kdx.networks.devices import autocast
+from kdx.networks.devices import autocast, sound_kernels
 from kdx.networks.stages import Tap, evaluating
 from kdx.networks.vision_transformers import to_grid
 
@@ -115,7 +115,7 @@ def train_epochs(
         for epoch in range(recipe.epochs):
             student.train()
             seen = torch.zeros(2, device=device)  # summed loss, correct
-            with objective.watching():
+            with objective.watching(), sound_kernels(student):
                 for step, (x, rows) in enumerate(batches(), epoch * steps):
                     y, scale = labels[rows], recipe.sizes[step * len(recipe.sizes) // total]
                     logits, loss = objective(x, rows, scale)
