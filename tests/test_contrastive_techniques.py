@@ -267,6 +267,8 @@ def test_settings_are_checked():
         ("contrastive", {"contrastive_temperature": 0.0}),
         ("self-supervised", {"self_supervised_kept": 1.5}),
         ("self-supervised", {"self_supervised_epochs": -1}),
+        ("self-supervised", {"self_supervised_epochs": 0.5}),
+        ("contrastive", {"contrastive_negatives": 1.5}),
         ("self-supervised", {"self_supervised_rotated": math.inf}),
         ("self-supervised", {"self_supervised_sharpness": -1.0}),
     ):

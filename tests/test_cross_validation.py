@@ -134,3 +134,5 @@ def test_cross_chains_name_what_is_wrong(small):
     }.items():
         with pytest.raises(ValueError, match=message):
             cross_chains(small, chains, k=2)
+    with pytest.raises(ValueError, match="first: expected 1 to 2 folds, got 3"):
+        cross_chains(small, CHAINS, k=2, first=3)

@@ -75,8 +75,13 @@ def test_response_limits():
     torch.testing.assert_close(
         response(student.repeat(3, 1), teacher.repeat(3, 1), labels.repeat(3)), response(student, teacher, labels)
     )
-    for bad in ({"alpha": 1.5}, {"temperature": 0}):
-        with pytest.raises(ValueError, match="expected 0 <= alpha <= 1 and temperature > 0"):
+    for bad, message in (
+        ({"alpha": 1.5}, "response: expected 0 <= alpha <= 1, got 1.5"),
+        ({"temperature": 0}, "temperature: expected a finite temperature above 0, got 0"),
+        ({"temperature": math.inf}, "temperature: expected a finite temperature above 0, got inf"),
+        ({"standardise": "no"}, "response: expected standardise to be True or False, got 'no'"),
+    ):
+        with pytest.raises(ValueError, match=message):
             TECHNIQUES["response"](**bad)
 
 

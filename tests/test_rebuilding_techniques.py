@@ -249,9 +249,11 @@ def test_settings_are_checked():
     for name, settings in (
         ("factor", {"factor_rate": 0.0}),
         ("factor", {"factor_epochs": -1}),
+        ("factor", {"factor_epochs": 1.5}),
         ("factor", {"factor_weight": math.nan}),
         ("prior", {"prior_width": 6}),
         ("prior", {"prior_blocks": 0}),
+        ("prior", {"prior_blocks": 1.5}),
         ("prior", {"prior_weight": -1.0}),
     ):
         with pytest.raises(ValueError, match=f"{name}.*: expected"):

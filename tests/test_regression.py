@@ -5,6 +5,7 @@ from sklearn.linear_model import Ridge
 
 from kdx.explain import regression
 from kdx.explain.regression import RIDGES, Beyond, Moments, Regression, errors_beyond, share, share_left
+from kdx.inference import two_factor
 
 OLD_GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -163,6 +164,14 @@ def test_intervals_of_the_parts_hold():
         part = parts_of(*mixed(200, (0.4, truth, 0.3), seed=seed), folds=5)[1]
         hits += part.low <= truth <= part.high
     assert hits / 200 > 0.95 - 4 * (0.95 * 0.05 / 200) ** 0.5
+
+
+def test_values_of_the_folds_have_the_interval_of_their_share():
+    """By hand: four folds, of which 0.1, 0.2, 0.3 and 0.4 are explained. Networks are compared by their values."""
+    interval, values = share(torch.tensor([1.0, 2, 3, 4]), torch.full((4,), 10.0))
+    half = 3.182446 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) * np.sqrt(1 / 4 + 1 / 3)  # t of 3 degrees of freedom
+    assert interval == pytest.approx((0.25, 0.25 - half, 0.25 + half, 4))
+    assert two_factor(values[None]).interval() == pytest.approx(interval[1:3])
 
 
 def test_what_is_predicted_beyond_the_base_is_the_others_part():

@@ -1,6 +1,6 @@
 import ast
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -132,6 +132,11 @@ def with_settings(technique, settings):
     return find_techniques(technique, {name: settings[name] for name in settings_of(technique) if name in settings})
 
 
+def standardised(plans):
+    """As pages 3 and 8 ask for them beside the students by response."""
+    return {replace(plan, settings=(("standardise", True),)) for plan in plans if plan.technique == "response"}
+
+
 def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch):
     monkeypatch.delenv("KDX_NETWORKS")
     table = shipped_table()
@@ -158,8 +163,8 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
                 {str(i): each for i, each in enumerate(line)}, p["technique"], p["used"], p["controls"], 0
             )
             wanted = {link for links in chains.values() for link in links}
-            losses = plan_fit(p["teachers"][-1], p["student"], ["dist"], p["used"], 0, 0, recipe)
-            wanted |= set(losses.values())
+            losses = plan_fit(p["teachers"][-1], p["student"], ["dist", "response"], p["used"], 0, 0, recipe)
+            wanted |= set(losses.values()) | standardised(losses.values())
         else:
             of_pages = p["techniques"] or shipped.TAUGHT, p.get("used") or p["folds"], p["controls"]
             wanted = plan_fit(p["teacher"], p["student"], *of_pages, 0, recipe, p.get("temperatures", ()))
@@ -168,6 +173,9 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
             assert p.get("stored_smoothing") or p.get("only_stored") or set(wanted) <= stored
             unused = ("reordered base", "second student") if p.get("only_stored") else ()
             wanted = {plan for (role, _), plan in wanted.items() if role not in unused}
+            if page.name == "08_techniques":
+                alone = plan_fit(p["teacher"], p["student"], ["response"], of_pages[1], 0, 0, recipe)
+                wanted |= standardised(alone.values())
         assert wanted <= set(study.plans(study.recipe).values())
         for name in {plan.technique for plan in wanted}:
             assert with_settings(name, p["settings"]) == with_settings(name, study.settings)

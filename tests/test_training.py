@@ -14,6 +14,7 @@ from torch import nn
 import kdx
 from kdx import Recipe, fit
 from kdx.distil.feature_techniques import InterChannel
+from kdx.distil.fit import Job
 from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
 from kdx.distil.training import _Objective, train_epochs
@@ -51,6 +52,22 @@ def test_training_leaves_no_hooks_and_no_switched_layers(shapes16, name):
     assert untouched(guide.model)
     assert set(student.state_dict()) == parameters  # adapters are no part of it
     assert student.bn1.num_batches_tracked == 5  # 80 images in batches of 16: looking first counts for nothing
+
+
+def test_narrow_networks_are_trained_by_sound_kernels(shapes16, monkeypatch):
+    """Also while their steps are timed."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    used, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: (used.append(torch.backends.mkldnn.enabled), backward(loss))
+    )
+    job = Job("resnet10@0.0625", shapes16["train"], shapes16["test"], stem="small", recipe=QUICK, device="cpu")
+    job.seconds_expected()
+    assert used == [False] * 2
+    train(shapes16, width=0.0625, seed=5)
+    assert used == [False] * 7
+    train(shapes16, width=0.125, seed=5)
+    assert used == [False] * 7 + [True] * 5
 
 
 @pytest.mark.parametrize("name", ["attention", "overhaul", "alp"])

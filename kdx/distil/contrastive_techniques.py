@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdx.distil.logit_techniques import divergence
-from kdx.distil.technique import Seen, Technique, check_temperature, check_weight
+from kdx.distil.technique import Seen, Technique, check_temperature, check_weight, check_whole
 from kdx.networks.stages import Tap, last_output
 
 
@@ -48,8 +48,10 @@ class Contrastive(Technique):
     def __post_init__(self) -> None:
         check_weight(self.contrastive_weight, "contrastive_weight")
         check_temperature(self.contrastive_temperature, "contrastive_temperature")
-        if self.contrastive_negatives < 1 or self.contrastive_width < 1 or not 0 <= self.contrastive_momentum < 1:
-            raise ValueError(f"contrastive: expected negatives, width >= 1 and momentum in [0, 1), got {self}")
+        check_whole(self.contrastive_negatives, "contrastive_negatives", 1)
+        check_whole(self.contrastive_width, "contrastive_width", 1)
+        if not 0 <= self.contrastive_momentum < 1:
+            raise ValueError(f"contrastive_momentum: expected 0 to less than 1, got {self.contrastive_momentum}")
 
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
         return last_output(model, images)
@@ -154,8 +156,9 @@ class SelfSupervised(Technique):
             check_weight(getattr(self, f"self_supervised_{name}"), f"self_supervised_{name}")
         for name in ("temperature", "sharpness"):
             check_temperature(getattr(self, f"self_supervised_{name}"), f"self_supervised_{name}")
-        if not 0 <= self.self_supervised_kept <= 1 or self.self_supervised_epochs < 0:
-            raise ValueError(f"self-supervised: expected kept in [0, 1] and epochs >= 0, got {self}")
+        check_whole(self.self_supervised_epochs, "self_supervised_epochs", 0)
+        if not 0 <= self.self_supervised_kept <= 1:
+            raise ValueError(f"self_supervised_kept: expected 0 to 1, got {self.self_supervised_kept}")
 
     @property
     def fitting_epochs(self) -> int:

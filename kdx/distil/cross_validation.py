@@ -96,9 +96,7 @@ def cross_fit(
         (role, fold from 1) -> run, by fold. Roles are teacher (if its architecture is not the student's; otherwise
         the base is the teacher), base, the techniques, and the controls by their names above.
     """
-    used = k if first is None else first
-    if not 1 <= used <= k:
-        raise ValueError(f"first: expected 1 to {k} folds, got {first}")
+    used = _used(first, k)
     plans = plan_fit(teacher, student, techniques, used, controls, seed, recipe, temperatures, **training)
     if unknown := set(only_stored) - {role for role, _ in plans}:
         raise ValueError(f"only_stored: expected roles of these networks, got {', '.join(sorted(unknown))}")
@@ -195,7 +193,7 @@ def cross_chains(
     for chain in chains.values() if isinstance(chains, Mapping) else ():
         architecture = {key: value for key, value in training.items() if key in ("stem", "width")}
         check_chain(chain, train, technique, **architecture, **settings or {})
-    plans = plan_chains(chains, technique, k if first is None else first, controls, seed, recipe, budget, **training)
+    plans = plan_chains(chains, technique, _used(first, k), controls, seed, recipe, budget, **training)
     wanted = [plan for links in plans.values() for plan in links]
     runs = carry_out(wanted, train, settings or {}, k, watched, seed, recipe, workers, **training)
     return {name: [runs[plan] for plan in links] for name, links in plans.items()}
@@ -241,6 +239,14 @@ def plan_chains(
 def _full_name(model: str, training: Mapping[str, Any]) -> str:
     name, width = models.parse_name(model, training.get("width"))
     return f"{name}@{width!r}"
+
+
+def _used(first: int | None, k: int) -> int:
+    """How many of k folds are carried out."""
+    used = k if first is None else first
+    if not 1 <= used <= k:
+        raise ValueError(f"first: expected 1 to {k} folds, got {first}")
+    return used
 
 
 def _check_controls(controls: int, k: int) -> None:

@@ -25,7 +25,7 @@ from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
-from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed
+from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed, sound_kernels
 from kdx.networks.stages import evaluating
 from kdx.paths import alone
 from kdx.progress import progress
@@ -211,7 +211,7 @@ class Job:
         def spent(scale: float) -> float:
             for _ in range(2):  # the first warms up
                 start = time.perf_counter()
-                with autocast(device):
+                with autocast(device), sound_kernels(student):
                     with torch.no_grad():
                         teacher(x)
                     student(resize(x, scale)).float().sum().backward()

@@ -72,8 +72,11 @@ class Response(Technique):
         alpha, temperature = (0.9, 2.0) if self.standardise else (0.5, 4.0)
         alpha = alpha if self.alpha is None else self.alpha
         temperature = temperature if self.temperature is None else self.temperature
-        if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ValueError(f"response: expected 0 <= alpha <= 1 and temperature > 0, got {alpha} and {temperature}")
+        if not isinstance(self.standardise, bool):
+            raise ValueError(f"response: expected standardise to be True or False, got {self.standardise!r}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"response: expected 0 <= alpha <= 1, got {alpha}")
+        check_temperature(temperature, "temperature")
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "temperature", temperature)
 

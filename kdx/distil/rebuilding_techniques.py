@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdx.distance import u_center
 from kdx.distil.feature_techniques import same_grid
-from kdx.distil.technique import Seen, Technique, check_weight
+from kdx.distil.technique import Seen, Technique, check_weight, check_whole
 from kdx.networks.stages import Tap, last_output, outputs
 
 
@@ -43,8 +43,9 @@ class Factor(Technique):
 
     def __post_init__(self) -> None:
         check_weight(self.factor_weight, "factor_weight")
-        if not 0 < self.factor_rate <= 1 or self.factor_epochs < 0:
-            raise ValueError(f"factor: expected rate in (0, 1] and epochs >= 0, got {self}")
+        check_whole(self.factor_epochs, "factor_epochs", 0)
+        if not 0 < self.factor_rate <= 1:
+            raise ValueError(f"factor_rate: expected above 0, at most 1, got {self.factor_rate}")
 
     @property
     def fitting_epochs(self) -> int:
@@ -119,8 +120,10 @@ class Prior(Technique):
 
     def __post_init__(self) -> None:
         check_weight(self.prior_weight, "prior_weight")
-        if self.prior_width < 4 or self.prior_width % 4 or self.prior_blocks < 1:
-            raise ValueError(f"prior: expected a width that is a multiple of 4 and blocks >= 1, got {self}")
+        check_whole(self.prior_blocks, "prior_blocks", 1)
+        check_whole(self.prior_width, "prior_width", 4)
+        if self.prior_width % 4:
+            raise ValueError(f"prior_width: expected a multiple of 4, got {self.prior_width}")
 
     def taps(self, model: nn.Module, images: Tensor) -> dict[str, Tap]:
         return dict(zip(("last", "last but one"), reversed(outputs(model, images).values()), strict=False))

@@ -99,6 +99,12 @@ def check_weight(value: float, name: str) -> None:
         raise ValueError(f"{name}: expected a finite weight of at least 0, got {value}")
 
 
+def check_whole(value: int, name: str, least: int) -> None:
+    """Raise ValueError unless a number is whole and large enough."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
 def check_temperature(value: float, name: str) -> None:
     """Raise ValueError unless a temperature is finite and above 0."""
     if not 0 < value < math.inf:

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from kdx.inference import ratio_values
-from kdx.intervals import Interval
+from kdx.intervals import Interval, mean_interval
 
 RIDGES = tuple(10 ** (i / 2) for i in range(-12, 9))  # 1e-6 to 1e4, of the mean variance of the regressors
 MATTERS = 0.001  # of the variance: a gain that is worth a warning
@@ -260,15 +259,16 @@ def share(of: Tensor, whole: Tensor) -> tuple[Interval, NDArray[np.float64]]:
     2003), so the t interval holds for other images to fit and to predict.
 
     Returns:
-        The share with its 95 % interval and the number of folds, and values (J,) whose mean it is, to first order; NaN
-        where the whole is 0.
+        The share with its 95 % interval and the number of folds, and values (J,) of which this is the mean with its
+        t interval: those of the folds, to first order, moved away from their mean as that factor asks. So differences
+        of two networks' values have the interval that they need, too. NaN where the whole is 0.
     """
     n = len(whole)
     if not whole.sum() > 0:
         return Interval(math.nan, math.nan, math.nan, n), np.full(n, math.nan)
     parts = ratio_values(of.cpu()[None], whole.cpu()[None])[0]
-    mean, half = parts.mean(), stats.t.ppf(0.975, n - 1) * parts.std(ddof=1) * math.sqrt(1 / n + 1 / (n - 1))
-    return Interval(float(mean), float(mean - half), float(mean + half), n), parts
+    values = parts.mean() + math.sqrt(1 + n / (n - 1)) * (parts - parts.mean())
+    return mean_interval(values), values
 
 
 def share_left(folds: Sequence[Moments]) -> Interval:

@@ -83,8 +83,8 @@ def transferred_share(
 
     Returns:
         of (student or teacher), stage (those that all three have, and ``answer``), part, value, low, high, n (images),
-        folds, and parts, (folds,) values whose mean is the share. Shares of a variance, in [0, 1] but for the error of
-        the estimate; NaN where nothing varies. The 95 % interval is over the images, as for
+        folds, and parts, (folds,) values of which this is the mean with its t interval. Shares of a variance, in [0, 1]
+        but for the error of the estimate; NaN where nothing varies. The 95 % interval is over the images, as for
         :func:`kdx.unexplained_share`.
 
     Raises:

@@ -215,7 +215,7 @@ def _stand_out(
     for i, name in enumerate(names):
         if peers := [j for j, other in enumerate(names) if j != i and kinds[other] == kinds[name]]:
             ahead = leads[i] - leads[max(peers, key=lambda j: means[j])]
-            of_images = ahead.var(ddof=1) * (1 / FOLDS + 1 / (FOLDS - 1))
+            of_images = ahead.var(ddof=1) / FOLDS
             p[name] = _p_of_lead(float(ahead.mean()) / math.sqrt(SPREAD**2 + of_images), len(peers) + 1)
     return dict(zip(names, means.tolist(), strict=True)), p
 
