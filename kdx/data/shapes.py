@@ -130,9 +130,22 @@ def _background(n: int, rng: np.random.Generator) -> np.ndarray:
     kind = rng.integers(0, len(BACKGROUNDS), n)
     canvas = np.empty((n, 3, SIZE, SIZE), dtype=np.float32)
     canvas[kind == 0] = rng.uniform(0.0, 0.15, (n, 3, 1, 1))[kind == 0]
-    canvas[kind == 1] = _SMOOTH @ rng.random((n, 3, GRID, GRID), dtype=np.float32)[kind == 1] @ _SMOOTH.T
+    coarse = rng.random((n, 3, GRID, GRID), dtype=np.float32)[kind == 1]
+    canvas[kind == 1] = _product(_product(_SMOOTH, coarse), _SMOOTH.T)
     canvas[kind == 2] = rng.random((int((kind == 2).sum()), 3, SIZE, SIZE), dtype=np.float32)
     return canvas * np.array([1.0, 0.6, 0.6], dtype=np.float32)[kind][:, None, None, None]
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The matrix product, float32, of which every sum is taken in the same order and rounded once a term.
+
+    Linear algebra libraries sum in an order that depends on the processor. Pixels would differ by one level here and
+    there, and shipped networks would not be found for their images.
+    """
+    total = np.zeros(1, dtype=np.float32)
+    for k in range(a.shape[-1]):
+        total = (total + a[..., :, k, None] * b[..., None, k, :].astype(np.float64)).astype(np.float32)
+    return total
 
 
 # Gaussian interpolation of a coarse grid of colours: each row holds weights that sum to 1.
