@@ -34,8 +34,8 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or len(x) < 2:
         raise ValueError(f"expected at least 2 values (n,), got {x.shape}")
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)
-    return Interval(x.mean(), x.mean() - half, x.mean() + half, len(x))
+    mean, half = float(x.mean()), float(stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x))
+    return Interval(mean, mean - half, mean + half, len(x))
 
 
 def mean_of_known(values: ArrayLike) -> Interval:
