@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kdx
+from kdx.data import shapes
 from kdx.data.dataset import folds
 from kdx.distil import shipped
 from kdx.distil.cross_validation import plan_chains, plan_fit
@@ -31,8 +32,9 @@ TINY = kdx.Recipe(epochs=1, batch_size=20, lr=0.1, sizes=(1.0,))
 
 
 @pytest.fixture
-def study(networks_home):
-    """Two folds of shapes: teacher, base, a student and all controls."""
+def study(networks_home, monkeypatch):
+    """Two folds of a few shapes: teacher, base, a student and all controls."""
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 200, "test": 200})
     return shipped.CrossValidated(
         "shapes",
         TINY,

@@ -7,6 +7,7 @@ class from its siblings. All shapes are drawn from signed distances (pixels, neg
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ BLOCK = 400  # images drawn at the same time
 
 
 def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a split.
+    """Draw a split; the two that were drawn last are kept in memory.
 
     Args:
         folder: Not used.
@@ -38,8 +39,14 @@ def read(folder: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor, Te
         Images, uint8 (n, 3, SIZE, SIZE), labels, int64 (n,), and masks, uint8 (n, SIZE, SIZE): 0 background, 1 object,
         2 the distinguishing part.
     """
+    images, labels, masks = _drawn(split, COUNTS[split], seed)
+    return images.clone(), labels.clone(), masks.clone()
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     rng = np.random.default_rng([seed, list(COUNTS).index(split)])
-    labels = rng.permutation(np.arange(COUNTS[split]) % len(CLASSES))
+    labels = rng.permutation(np.arange(count) % len(CLASSES))
     blocks = [_draw(labels[i : i + BLOCK], rng) for i in range(0, len(labels), BLOCK)]
     images, masks = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(masks)
