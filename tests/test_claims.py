@@ -95,13 +95,15 @@ def summary(*columns, form="{:+.2f}"):
 
 
 def test_summary_names_the_effect_that_decides_and_what_can_be_seen():
-    wide = "[-1.27, +1.87]; seen with 80 % power: 1.96"  # t with 2 degrees of freedom
-    assert summary(POSITIVE, OPEN) == f"1 of 2 positive; least certain effect 1: +0.30 {wide}"
+    wide = "[-1.27, +1.87]; detectable with 80 % power: 1.96"  # t with 2 degrees of freedom
+    assert summary(POSITIVE, OPEN) == f"1 of 2 effects shown to be positive; least certain: effect 1, +0.30 {wide}"
     assert summary(POSITIVE, NEGATIVE) == (
-        "1 of 2 negative; clearest effect 1: -2.00 [-2.39, -1.61]; seen with 80 % power: 0.49"
+        "1 of 2 effects shown to be negative; clearest: effect 1, -2.00 [-2.39, -1.61]; "
+        "detectable with 80 % power: 0.49"
     )
-    assert summary(SMALL) == "all 1 within ±0.50; +0.02 [-0.06, +0.10]; seen with 80 % power: 0.10"
-    assert summary(POSITIVE, POSITIVE).startswith("all 2 positive; least certain effect 0: +2.00")
+    assert summary(SMALL) == "shown to be within ±0.50; +0.02 [-0.06, +0.10]; detectable with 80 % power: 0.10"
+    assert summary(POSITIVE, POSITIVE).startswith("2 of 2 effects shown to be positive; least certain: effect 0, +2.00")
+    assert summary(OPEN).startswith("not shown to be positive; +0.30")
     assert summary([1.0, math.nan, 2.0]) == "an effect could not be measured"
     assert summary(POSITIVE, [1.0] * 3) == "no test, since effect 1 is the same in all folds and images"
     assert summary(np.arange(6.0)[None]) == "no test, with a single fold"

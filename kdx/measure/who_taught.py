@@ -51,7 +51,7 @@ def who_taught(
       have in common, nothing is left, so the teacher stands out.
     - *p*, of the hypothesis that the teacher is *none of these*: the probability that the first lead of the candidates
       of one kind exceeds the second by as much by chance. Leads of networks that did not teach are taken as normal,
-      with a deviation of 0.05 between networks of one kind, as measured on the networks of the book (its page *What
+      with a deviation of 0.05 between networks of one kind, more than the networks of the book show (its page *What
       was handed over* has the error rates), and that of these images.
 
     A student is more closely linked with networks of its teacher's kind than with others, whether they taught it or

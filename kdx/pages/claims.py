@@ -129,23 +129,19 @@ class Verdict:
         if table["folds"].min() < 2:
             return "no test, with a single fold"
         uncertain = {REFUTED: -table["negative"], NONE_LARGER: table["within"]}.get(word, table["positive"])
-        of_all, column = {
-            SUPPORTED: ("all {} positive", "positive"),
-            REFUTED: ("{} negative", "negative"),
-            NONE_LARGER: (f"all {{}} within ±{self._delta}", "within"),
-            UNDECIDED: ("{} positive", "positive"),
-        }[word]
+        column = {REFUTED: "negative", NONE_LARGER: "within"}.get(word, "positive")
+        shown = f"shown to be {column}" + f" ±{self._delta}" * (word == NONE_LARGER)
         found, several = (table[column] <= ALPHA).sum(), len(table) > 1
-        count = of_all.format(found if word == SUPPORTED or not several else f"{found} of {len(table)}")
+        count = f"{found} of {len(table)} effects {shown}" if several else f"{'' if found else 'not '}{shown}"
         last = table.loc[uncertain.idxmax()]
-        name = f"{'clearest' if word == REFUTED else 'least certain'} {last.name}: " if several else ""
+        name = f"{'clearest' if word == REFUTED else 'least certain'}: {last.name}, " if several else ""
         value, low, high = (self.form.format(last[column]) for column in ("value", "low", "high"))
         visible = self._size(table["detectable"].max())
-        return f"{count}; {name}{value} [{low}, {high}]; seen with 80 % power: {visible}"
+        return f"{count}; {name}{value} [{low}, {high}]; detectable with 80 % power: {visible}"
 
     def show(self) -> Styler:
         """The effects as a table, captioned with the claim and its verdict."""
-        headings = {"low": "95 % from", "high": "to", "detectable": "seen with 80 % power", "margin": "δ"}
+        headings = {"low": "95 % from", "high": "to", "detectable": "detectable with 80 % power", "margin": "δ"}
         headings["images"] = "images or parts"
         tests = {"positive": "p, positive", "negative": "p, negative (Holm)", "within": "p, within ±δ"}
         forms: dict[str, Any] = dict.fromkeys(["value", "95 % from", "to"], self.form.format)

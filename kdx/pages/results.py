@@ -63,9 +63,11 @@ def load(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 def origin(name: str) -> str:
     """One sentence that says where a stored table comes from."""
     _, facts = load(name)
+    at, changed = facts["commit"].removesuffix("+"), facts["commit"].endswith("+")
+    took = f"{facts['seconds']} seconds" if facts["seconds"] < 90 else f"{facts['seconds'] / 60:.0f} minutes"
     return (
-        f"Stored results of {facts['date']}, from `{facts['command']}` at commit {facts['commit']} "
-        f"({facts['seconds'] / 60:.0f} minutes, torch {facts['torch']})."
+        f"Stored results of {facts['date']}, from `{facts['command']}` at commit {at}{' with changes' * changed} "
+        f"({took}, torch {facts['torch']})."
     )
 
 
