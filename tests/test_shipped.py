@@ -132,7 +132,7 @@ def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
             assert run.digest == digest
 
 
-def test_generated_images_are_those_of_the_shipped_networks_on_every_processor(monkeypatch):
+def test_generated_images_are_those_of_the_shipped_networks(monkeypatch):
     """Bit by bit, or none of the networks would be found."""
     monkeypatch.delenv("KDX_NETWORKS")
     images = kdx.load_dataset("shapes", "train")
