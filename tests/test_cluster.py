@@ -60,8 +60,9 @@ def test_links_of_a_chain_wait_for_their_teacher(two, small, home, monkeypatch, 
     assert {name: [run.key for run in links] for name, links in here.items()} == {
         name: [run.key for run in links] for name, links in there.items()
     }
-    ours, theirs = (runs["assisted", 2][-1].model.state_dict() for runs in (here, there))
-    assert all(torch.equal(weight, theirs[layer]) for layer, weight in ours.items())
+    ours, theirs = here["assisted", 2][-1], there["assisted", 2][-1]
+    moved = ours.model.fc.weight - ours.untrained.fc.weight
+    assert (ours.model.fc.weight - theirs.model.fc.weight).norm() < 0.05 * moved.norm()
 
 
 def test_a_worker_of_another_version_is_refused_and_the_others_train(two, small, tmp_path, capsys):
