@@ -17,6 +17,12 @@ def copy_sources(folder):
     return folder
 
 
+def voila_errors(driver):
+    """Errors in the log of the browser, but for the kernel's of a page that loaded too slowly and was asked for anew."""
+    severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    return [message for message in severe if "/voila/api/shutdown/" not in message]
+
+
 def asked_for(driver):
     """Addresses that the page has asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]

@@ -17,7 +17,7 @@ import pytest
 from kdx.distil.run_store import find_run
 from kdx.pages.build import execute_page, load_pages
 from kdx.pages.sweep import read_glued
-from tests.checkout import ROOT, asked_for, copy_sources
+from tests.checkout import ROOT, asked_for, copy_sources, voila_errors
 from tests.clusters import cluster
 from tests.forks import own_processes, python
 
@@ -348,5 +348,4 @@ def test_explorer_in_a_browser(explorer_app, smoke_book, browser):
     assert facts.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome"))]
     assert not [url for url in asked if urlparse(url).netloc != urlparse(address).netloc]
-    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert severe == [], log.read_text()[-2000:]
+    assert voila_errors(browser) == [], log.read_text()[-2000:]

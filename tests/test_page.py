@@ -22,7 +22,7 @@ import kdx
 from kdx.distil.stored_pairs import stored_pairs
 from kdx.explorer import page
 from kdx.explorer.view import View
-from tests.checkout import ROOT, asked_for
+from tests.checkout import ROOT, asked_for, voila_errors
 
 MOST = 4_000_000  # bytes of a page
 
@@ -278,4 +278,4 @@ def test_the_same_module_serves_voila_as_a_widget(browser, site, voila, found):
     assert len(set(ids)) == 2 * len(found["images"])
     asked = [url for url in asked_for(browser) if not url.startswith(("data:", "blob:", "chrome", "about:"))]
     assert {urlparse(url).netloc for url in asked} == {urlparse(voila).netloc}
-    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert voila_errors(browser) == []
