@@ -18,7 +18,7 @@ def copy_sources(folder):
 
 
 def voila_errors(driver):
-    """Errors in the log of the browser, but for the kernel's of a page that loaded too slowly and was asked for anew."""
+    """Errors in the log of the browser, without the kernel's of a page that loaded slowly and was asked for anew."""
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     return [message for message in severe if "/voila/api/shutdown/" not in message]
 
