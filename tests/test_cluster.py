@@ -50,21 +50,6 @@ def test_networks_of_a_cluster_are_those_trained_here(two, small, home, monkeypa
         kdx.cross_fit(small, workers=two.address, **PAIR | {"recipe": kdx.Recipe(epochs=1, batch_size=16, lr=1e9)})
 
 
-def test_links_of_a_chain_wait_for_their_teacher(two, small, home, monkeypatch, one_thread):
-    chains = {"assisted": ["resnet18@0.125", "resnet10@0.25", "resnet10@0.125"]}
-    settings = {"k": 2, "recipe": QUICK["recipe"], "device": "cpu"}
-    there = kdx.cross_chains(small, chains, workers=two.address, **settings)
-    assert all(two.trained(run.key) for links in there.values() for run in links)
-    monkeypatch.setenv("KDX_HOME", str(home) + "-other")
-    here = kdx.cross_chains(small, chains, **settings)
-    assert {name: [run.key for run in links] for name, links in here.items()} == {
-        name: [run.key for run in links] for name, links in there.items()
-    }
-    ours, theirs = here["assisted", 2][-1], there["assisted", 2][-1]
-    moved = ours.model.fc.weight - ours.untrained.fc.weight
-    assert (ours.model.fc.weight - theirs.model.fc.weight).norm() < 0.05 * moved.norm()
-
-
 def test_a_worker_of_another_version_is_refused_and_the_others_train(two, small, tmp_path, capsys):
     (tmp_path / "old.py").write_text(OLD)
     old = two.add("--preload", str(tmp_path / "old.py"))

@@ -87,8 +87,8 @@ def test_parts_give_the_variance_of_the_bootstrap(found):
 
 
 def test_standard_errors_are_those_of_images_drawn_anew():
-    """200 sets of 100 images, each of which is told its standard error; the block jackknife's is far too large."""
-    g, sets = torch.Generator().manual_seed(0), 200
+    """400 sets of 100 images, each of which is told its standard error; the block jackknife's is far too large."""
+    g, sets = torch.Generator().manual_seed(0), 400
     n = 100 * sets
     masks, activations = torch.zeros(n, 1, 2, 2, dtype=torch.int16), torch.randn(n, 40, 2, 2, generator=g)
     masks[:, 0, 0, 0] = torch.rand(n, generator=g) < 0.5
