@@ -174,11 +174,12 @@ def load_dataset(
         assert card.read is not None
         folder = fetch(name) if card.sources else data_home()
         images, labels, masks = card.read(folder, split, seed)
-        whole = _resize(Dataset(images, labels, card, masks), size)
+        whole = Dataset(images, labels, card, masks)
+    kept = _resize(whole.limit(limit, seed), size)
     if normalisation is not None:
-        mean, std = check_normalisation(normalisation, whole.card.size[0])
-        whole = replace(whole, card=replace(whole.card, mean=mean, std=std))
-    return whole.limit(limit, seed)
+        mean, std = check_normalisation(normalisation, kept.card.size[0])
+        kept = replace(kept, card=replace(kept.card, mean=mean, std=std))
+    return kept
 
 
 def prepare(name: str, size: int | None = None) -> Prepared:
