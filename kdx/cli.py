@@ -17,6 +17,8 @@ from kdx.cli_pages import Profile, run, sweep
 from kdx.cli_stores import Cluster, data, errors, networks, seconds, use_cluster
 from kdx.paths import check_new
 
+LIMIT = 2000  # images of kdx explain
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(data, name="data")
 app.add_typer(networks, name="networks")
@@ -110,7 +112,7 @@ def explain(
     score: Annotated[
         float | None, typer.Option(help="with --detection: the least score of a detection that counts; default: 0.5")
     ] = None,
-    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = 2000,
+    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = LIMIT,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="corrupt and delete from all images, not from 256 (64 above 64 pixels)")
     ] = False,
@@ -142,7 +144,9 @@ def explain(
         }
         others |= {"thorough": thorough, "p": parameter}
         if text is not None:
-            _explain_text(given, text, out, command, others | {"labels": labels, "score": score, "fail-on": fail_on})
+            others |= {"labels": labels, "score": score, "fail-on": fail_on, "json-only": json_only, "size": size}
+            others |= {"build": build or build_base or build_teacher, "limit": limit != LIMIT}
+            _explain_text(given, text, out, command, others)
             return
         from kdx.pages.gates import Gate
 

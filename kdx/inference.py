@@ -136,7 +136,7 @@ def tukey(values: ArrayLike, level: float = 0.95, ratio: float | None = None) ->
 
     Tukey's studentised range takes the place of t, and both parts of the error are pooled over networks: it is assumed
     that all networks vary alike over folds. One that varies more makes the intervals of the others too wide, and its
-    own too narrow.
+    own too narrow. As with :func:`two_factor`, they are at least as wide as those of images for these very folds.
 
     Args:
         values: (n, folds, images) or (n, folds), with n, folds >= 2 and otherwise as for :func:`two_factor`.
@@ -156,10 +156,13 @@ def tukey(values: ArrayLike, level: float = 0.95, ratio: float | None = None) ->
     shared = 1 / (k - 1) if ratio is None else ratio
     of_fold = _centred(x if x.ndim == 2 else x.mean(2), 0, 1)
     df = (n - 1) * (k - 1)
-    parts = [(float(np.sqrt((1 / k + shared) * (of_fold**2).sum() / df)), df)]
+    parts, least = [(float(np.sqrt((1 / k + shared) * (of_fold**2).sum() / df)), df)], (0.0, 1)
     if x.ndim == 3:
-        parts.append(_image_error(x - x.mean(0)))
-    return math.hypot(*(_studentised_range(level, n, df) * error for error, df in parts))
+        x = x - x.mean(0)
+        parts.append(_image_error(x))
+        least = _image_error(x.mean(1, keepdims=True))
+    errors = [_studentised_range(level, n, df) * error for error, df in (least, *parts)]
+    return max(errors[0], math.hypot(*errors[1:]))
 
 
 def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:

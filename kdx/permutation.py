@@ -244,6 +244,9 @@ def p_floor(share: float, permutations: int) -> float:
 def tied_share(d: Tensor) -> float:
     """The share of permutations that move rows only among coincident ones and so change nothing,
     from distances (n, n): :math:`\\prod_c n_c! \\,/\\, n!` over the groups of coincident rows.
+
+    Those that swap whole groups may change nothing either, so with very few rows the share is larger, by up to c! for
+    c groups.
     """
     first = (d == 0).to(torch.uint8).argmax(1)
     sizes = first.unique(return_counts=True)[1].double()

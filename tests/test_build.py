@@ -30,8 +30,9 @@ def test_execute_failed_notebook_is_not_taken_for_a_page(tmp_path):
         build.execute(path, tmp_path / "out.ipynb", {})
     assert not (tmp_path / "out.ipynb").exists()
     assert (tmp_path / "out.failed.ipynb").exists()
+    build.execute(path, tmp_path / "{x}" / "out.ipynb", {"x": 2})  # not the parameter
+    assert (tmp_path / "{x}" / "out.ipynb").exists()
     build.execute(path, tmp_path / "out.ipynb", {"x": 2})
-    assert (tmp_path / "out.ipynb").exists()
     assert not (tmp_path / "out.failed.ipynb").exists()
 
 

@@ -53,6 +53,13 @@ def test_a_calibrated_network_beats_an_overconfident_one_and_itself_it_does_not(
     assert np.mean(inside) >= 0.8
 
 
+def test_the_order_of_images_of_equal_confidence_plays_no_part():
+    p, labels = torch.full((400, 2), 0.5), torch.arange(400) % 2
+    for y in (labels, labels.sort().values):
+        assert kdx.calibration({"one": p}, y, bins=4, draws=9)["value"][0] < 0.1  # 0.5 if half of the bins are right
+        assert (reliability(p, y, bins=4)["value"] - 0.5).abs().max() < 0.2
+
+
 def test_degenerate_and_wrong_input():
     p, y = drawn(25)
     one = kdx.calibration({"one": torch.eye(5)[y]}, y)

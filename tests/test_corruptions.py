@@ -41,6 +41,12 @@ def test_robustness_is_paired_and_the_better_network_wins():
     _, same = kdx.robustness({"student": sure, "base": sure}, x, labels)
     assert (same["difference"] == 0).all()
     assert (same["p"] == 1).all()
+    wrong = lambda batch: 1 - sure(batch)  # noqa: E731
+    differences = kdx.robustness({"student": sure, "base": wrong}, x[labels == 0], labels[labels == 0])[1]
+    whole = differences[differences["corruption"] == ""].iloc[0]
+    if whole["difference"] == 1:  # no image differs from another
+        assert whole["p"] < 1e-3
+        assert whole["low"] < whole["high"] == 1
 
 
 def test_wrong_input_is_refused():

@@ -115,6 +115,10 @@ def test_tukey_equals_scipy_for_one_way_blocks_and_t_for_two():
     assert tukey(three + 100 * np.arange(4), ratio=0) == pytest.approx(by_hand)  # what moves all networks
     pair = np.random.default_rng(1).normal(size=(2, 3, 9))
     assert tukey(pair) == pytest.approx(two_factor(pair[0] - pair[1]).half(0.025), rel=1e-4)
+    hits = np.zeros((2, 2, 20))
+    hits[0, 0, :4] = hits[0, 1, 4:8] = 1  # the means of folds are equal, and say nothing of images
+    assert tukey(hits) == pytest.approx(two_factor(hits[0] - hits[1]).half(0.025), rel=1e-4)
+    assert tukey(hits) > 0.05
     with pytest.raises(ValueError, match="expected \\(networks, folds\\)"):
         tukey([[1.0], [2.0]])
 

@@ -125,6 +125,10 @@ def test_slices_and_labels_are_read(tmp_path):
             read_slices(table, ["red/1.png"])
     table.write_text("file,light\n,x\n,y\nred\\\\1.png,day\n")
     assert read_slices(table, ["red/1.png"])["light"].tolist() == ["day"]
+    table.write_text("\ufefffile,light\nred/1.png,None\nred/2.png,NA\n")
+    assert read_slices(table, ["red/1.png", "red/2.png"])["light"].tolist() == ["None", "NA"]
+    table.write_text("\ufeffcat\ndog\n")
+    assert read_labels(table) == ["cat", "dog"]
     table.write_text("file,light\n1.png,day\n")
     with pytest.raises(ValueError, match=r"1.png in .* is the name of several images"):
         read_slices(table, ["red/1.png", "blue/1.png"])

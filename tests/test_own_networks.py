@@ -102,8 +102,10 @@ def test_files_that_do_not_fit_are_named(tmp_path, weights):
 def test_builders_are_found_in_the_working_directory(tmp_path, monkeypatch, weights):
     (tmp_path / "my_networks.py").write_text(
         "from torch import nn\n\nnumber = 3\n\n"
-        "def small():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+        "def small():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n\n"
+        "def broken():\n    return {}['layer']\n"
     )
+    (tmp_path / "unfinished.py").write_text("def small(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     save_file(weights, "w.safetensors")
@@ -112,6 +114,10 @@ def test_builders_are_found_in_the_working_directory(tmp_path, monkeypatch, weig
     assert find_builder("torchvision.models:resnet18(num_classes=7)")().fc.out_features == 7
     with pytest.raises(ValueError, match=r"build 'my_networks:small\(1\)': small\(\) takes 0 positional"):
         load_own("my_networks:small(1)", "w.safetensors")
+    with pytest.raises(ValueError, match=r"build 'my_networks:broken': 'layer' \(KeyError\)"):
+        load_own("my_networks:broken", "w.safetensors")
+    with pytest.raises(ValueError, match=r"'unfinished:small': unfinished cannot be imported: SyntaxError: "):
+        find_builder("unfinished:small")
     for where, message in {
         "my_networks": r"expected module:function, such as mymodels:resnet or .*, got 'my_networks'",
         "my_networks:small(": "expected module:function",
@@ -185,7 +191,9 @@ def test_answers_are_probabilities_or_an_error_that_names_the_network():
     z = answers(Head(1.0), torch.rand(5, 3, 2, 2), "student", batch_size=2)
     assert z.shape == (5, 3)
     assert z.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"the base does not take images of 3 x 4 x 4: .* must take the same images"):
+    with pytest.raises(
+        ValueError, match=r"the base does not take images of 3 x 4 x 4: .* give a size that all of them take"
+    ):
         answers(Head(1.0), torch.rand(5, 3, 4, 4), "base")
     with pytest.raises(ValueError, match="the student answers with NaN or infinity"):
         answers(Head(torch.inf), torch.rand(5, 3, 2, 2), "student")

@@ -1,5 +1,7 @@
 """Networks and images of a report, checked against each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -81,6 +83,16 @@ def test_a_pair_is_read_and_says_what_was_assumed(read, folder):
     table = per_image(pair)
     assert table["gained"].sum() == pair.ledger.against("base").gained
     assert facts(pair, "x")["data"]["sha256"] == facts(given, "y")["data"]["sha256"]
+
+
+def test_a_teacher_of_another_size_is_named(read, folder):
+    networks = read({"student": Colour(), "base": Colour(1.5, seed=3), "teacher": Colour(0.5, seed=4)})
+    for size, named in ((24, True), (12, False)):
+        other = replace(networks, headers=networks.headers | {"teacher": {"size": size}})
+        caveats = " ".join(read_pair(other, folder).caveats)
+        assert (
+            "was trained on images of 24 x 24 pixels and shown those of the student, of 12 x 12" in caveats
+        ) == named
 
 
 def test_images_that_tell_most_come_first(read, folder):

@@ -172,19 +172,38 @@ def test_alike_ratio():
 
 
 def test_the_interval_of_alike_ratio_is_the_basic_one():
-    features = torch.randn(90, 3, generator=torch.Generator().manual_seed(0)).double()
     labels, rng = torch.arange(3).repeat(30), np.random.default_rng(5)
+    centres = torch.tensor([[0.0, 0, 0], [2, 0, 0], [0, 4, 0]])
+    features = (centres[labels] + torch.randn(90, 3, generator=torch.Generator().manual_seed(0))).double()
     members = [features[labels == c].numpy() for c in range(3)]
-    drawn = [rng.multinomial(30, np.full(30, 1 / 30), 200) @ of / 30 for of in members]
+    drawn = [[of[np.repeat(np.arange(30), times)] for times in rng.multinomial(30, np.full(30, 1 / 30), 200)]
+             for of in members]  # fmt: skip
 
-    def distance(a, b):
-        return np.linalg.norm(drawn[a] - drawn[b], axis=1)
+    def ratio(classes, taken_off=1.0):
+        def distance(a, b):
+            square = ((a.mean(0) - b.mean(0)) ** 2).sum()
+            return math.sqrt(square - taken_off * (a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()) / 30)
 
-    low, high = np.quantile(2 * distance(0, 1) / (distance(0, 2) + distance(1, 2)), (0.025, 0.975))
+        a, b, c = classes
+        return 2 * distance(a, b) / (distance(a, c) + distance(b, c))
+
+    low, high = np.quantile([ratio(classes) for classes in zip(*drawn, strict=True)], (0.025, 0.975))
     found = alike_ratio(features, labels, torch.tensor([0, 0, 1]), resamples=200, seed=5)
-    assert found.low == pytest.approx(2 * found.mean - high)
-    assert found.high == pytest.approx(2 * found.mean - low)
-    assert abs(found.low - low) > 0.01 * (high - low)  # the percentile interval is another
+    assert found.mean == pytest.approx(ratio(members))
+    assert found.low == pytest.approx(found.mean + ratio(members, 0) - high)
+    assert found.high == pytest.approx(found.mean + ratio(members, 0) - low)
+
+
+def test_the_ratio_does_not_grow_as_images_get_fewer():
+    labels, generator = torch.arange(3).repeat(10), torch.Generator().manual_seed(0)
+    centres = torch.cat([torch.tensor([[0.0, 0], [4, 0], [0, 8]]), torch.zeros(3, 30)], 1)
+    truth = 4 / ((8 + math.sqrt(80)) / 2)
+    for score in (lambda *given: alike_ratio(*given, resamples=2).mean, lambda *given: alike_parts(*given).mean()):
+        found = [
+            score(centres[labels] + torch.randn(30, 32, generator=generator), labels, torch.tensor([0, 0, 1]))
+            for _ in range(40)
+        ]
+        assert np.mean(found) == pytest.approx(truth, abs=0.02)  # 0.06 more if errors of the means are not taken off
 
 
 def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
@@ -194,7 +213,6 @@ def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
     features = torch.tensor([[0.0, 0], [0, 2], [10, 0]])[labels] + 3 * noise
     parts = alike_parts(features, labels, categories, blocks=20)
     whole = alike_ratio(features, labels, categories)
-    # nearly: the jackknife takes off the bias of a mean distance
     assert parts.mean() == pytest.approx(whole.mean, rel=0.02)
     half = 2.09 * parts.std(ddof=1) / math.sqrt(20)
     assert 2 * half == pytest.approx(whole.high - whole.low, rel=0.4)

@@ -45,14 +45,16 @@ def test_report_counts_what_was_gained_and_lost(given, tmp_path):
 def test_a_folder_of_transformers_is_a_network(given, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    network = tiny(0)
+    network = tiny(2)
     network.classifier.config.id2label = dict(enumerate(NAMES))
     network.classifier.save_pretrained(tmp_path / "folder")
     PreTrainedTokenizerFast(tokenizer_object=network.tokenizer).save_pretrained(tmp_path / "folder")
-    paths = given | {"teacher": tmp_path / "folder"}
-    explain_text(paths, tmp_path / "texts.csv", tmp_path / "out")
-    table = pd.read_csv(tmp_path / "out" / "answers.csv")
-    assert table["teacher"].equals(table["student"])  # the same weights
+    save_text(tmp_path / "file.safetensors", tiny(2), {"classes": NAMES})
+    answers = []
+    for name in ("folder", "file.safetensors"):  # the same weights
+        explain_text(given | {"teacher": tmp_path / name}, tmp_path / "texts.csv", tmp_path / f"out of {name}")
+        answers.append(pd.read_csv(tmp_path / f"out of {name}" / "answers.csv")["teacher"])
+    assert answers[0].equals(answers[1])
 
 
 def test_networks_of_other_classes_are_refused(given, tmp_path):
@@ -65,6 +67,13 @@ def test_networks_of_other_classes_are_refused(given, tmp_path):
 
 
 @pytest.mark.usefixtures("closed_figures")
+def test_a_network_beside_itself_is_refused(given, tmp_path):
+    twice = {"student": given["student"], "base": given["student"]}
+    with pytest.raises(ValueError, match=r"base and student are the same network .* expected two that differ"):
+        explain_text(twice, tmp_path / "texts.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_classes_stay_as_they_are(tmp_path, given):
     names = ("image", "no images", "a & b", "images")
     for seed, path in enumerate(given.values()):
@@ -102,5 +111,10 @@ def test_labels_are_names_or_numbers(tmp_path):
     texts, labels = read_texts(tmp_path / "t.csv", ("no", "yes"))
     assert texts == ["a film", "no, none", "NA"]
     assert labels.tolist() == [1, 0, 1]
-    (tmp_path / "t.csv").write_text("text,label\na film,1\n$_$ and $x,2\n")
+    (tmp_path / "t.csv").write_text("\ufefftext,label\na film,1\n$_$ and $x,2\n")
     assert read_texts(tmp_path / "t.csv", ("1", "2"))[1].tolist() == [0, 1]  # a name comes before a number
+    (tmp_path / "t.csv").write_text("text,label\na film,0\nanother,1\n")
+    assert read_texts(tmp_path / "t.csv", ("1", "2"))[1].tolist() == [0, 1]
+    (tmp_path / "t.csv").write_text("text,label\na film,0\nanother,1\na third,2\n")
+    with pytest.raises(ValueError, match=r"expected labels that are all names \(1, 2\) or all indices, got both"):
+        read_texts(tmp_path / "t.csv", ("1", "2"))

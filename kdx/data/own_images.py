@@ -207,7 +207,7 @@ def read_slices(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
             no image listed, or a column of more than ``MOST_GROUPS`` values.
     """
     try:
-        table = pd.read_csv(path, dtype=str)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"slices: expected a CSV file with a column file, got {path} ({one_line(error)})") from error
     if "file" not in table or len(table.columns) < 2:
@@ -237,7 +237,7 @@ def read_labels(path: str | Path) -> list[str]:
         ValueError: No such file, or no lines.
     """
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"labels: expected a text file with a name in each line, got {path} ({one_line(error)})"

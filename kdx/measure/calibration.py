@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -76,12 +77,17 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> pd.D
     """Confidence and accuracy in bins of equally many images: confidence (mean probability of the answer), value
     (share of right answers), low, high (exact 95 % interval), n."""
     confidence, answers = probabilities.double().max(1)
-    order = confidence.argsort(stable=True)
+    order = torch.from_numpy(_by_confidence(confidence.numpy()))
     rows = []
     for part in order.tensor_split(_bins(len(order), bins)):
         right = share_interval(answers[part] == labels[part], method="exact")
         rows.append((float(confidence[part].mean()), *right))
     return pd.DataFrame(rows, columns=["confidence", "value", "low", "high", "n"])
+
+
+def _by_confidence(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The images by confidence; those of equal confidence in random order, since bins may part them."""
+    return np.lexsort((np.random.default_rng(0).permutation(len(confidence)), confidence))
 
 
 def _bins(n: int, bins: int) -> int:
@@ -92,7 +98,7 @@ def _errors(
     confidence: NDArray[np.float64], right: NDArray[np.bool_], weights: NDArray[np.float64], bins: int
 ) -> NDArray[np.float64]:
     """ECE (draws,) for images weighted by ``weights`` (draws, n)."""
-    order = confidence.argsort(kind="stable")
+    order = _by_confidence(confidence)
     w, gap = weights[:, order], (right - confidence)[order]
     n = w.sum(1, keepdims=True)
     bin_of = np.minimum(((w.cumsum(1) - w / 2) / n * bins).astype(int), bins - 1)

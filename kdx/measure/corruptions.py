@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def robustness(
         Two tables. The first: network, corruption, strength, value, low, high (exact 95 % interval), n. The second:
         network, corruption, strength, difference, low, high, p, n: right answers of the student minus those of this
         network, paired by image. Its rows without a corruption are over all of them; their interval is a t interval of
-        the means of images.
+        the means of images; where these are all equal, it is as wide as that of answers of which none differs.
 
     Examples:
         >>> images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
@@ -119,8 +120,11 @@ def robustness(
                 gains.append(student.double() - of.double())
         whole = two_factor(torch.stack(gains).mean(0)[None])
         if whole.certain:  # all images alike
-            same = paired(labels < 0, labels < 0)
-            rows.append((role, "", 0, whole.mean, whole.mean + same.low, whole.mean + same.high, 1.0, same.n))
+            none = np.zeros(len(labels), bool)
+            width = paired(none, none).high
+            low, high = max(whole.mean - width, -1.0), min(whole.mean + width, 1.0)
+            p = paired(none, ~none if whole.mean else none).p
+            rows.append((role, "", 0, whole.mean, low, high, p, len(labels)))
         else:
             p = 2 * min(whole.p_above(), whole.p_below())
             rows.append((role, "", 0, whole.mean, *whole.interval(), p, len(labels)))

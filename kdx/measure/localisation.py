@@ -93,8 +93,7 @@ def five_band(
     original = definition == "original"
     fine, truth = _on_pixels(maps, truth, signed=original), truth.flatten(1)
     scaled = fine / fine.abs().amax(1, keepdim=True).clamp(min=torch.finfo(fine.dtype).tiny)
-    edges = fine.new_tensor([-bands[1], -bands[0], *bands])
-    band = torch.bucketize(scaled, edges, right=not original) - 2
+    band = torch.bucketize(scaled.abs(), fine.new_tensor(bands), right=not original) * scaled.sign().long()
     right, shown, wanted = band == truth, band != 0, truth != 0
     hit, wrong = (right & wanted).sum(1).double(), (shown & ~right).sum(1)
     found = {"pixel accuracy": right.double().mean(1)}

@@ -262,27 +262,26 @@ def alike_parts(
     """
     if blocks < 2:
         raise ValueError(f"blocks: expected at least 2, got {blocks}")
-    members, same, other = _alike(features, labels, categories, least=blocks)
+    members, same, other = _alike(features, labels, categories, least=max(blocks, 4))
     generator = torch.Generator().manual_seed(seed)
     parts = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(blocks) for rows in members]
-    sums = torch.stack([torch.stack([features[rows].double().cpu().sum(0) for rows in part]) for part in parts])
-    sizes = torch.tensor([[float(len(rows)) for rows in part] for part in parts], dtype=torch.float64)[:, :, None]
-    without = (sums.sum(1, keepdim=True) - sums) / (sizes.sum(1, keepdim=True) - sizes)
-    whole = sums.sum(1) / sizes.sum(1)
-    return jackknife(_ratio(whole[None], same, other)[0], _ratio(without.transpose(0, 1), same, other))
+    of = torch.stack([torch.stack([_sums(features[rows]) for rows in part]) for part in parts], 1)
+    whole = of.sum(0, keepdim=True)
+    return jackknife(_ratio(whole, same, other)[0], _ratio(whole - of, same, other))
 
 
 def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples: int = 500, seed: int = 0) -> Interval:
-    """Mean distance between classes of one category, divided by that between classes of different categories.
+    r"""Mean distance between classes of one category, divided by that between classes of different categories.
 
-    The distance of two classes is that of their mean features. Below 1, classes that are alike lie closer together.
+    The distance of two classes is that of their mean features; what the error of these means adds to its square,
+    :math:`\operatorname{tr} \Sigma / n` of each class, is taken off. Below 1, classes that are alike lie closer
+    together.
 
     Args:
         features: (n, d), see :func:`penultimate`.
         labels: (n,) class indices.
         categories: int (classes,), the category of each class; -1 leaves a class out.
-        resamples: Sets of images, drawn anew within each class, for the 95 % interval over images: the basic one,
-            since means of fewer different images lie further apart.
+        resamples: Sets of images, drawn anew within each class, for the 95 % interval over images: the basic one.
         seed: Draws them.
 
     Returns:
@@ -293,13 +292,14 @@ def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples:
             alike or unalike.
     """
     members, same, other = _alike(features, labels, categories)
-    parts, rng = [features[rows].double().cpu().numpy() for rows in members], np.random.default_rng(seed)
-    shares = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), resamples) / len(part) for part in parts]
-    drawn = torch.from_numpy(np.stack([share @ part for share, part in zip(shares, parts, strict=True)], 1))
-    centres = torch.from_numpy(np.stack([part.mean(0) for part in parts]))[None]
-    value = float(_ratio(centres, same, other)[0])
-    low, high = np.quantile(_ratio(drawn, same, other), (0.025, 0.975))
-    return Interval(value, float(2 * value - high), float(2 * value - low), sum(map(len, parts)))
+    rng = np.random.default_rng(seed)
+    drawn = [rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), resamples) for rows in members]
+    times = [np.concatenate([np.ones((1, len(rows))), of]) for rows, of in zip(members, drawn, strict=True)]
+    sums = [_sums(features[rows], torch.from_numpy(of)) for rows, of in zip(members, times, strict=True)]
+    (value, *_), ratios = _ratio(torch.stack(sums, 1)[:1], same, other), _ratio(torch.stack(sums, 1)[1:], same, other)
+    as_drawn = _ratio(torch.stack(sums, 1)[:1], same, other, corrected=False)[0]  # the truth of those drawn from them
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Interval(float(value), float(value + as_drawn - high), float(value + as_drawn - low), sum(map(len, members)))
 
 
 def _alike(features: Tensor, labels: Tensor, categories: Tensor, least: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -324,9 +324,20 @@ def _alike(features: Tensor, labels: Tensor, categories: Tensor, least: int = 2)
     return members, same, other
 
 
-def _ratio(centres: Tensor, same: Tensor, other: Tensor) -> NDArray[np.float64]:
-    """Mean distance of pairs that are alike over that of others, (b,), from means of the classes (b, classes, d)."""
+def _sums(features: Tensor, times: Tensor | None = None) -> Tensor:
+    """Number, squared length and sum of features (n, d), float64 (2 + d,); counted ``times`` (b, n): (b, 2 + d)."""
+    x = features.double().cpu()
+    columns = torch.cat([torch.ones(len(x), 1, dtype=torch.float64), x.square().sum(1, keepdim=True), x], 1)
+    return columns.sum(0) if times is None else times @ columns
+
+
+def _ratio(sums: Tensor, same: Tensor, other: Tensor, corrected: bool = True) -> NDArray[np.float64]:
+    """Mean distance of pairs that are alike over that of others, (b,), from ``_sums`` (b, classes, 2 + d)."""
+    n, squares, centres = sums[..., 0], sums[..., 1], sums[..., 2:] / sums[..., :1]
     distances = torch.cdist(centres, centres)
+    if corrected:
+        error = (squares / n - centres.square().sum(-1)).clamp(min=0) / (n - 1)  # of the mean: its summed variance
+        distances = (distances.square() - error[..., None] - error[..., None, :]).clamp(min=0).sqrt()
     return (distances[:, same].mean(1) / distances[:, other].mean(1)).numpy()
 
 

@@ -70,6 +70,10 @@ def find_builder(where: str) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
         here_too = "; run this in the folder that holds it" if f"{module}.".startswith(f"{error.name}.") else ""
         raise ValueError(f"no module {error.name} for {where!r}{here_too}") from error
+    except Exception as error:  # of code that is not ours
+        raise ValueError(
+            f"{where!r}: {module} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
     for part in name.split("."):
         if (found := getattr(found, part, None)) is None:
             raise ValueError(f"{where!r}: {module} has no {name}")
@@ -107,8 +111,10 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
         return trained
     try:
         model = (find_builder(build) if isinstance(build, str) else build)()
-    except TypeError as error:
-        raise ValueError(f"build {build!r}: {one_line(error)}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of code that is not ours
+        raise ValueError(f"build {build!r}: {one_line(error)} ({type(error).__name__})") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"build: expected a torch.nn.Module from {build!r}, got {type(model).__name__}")
     model = unwrapped(model).float()
@@ -164,6 +170,12 @@ def header_of(weights: Path | str) -> dict[str, Any]:
     if run:
         header["size"] = run["spec"]["input"]["size"][1]
     return header
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same weights."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def check_headers(headers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -269,8 +281,8 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
                 found.append(logits_of(model(batch)).float())
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; student "
-            "and base must take the same images, so give the size that both of them were trained with (size)"
+            f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; all "
+            "networks are shown the same images, so give a size that all of them take (size)"
         ) from error
     logits = torch.cat(found).cpu()
     if logits.shape[1] < 2:

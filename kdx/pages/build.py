@@ -149,8 +149,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], folder:
     os.environ.update(passed_on)
     try:
         papermill.execute_notebook(
-            str(notebook),
-            str(scratch),
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, scratch)),
             dict(parameters),
             kernel_name="python3",
             progress_bar=False,

@@ -46,8 +46,8 @@ def effects(values: Mapping[Any, ArrayLike], margin: Margin, ratios: Mapping[Any
     Returns:
         Index effect; value, low, high (95 %, over folds and images), positive (one-sided p against 0 or less), negative
         (against 0 or more, adjusted by Holm for the number of effects), margin (δ), within (against -δ or less and δ or
-        more, the larger p), detectable (the least effect found to be positive with 80 % power), folds, images (or
-        batches). NaN where a value is missing; where values do not vary at all, only the tests are.
+        more, the larger p), detectable (roughly the least effect found to be positive with 80 % power), folds, images
+        (or batches). NaN where a value is missing; where values do not vary at all, only the tests are.
     """
     rows = {}
     for name, of in values.items():

@@ -73,7 +73,8 @@ class Gate(NamedTuple):
             raise ValueError(f"expected a condition such as 'negative_flips > 2%', got {text!r}") from error
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r} in {text!r}; choose from: {', '.join(METRICS)}")
-        if abs(bound) > 1 and name not in NO_SHARES:
+        never = COMPARED[compare](-1.0, bound) == COMPARED[compare](1.0, bound)
+        if never and name not in NO_SHARES:
             raise ValueError(f"{name} is a share, at most 1 or 100%; did you mean {number}% in {text!r}?")
         return cls(text.strip(), name, compare, bound)
 

@@ -73,8 +73,10 @@ def check_given(parameters: Mapping[str, Any]) -> None:
     if slices := parameters.get("slices"):
         read_slices(slices, [item.file for item in list_files(Path(parameters["data"]).expanduser())[0]])
     if normalisation := parameters.get("normalisation"):
+        size = int(parameters.get("size", 0)) or networks.headers[STUDENT].get("size", 0)
+        size = size or common_size(parameters["data"]) or 0
         for network in networks.networks.values():
-            own.named_normalisation(normalisation, own.channels_of(network, int(parameters.get("size", 0)) ** 2))
+            own.named_normalisation(normalisation, own.channels_of(network, size**2))
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,11 @@ def read_networks(paths: Mapping[str, str | Path], builds: Mapping[str, str], de
     headers = {role: own.header_of(path) for role, path in paths.items()}
     own.check_headers({role: header for role, header in headers.items() if role != TEACHER})
     for one, other in combinations(networks, 2):
-        if _same(networks[one], networks[other]):
+        if own.same_weights(networks[one], networks[other]):
             raise ValueError(
                 f"{other} and {one} are the same network ({paths[other]}), expected two that differ; give another file"
             )
     return OwnNetworks(networks, headers, {role: Path(path) for role, path in paths.items()})
-
-
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two networks have the same weights."""
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @dataclass(frozen=True)
@@ -292,6 +288,11 @@ def read_pair(
     _check_order(pair)
     if logits.get(TEACHER, logits[STUDENT]).shape[1] != logits[STUDENT].shape[1]:
         caveats.append("The teacher has other classes, so its answers are not in the ledger.")
+    if (own_size := networks.headers.get(TEACHER, {}).get("size", size)) != size:
+        caveats.append(
+            f"The teacher was trained on images of {own_size} x {own_size} pixels and shown those of the student, of "
+            f"{size} x {size}: it may be better than this report says."
+        )
     if not truth.given:
         caveats.append(
             "Labels are not known: nothing is said about right and wrong, and maps are of predicted classes."

@@ -15,6 +15,7 @@ from kdx.data.sst import Sentences
 from kdx.distil.fit_text import answer
 from kdx.measure.ledger import BASE, STUDENT, Ledger
 from kdx.measure.words import word_scores
+from kdx.networks.own_networks import same_weights
 from kdx.networks.text_networks import TextNetwork, open_text
 from kdx.pages import html_pages, text_plots
 from kdx.pages import sentences as told
@@ -48,6 +49,8 @@ def explain_text(paths: Mapping[str, Path | str], data: Path, out: Path, command
                 f"{role}: expected the classes {', '.join(names)} of the student, got {', '.join(classes)}"
             )
         names = classes
+        if twin := [other for other in networks if other != role and same_weights(networks[role], networks[other])]:
+            raise ValueError(f"{role} and {twin[0]} are the same network ({path}), expected two that differ")
     assert names is not None
     texts, labels = read_texts(data, names)
     words = tuple(tuple(text.split()) for text in texts)
@@ -70,12 +73,16 @@ def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
         ValueError: No columns ``text`` and ``label``, an empty text, or a label that is no class.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{path}: expected a CSV file ({error})") from error
     if missing := [name for name in ("text", "label") if name not in table]:
         raise ValueError(f"{path}: expected columns text and label, got no {' and no '.join(missing)}")
-    known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    names, labels = {name: i for i, name in enumerate(classes)}, set(table["label"])
+    indices = {str(i): i for i in range(len(classes))}
+    known = indices | names if labels <= set(names) or not labels <= set(indices) else indices
+    if not labels <= set(names) and known is not indices and labels & set(names) & set(indices):
+        raise ValueError(f"{path}: expected labels that are all names ({', '.join(classes)}) or all indices, got both")
     for number, (text, label) in enumerate(table[["text", "label"]].itertuples(index=False), 2):
         if not text.strip() or label not in known:
             choices = ", ".join(classes)
