@@ -156,13 +156,13 @@ def tukey(values: ArrayLike, level: float = 0.95, ratio: float | None = None) ->
     shared = 1 / (k - 1) if ratio is None else ratio
     of_fold = _centred(x if x.ndim == 2 else x.mean(2), 0, 1)
     df = (n - 1) * (k - 1)
-    parts, least = [(float(np.sqrt((1 / k + shared) * (of_fold**2).sum() / df)), df)], (0.0, 1)
+    parts, least = [(float(np.sqrt((1 / k + shared) * (of_fold**2).sum() / df)), df)], []
     if x.ndim == 3:
         x = x - x.mean(0)
         parts.append(_image_error(x))
-        least = _image_error(x.mean(1, keepdims=True))
-    errors = [_studentised_range(level, n, df) * error for error, df in (least, *parts)]
-    return max(errors[0], math.hypot(*errors[1:]))
+        least = [_image_error(x.mean(1, keepdims=True))]
+    widths = [math.hypot(*(_studentised_range(level, n, df) * error for error, df in of)) for of in (parts, least)]
+    return float(np.max(widths))  # NaN if one is
 
 
 def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:

@@ -41,12 +41,16 @@ def test_robustness_is_paired_and_the_better_network_wins():
     _, same = kdx.robustness({"student": sure, "base": sure}, x, labels)
     assert (same["difference"] == 0).all()
     assert (same["p"] == 1).all()
-    wrong = lambda batch: 1 - sure(batch)  # noqa: E731
-    differences = kdx.robustness({"student": sure, "base": wrong}, x[labels == 0], labels[labels == 0])[1]
-    whole = differences[differences["corruption"] == ""].iloc[0]
-    if whole["difference"] == 1:  # no image differs from another
-        assert whole["p"] < 1e-3
-        assert whole["low"] < whole["high"] == 1
+    bright = lambda batch: torch.ones(len(batch), dtype=torch.long)  # noqa: E731
+    for n, known in ((4, False), (12, True)):
+        right, wrong = {"student": dark, "base": bright}, {"student": bright, "base": dark}
+        for networks, sign in ((right, 1), (wrong, -1)):  # no image differs from another
+            rows = kdx.robustness(networks, x[:n], torch.zeros(n, dtype=torch.long))[1].set_index("corruption")
+            whole, single = rows.loc[""], rows.loc["blur"].iloc[0]
+            assert whole["difference"] == sign
+            assert whole["p"] == pytest.approx(single["p"])
+            assert -1 <= whole["low"] <= whole["difference"] <= whole["high"] <= 1
+            assert (whole["p"] <= 0.05) == known == (whole["low"] > 0 or whole["high"] < 0)
 
 
 def test_wrong_input_is_refused():

@@ -41,10 +41,17 @@ def test_a_gate_fails_whenever_the_value_itself_does(compare):
 def test_a_forgotten_percent_sign_is_named():
     with pytest.raises(ValueError, match="negative_flips is a share, at most 1 or 100%; did you mean 2%"):
         Gate.parse("negative_flips > 2")
-    for never in ("negative_flips > 1", "accuracy_gain < -1", "accuracy <= 1"):
-        with pytest.raises(ValueError, match=r"did you mean -?1%"):
-            Gate.parse(never)
-    assert Gate.parse("accuracy < 1").bound == 1
+    for senseless, why in {
+        "negative_flips > 1": "can never fail: negative_flips is between 0 and 1",
+        "accuracy_gain < -100%": "can never fail: accuracy_gain is between -1 and 1",
+        "accuracy < 0": "can never fail",
+        "objects_gained >= 0": "always fails: objects_gained is between 0",
+        "accuracy <= 100%": "always fails",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            Gate.parse(senseless)
+    for text in ("accuracy < 1", "handed_over > 0", "accuracy_gain < 0", "ap50_gain_over_second_base <= -0.1"):
+        assert Gate.parse(text).text == text
     assert Gate.parse("nll_change > 2").failure({"nll_change": {"value": 1, "low": 0.5, "high": 3, "n": 9}}) == (
         "nll_change > 2: nll_change is 1.000 [0.500, 3.000]; the interval does not rule it out"
     )

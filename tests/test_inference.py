@@ -119,6 +119,8 @@ def test_tukey_equals_scipy_for_one_way_blocks_and_t_for_two():
     hits[0, 0, :4] = hits[0, 1, 4:8] = 1  # the means of folds are equal, and say nothing of images
     assert tukey(hits) == pytest.approx(two_factor(hits[0] - hits[1]).half(0.025), rel=1e-4)
     assert tukey(hits) > 0.05
+    for values in (hits, three):
+        assert math.isnan(tukey(np.where(values == values.flat[0], math.nan, values)))
     with pytest.raises(ValueError, match="expected \\(networks, folds\\)"):
         tukey([[1.0], [2.0]])
 

@@ -184,8 +184,8 @@ def test_definitions_differ_in_wrong_bands_by_hand():
 
 
 def test_edges_of_the_bands():
-    maps = torch.tensor([[[0.3, 0.7, 1.0, -0.3, -0.7, -0.8]]], dtype=torch.float64)
-    bands = torch.tensor([[[0, 1, 2, 0, -1, -2]]])  # the sign plays no part
+    maps = torch.tensor([[[0.3, 0.7, 1.0, -0.3, -0.7]]], dtype=torch.float64)
+    bands = torch.tensor([[[0, 1, 2, -1, -2]]])
     assert five_band(maps, bands, "original")["pixel accuracy"].item() == 1.0
     own = torch.tensor([[[1, 2, 2]]])
     assert five_band(maps[:, :, :3], own)["pixel accuracy"].item() == 1.0

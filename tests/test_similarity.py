@@ -206,6 +206,15 @@ def test_the_ratio_does_not_grow_as_images_get_fewer():
         assert np.mean(found) == pytest.approx(truth, abs=0.02)  # 0.06 more if errors of the means are not taken off
 
 
+def test_classes_that_cannot_be_told_apart_have_no_ratio():
+    labels, categories = torch.arange(3).repeat(10), torch.tensor([0, 0, 1])
+    apart = torch.tensor([1.0, -1]).repeat(15)[:, None] * torch.ones(30, 4)  # equal means, and wide
+    found = alike_ratio(apart, labels, categories, resamples=9)
+    assert math.isnan(found.mean)
+    assert math.isnan(found.low)
+    assert np.isnan(alike_parts(apart, labels, categories, blocks=5)).all()
+
+
 def test_alike_parts_are_the_ratio_and_vary_as_its_interval():
     categories = torch.tensor([0, 0, 1])
     labels = torch.arange(3).repeat(400)

@@ -66,7 +66,6 @@ def test_networks_of_other_classes_are_refused(given, tmp_path):
         explain_text(given | {"base": tmp_path / "nothing"}, tmp_path / "texts.csv", tmp_path / "out")
 
 
-@pytest.mark.usefixtures("closed_figures")
 def test_a_network_beside_itself_is_refused(given, tmp_path):
     twice = {"student": given["student"], "base": given["student"]}
     with pytest.raises(ValueError, match=r"base and student are the same network .* expected two that differ"):
@@ -74,6 +73,7 @@ def test_a_network_beside_itself_is_refused(given, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("closed_figures")
 def test_names_of_classes_stay_as_they_are(tmp_path, given):
     names = ("image", "no images", "a & b", "images")
     for seed, path in enumerate(given.values()):
@@ -117,4 +117,7 @@ def test_labels_are_names_or_numbers(tmp_path):
     assert read_texts(tmp_path / "t.csv", ("1", "2"))[1].tolist() == [0, 1]
     (tmp_path / "t.csv").write_text("text,label\na film,0\nanother,1\na third,2\n")
     with pytest.raises(ValueError, match=r"expected labels that are all names \(1, 2\) or all indices, got both"):
+        read_texts(tmp_path / "t.csv", ("1", "2"))
+    (tmp_path / "t.csv").write_text("text,label\na film,1\nanother,good\n")
+    with pytest.raises(ValueError, match="line 3: expected a text and one of 1, 2, got 'another', 'good'"):
         read_texts(tmp_path / "t.csv", ("1", "2"))

@@ -76,7 +76,7 @@ def calibration(
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> pd.DataFrame:
     """Confidence and accuracy in bins of equally many images: confidence (mean probability of the answer), value
     (share of right answers), low, high (exact 95 % interval), n."""
-    confidence, answers = probabilities.double().max(1)
+    confidence, answers = probabilities.detach().cpu().double().max(1)
     order = torch.from_numpy(_by_confidence(confidence.numpy()))
     rows = []
     for part in order.tensor_split(_bins(len(order), bins)):

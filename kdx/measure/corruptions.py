@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -90,7 +89,7 @@ def robustness(
         Two tables. The first: network, corruption, strength, value, low, high (exact 95 % interval), n. The second:
         network, corruption, strength, difference, low, high, p, n: right answers of the student minus those of this
         network, paired by image. Its rows without a corruption are over all of them; their interval is a t interval of
-        the means of images; where these are all equal, it is as wide as that of answers of which none differs.
+        the means of images; where these are all equal, the exact one of their share.
 
     Examples:
         >>> images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
@@ -120,11 +119,10 @@ def robustness(
                 gains.append(student.double() - of.double())
         whole = two_factor(torch.stack(gains).mean(0)[None])
         if whole.certain:  # all images alike
-            none = np.zeros(len(labels), bool)
-            width = paired(none, none).high
-            low, high = max(whole.mean - width, -1.0), min(whole.mean + width, 1.0)
-            p = paired(none, ~none if whole.mean else none).p
-            rows.append((role, "", 0, whole.mean, low, high, p, len(labels)))
+            n, mean = len(labels), whole.mean
+            others = 1 - 0.025 ** (1 / n)  # the largest share of other images, which may have any difference
+            p = min(2 * (1 + abs(mean)) ** -n, 1.0)  # from which level on the interval leaves out 0
+            rows.append((role, "", 0, mean, mean - others * (1 + mean), mean + others * (1 - mean), p, n))
         else:
             p = 2 * min(whole.p_above(), whole.p_below())
             rows.append((role, "", 0, whole.mean, *whole.interval(), p, len(labels)))

@@ -73,7 +73,7 @@ def five_band(
     - ``"original"``, of the authors' code: a pixel in the wrong band is a false positive, whatever it should be. With
       TP the pixels of a right band other than 0, FP those of a wrong one, TN those that are rightly 0 and FN those that
       should not be 0, recall is TP / (TP + FN), precision TP / (TP + FP) and the false positive rate FP / (FP + TN); a
-      quotient of nothing is 0. Maps may have a sign. A value of exactly 0.3 is in band 0.
+      quotient of nothing is 0. Maps may have a sign. A value of exactly 0.3 is in band 0, one of -0.3 in band -1.
 
     Args:
         maps: Raw maps (n, h, w).
@@ -93,7 +93,8 @@ def five_band(
     original = definition == "original"
     fine, truth = _on_pixels(maps, truth, signed=original), truth.flatten(1)
     scaled = fine / fine.abs().amax(1, keepdim=True).clamp(min=torch.finfo(fine.dtype).tiny)
-    band = torch.bucketize(scaled.abs(), fine.new_tensor(bands), right=not original) * scaled.sign().long()
+    edges = fine.new_tensor([-bands[1], -bands[0], *bands])
+    band = torch.bucketize(scaled, edges, right=not original) - 2
     right, shown, wanted = band == truth, band != 0, truth != 0
     hit, wrong = (right & wanted).sum(1).double(), (shown & ~right).sum(1)
     found = {"pixel accuracy": right.double().mean(1)}

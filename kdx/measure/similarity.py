@@ -254,15 +254,15 @@ def alike_parts(
         seed: Draws them; equal for equal labels.
 
     Returns:
-        float64 (blocks,), by the jackknife.
+        float64 (blocks,), by the jackknife; NaN as for :func:`alike_ratio`, if a block is left out or none.
 
     Raises:
         ValueError: Fewer than 2 blocks; features and labels that differ in number; a class with fewer images than
-            blocks; or no two classes alike or unalike.
+            blocks, or than 4 for 2 blocks; or no two classes alike or unalike.
     """
     if blocks < 2:
         raise ValueError(f"blocks: expected at least 2, got {blocks}")
-    members, same, other = _alike(features, labels, categories, least=max(blocks, 4))
+    members, same, other = _alike(features, labels, categories, least=4 if blocks == 2 else blocks)
     generator = torch.Generator().manual_seed(seed)
     parts = [rows[torch.randperm(len(rows), generator=generator)].tensor_split(blocks) for rows in members]
     of = torch.stack([torch.stack([_sums(features[rows]) for rows in part]) for part in parts], 1)
@@ -285,7 +285,8 @@ def alike_ratio(features: Tensor, labels: Tensor, categories: Tensor, resamples:
         seed: Draws them.
 
     Returns:
-        The ratio with its interval, and the number of images.
+        The ratio with its interval, and the number of images. NaN where no two classes of different categories are
+        further apart than the error of their means; the interval also where that is so in a set of images drawn.
 
     Raises:
         ValueError: Features and labels that differ in number; a class with fewer than two images; or no two classes
@@ -338,7 +339,8 @@ def _ratio(sums: Tensor, same: Tensor, other: Tensor, corrected: bool = True) ->
     if corrected:
         error = (squares / n - centres.square().sum(-1)).clamp(min=0) / (n - 1)  # of the mean: its summed variance
         distances = (distances.square() - error[..., None] - error[..., None, :]).clamp(min=0).sqrt()
-    return (distances[:, same].mean(1) / distances[:, other].mean(1)).numpy()
+    alike, unalike = distances[:, same].mean(1), distances[:, other].mean(1)
+    return torch.where(unalike > 0, alike / unalike, math.nan).numpy()
 
 
 def _check(logits: Tensor, labels: Tensor, categories: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ class Gate(NamedTuple):
         """From text such as ``negative_flips > 2%`` or ``accuracy < 0.9``.
 
         Raises:
-            ValueError: Another form, an unknown metric, or a share beyond 100 %.
+            ValueError: Another form, an unknown metric, a share beyond 100 %, or a bound that no value can cross.
         """
         match = GATE.fullmatch(text)
         try:
@@ -73,8 +73,13 @@ class Gate(NamedTuple):
             raise ValueError(f"expected a condition such as 'negative_flips > 2%', got {text!r}") from error
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r} in {text!r}; choose from: {', '.join(METRICS)}")
-        never = COMPARED[compare](-1.0, bound) == COMPARED[compare](1.0, bound)
-        if never and name not in NO_SHARES:
+        least = -1.0 if re.search("_(gain|change)(_|$)", name) else 0.0
+        ends = {COMPARED[compare](end, bound) for end in (least, 1.0)}
+        if abs(bound) <= 1 and len(ends) == 1 and name not in NO_SHARES:
+            raise ValueError(
+                f"{text!r} {'always fails' if ends.pop() else 'can never fail'}: {name} is between {least:g} and 1"
+            )
+        if abs(bound) > 1 and name not in NO_SHARES:
             raise ValueError(f"{name} is a share, at most 1 or 100%; did you mean {number}% in {text!r}?")
         return cls(text.strip(), name, compare, bound)
 

@@ -36,6 +36,7 @@ from kdx.paths import sha256_of
 from kdx.version import __version__
 
 FEWEST = 20  # images of a report
+DEFAULT_SIZE = 224  # pixels a side, where nothing else is known
 TRIED = 500  # images on which other normalisations are tried
 SURE = 0.001  # p from which another normalisation is called better
 
@@ -74,7 +75,7 @@ def check_given(parameters: Mapping[str, Any]) -> None:
         read_slices(slices, [item.file for item in list_files(Path(parameters["data"]).expanduser())[0]])
     if normalisation := parameters.get("normalisation"):
         size = int(parameters.get("size", 0)) or networks.headers[STUDENT].get("size", 0)
-        size = size or common_size(parameters["data"]) or 0
+        size = size or common_size(parameters["data"]) or DEFAULT_SIZE
         for network in networks.networks.values():
             own.named_normalisation(normalisation, own.channels_of(network, size**2))
 
@@ -264,7 +265,7 @@ def read_pair(
     elif shared := common_size(data):
         size_from, size = "of the images", shared
     else:
-        size_from, size = "by default", 224
+        size_from, size = "by default", DEFAULT_SIZE
     pictures = read_pictures(data, size, limit, seed)
     if len(pictures.images) < FEWEST:
         raise ValueError(
@@ -288,11 +289,8 @@ def read_pair(
     _check_order(pair)
     if logits.get(TEACHER, logits[STUDENT]).shape[1] != logits[STUDENT].shape[1]:
         caveats.append("The teacher has other classes, so its answers are not in the ledger.")
-    if (own_size := networks.headers.get(TEACHER, {}).get("size", size)) != size:
-        caveats.append(
-            f"The teacher was trained on images of {own_size} x {own_size} pixels and shown those of the student, of "
-            f"{size} x {size}: it may be better than this report says."
-        )
+    if (wider := networks.headers.get(TEACHER, {}).get("size", size)) != size:
+        caveats.append(f"The teacher was trained on {wider} x {wider} pixels, and is shown {size} x {size}.")
     if not truth.given:
         caveats.append(
             "Labels are not known: nothing is said about right and wrong, and maps are of predicted classes."

@@ -81,7 +81,8 @@ def read_texts(path: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
     names, labels = {name: i for i, name in enumerate(classes)}, set(table["label"])
     indices = {str(i): i for i in range(len(classes))}
     known = indices | names if labels <= set(names) or not labels <= set(indices) else indices
-    if not labels <= set(names) and known is not indices and labels & set(names) & set(indices):
+    unclear = not labels <= set(names) and known is not indices and labels & set(names) & set(indices)
+    if unclear and labels <= {*names, *indices}:
         raise ValueError(f"{path}: expected labels that are all names ({', '.join(classes)}) or all indices, got both")
     for number, (text, label) in enumerate(table[["text", "label"]].itertuples(index=False), 2):
         if not text.strip() or label not in known:
