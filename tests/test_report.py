@@ -119,7 +119,7 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
     given = ["--student", student, "--base", base, "--base2", base2, "--build", MOBILENET, "--data", images]
     given += ["--teacher", checkpoint(CONVNEXT, 5, "t"), "--build-teacher", CONVNEXT, "--size", 64]
     given += ["--probe", "shapes", "-p", "probed=24", "-p", "quantile=0.05"]
-    gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 100%"]
+    gates = ["--fail-on", "accuracy < 99%", "--fail-on", "handed_over > 99.99%"]
     result = invoke(*given, "--limit", 24, "--out", "report", *gates, *QUICK)
     assert result.exit_code == 3, result.output
     assert "failed: accuracy < 99%: accuracy is" in result.output
@@ -128,7 +128,7 @@ def test_explain_torchvision_networks_with_a_control(here, images, checkpoint, b
     assert (said["probe"]["name"], said["probe"]["images"]) == ("shapes", 24)
     assert {"new_detectors", "second_base_new_detectors"} <= set(said["metrics"])
     assert set(pd.read_csv(here / "report" / "detectors.csv")["network"]) == {"student", "base", "second base"}
-    assert set(said["gates"]) == {"accuracy < 99%", "handed_over > 100%"}
+    assert set(said["gates"]) == {"accuracy < 99%", "handed_over > 99.99%"}
     assert "accuracy &lt; 99%: failed" in page
     assert "broken.jpg" in page
     assert "kdx" in said["command"]
