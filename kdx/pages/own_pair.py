@@ -36,7 +36,6 @@ from kdx.paths import sha256_of
 from kdx.version import __version__
 
 FEWEST = 20  # images of a report
-DEFAULT_SIZE = 224  # pixels a side, where nothing else is known
 TRIED = 500  # images on which other normalisations are tried
 SURE = 0.001  # p from which another normalisation is called better
 
@@ -74,10 +73,20 @@ def check_given(parameters: Mapping[str, Any]) -> None:
     if slices := parameters.get("slices"):
         read_slices(slices, [item.file for item in list_files(Path(parameters["data"]).expanduser())[0]])
     if normalisation := parameters.get("normalisation"):
-        size = int(parameters.get("size", 0)) or networks.headers[STUDENT].get("size", 0)
-        size = size or common_size(parameters["data"]) or DEFAULT_SIZE
+        size, _ = _size(networks.headers[STUDENT], parameters["data"], int(parameters.get("size", 0)))
         for network in networks.networks.values():
             own.named_normalisation(normalisation, own.channels_of(network, size**2))
+
+
+def _size(header: Mapping[str, Any], data: str | Path, given: int) -> tuple[int, str]:
+    """Pixels a side of the input, and where the number comes from."""
+    if given:
+        return given, "given"
+    if "size" in header:
+        return header["size"], "of the checkpoint"
+    if shared := common_size(data):
+        return shared, "of the images"
+    return 224, "by default"
 
 
 @dataclass(frozen=True)
@@ -258,14 +267,7 @@ def read_pair(
             than ``FEWEST`` images; and as for :func:`kdx.data.own_images.label`.
     """
     header = networks.headers[STUDENT]
-    if size:
-        size_from = "given"
-    elif "size" in header:
-        size_from, size = "of the checkpoint", header["size"]
-    elif shared := common_size(data):
-        size_from, size = "of the images", shared
-    else:
-        size_from, size = "by default", DEFAULT_SIZE
+    size, size_from = _size(header, data, size)
     pictures = read_pictures(data, size, limit, seed)
     if len(pictures.images) < FEWEST:
         raise ValueError(

@@ -50,7 +50,9 @@ def explain_text(paths: Mapping[str, Path | str], data: Path, out: Path, command
             )
         names = classes
         if twin := [other for other in networks if other != role and same_weights(networks[role], networks[other])]:
-            raise ValueError(f"{role} and {twin[0]} are the same network ({path}), expected two that differ")
+            raise ValueError(
+                f"{role} and {twin[0]} are the same network ({path}), expected two that differ; give another"
+            )
     assert names is not None
     texts, labels = read_texts(data, names)
     words = tuple(tuple(text.split()) for text in texts)
