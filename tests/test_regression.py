@@ -181,3 +181,20 @@ def test_what_is_predicted_beyond_the_base_is_the_others_part():
     beyond = Beyond.fit([Moments.of(y[i:1500:2], x[i:1500:2]) for i in range(2)], 10)
     expected = 0.3**0.5 * (other - base)[1500:]
     assert (beyond(base[1500:], other[1500:]) - expected).square().mean() < 0.02 * expected.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "low", "high"), [(300, 10, -0.01, 0.01), (300, 20, -0.035, -0.01), (300, 40, -0.07, -0.04)]
+)
+def test_few_images_for_each_regressor_hide_some_of_what_was_handed_over(n, k, low, high):
+    """The errors that book/method states, where the truth is 2/3."""
+    off = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        base, knowledge, own = (torch.randn(n, k, generator=g) for _ in range(3))
+        turn, other = (torch.linalg.qr(torch.randn(k, k, generator=g))[0] for _ in range(2))
+        student, teacher = base @ turn + 2 * knowledge + own, base @ other + knowledge
+        both = torch.cat([base, teacher], 1)
+        spread, left, last = errors_beyond([Moments.of(student[i::10], both[i::10]) for i in range(10)], k)
+        off.append(float((left - last).sum() / spread.sum()) - 2 / 3)
+    assert low < sum(off) / 4 < high
