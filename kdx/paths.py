@@ -81,7 +81,7 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, new: bool = False) -> Iterator[Path]:
     """A scratch folder that becomes the folder ``path`` when the block ends without an error.
 
     A folder under its final name is therefore always complete. After an error nothing is left. If another process has
@@ -90,6 +90,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Args:
         path: The folder to write. Its parents are created; it must not exist as a file.
+        new: What another process has written in the meantime is an error instead, as for :func:`check_new`.
 
     Yields:
         The scratch folder, empty, beside ``path``.
@@ -105,6 +106,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             try:
                 os.replace(scratch, path)
             except OSError:
+                if new:
+                    check_new(path)
                 if not path.is_dir():
                     raise
         finally:

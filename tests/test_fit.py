@@ -29,6 +29,8 @@ def test_fit_learns_and_evaluate_measures_it(tiny_shapes):
     curve = run.history.set_index(["split", "epoch"])
     assert curve.loc[("train", 15), "loss"] < 0.7 * curve.loc[("train", 1), "loss"]
     assert list(curve.loc["validation"].index) == list(range(1, 16))
+    with pytest.raises(ValueError, match="labels: expected 0 to 9, the outputs of the network, got 1 to 10"):
+        evaluate(run.model, replace(tiny_shapes["test"], labels=1 + tiny_shapes["test"].labels), "cpu")
     held_out = evaluate(run.model, tiny_shapes["test"], "cpu")
     assert held_out.accuracy == pytest.approx(curve.loc[("validation", 15), "accuracy"])
     assert held_out.loss == pytest.approx(curve.loc[("validation", 15), "loss"], rel=1e-3)

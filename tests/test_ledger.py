@@ -138,5 +138,7 @@ def test_what_does_not_fit_is_refused():
         kdx.Ledger(LABELS, {"student": LABELS}, ("a", "b"))
     with pytest.raises(ValueError, match="expected 8 of the base, one per label, got 7"):
         kdx.Ledger(LABELS, ANSWERS | {"base": LABELS[1:]}, ("a", "b"))
+    with pytest.raises(ValueError, match=r"labels: expected 0 to 0, one per name, got \[1\]"):
+        kdx.Ledger(LABELS, ANSWERS, ("a",))
     with pytest.raises(ValueError, match="expected class indices"):
         kdx.Ledger(LABELS.float(), ANSWERS, ("a", "b"))

@@ -222,6 +222,10 @@ def test_another_class_order_is_refused_and_confusion_is_not():
     many = torch.arange(256) % 100
     with pytest.raises(ValueError, match="the student and the base number the classes differently"):
         check_class_order(many, 99 - many, ("the student", "the base"))
+    confused = (torch.arange(300) % 10 + 1) % 10  # 9 is taken for 0 or for 5: no majority closes the cycle
+    confused[9::20] = 5
+    with pytest.raises(ValueError, match=r"0 there is 1 here, 1 there is 2 here, 2 there is 3 here\)"):
+        check_class_order(torch.arange(300) % 10, confused, ("", ""))
     assert not check_class_order(torch.arange(50), 49 - torch.arange(50), ("", ""))  # one image a class tells nothing
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import kdx
 from kdx.networks.models import save_checkpoint
-from kdx.pages.own_pair import facts, networks_given, per_image, read_networks, read_pair
+from kdx.pages.own_pair import check_given, facts, networks_given, per_image, read_networks, read_pair
 from tests.networks import state
 
 NAMES = ("blue", "green", "red")
@@ -183,3 +183,13 @@ def test_a_checkpoint_of_kdx_needs_no_builder(tmp_path):
     save_file(network.state_dict(), other)
     given = {"student": str(other), "base": str(other), "teacher": str(teacher), "build": "f"}
     assert networks_given(given)[1] == {"student": "f", "base": "f", "teacher": ""}
+
+
+def test_a_perceptron_takes_the_normalisation_of_one_channel(folder, tmp_path):
+    given = {"build": "torch.nn:Linear(in_features=144, out_features=3)", "data": str(folder)}
+    for role in ("student", "base"):
+        given[role] = str(tmp_path / f"{role}.safetensors")
+        save_file(nn.Linear(144, 3).state_dict(), given[role])
+    check_given(given | {"normalisation": "0.5/0.25"})
+    with pytest.raises(ValueError, match="normalisation: expected 1 means and 1 standard deviations"):
+        check_given(given | {"normalisation": "0.5,0.5,0.5/0.25,0.25,0.25"})

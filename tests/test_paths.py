@@ -50,6 +50,11 @@ def test_written_whole_appears_at_the_end_or_not_at_all(tmp_path):
         fail()
     with written_whole(path) as scratch:  # another process has written it meanwhile
         (scratch / "file").write_text("two")
+    with (
+        pytest.raises(ValueError, match=r"folder is there already; expected a new folder"),
+        written_whole(path, new=True) as scratch,
+    ):
+        (scratch / "file").write_text("two")
     assert (path / "file").read_text() == "one"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder", "new"]
 

@@ -149,7 +149,7 @@ def test_bad_input_is_named():
         kdx.transferred_strength(kdx.Reference(student, base, x, teacher=Small(3)))
     many = [kdx.build("resnet10", 20, "small", 0.125, seed=i) for i in range(3)]
     few = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(FitWarning, match="27 images to fit on for 40 regressors"):
+    with pytest.warns(FitWarning, match="27 images to fit on for 40 regressors.* use 600 or more"):
         kdx.transferred_share(kdx.Reference(*many[:2], few, teacher=many[2]))
 
 

@@ -295,6 +295,11 @@ class Evaluation:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Evaluation:
         """Loss and accuracy of logits (n, classes) against labels (n,)."""
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+            raise ValueError(
+                f"labels: expected 0 to {logits.shape[1] - 1}, the outputs of the network, got {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
         accuracy = (logits.argmax(1) == labels).double().mean().item()
         return cls(F.cross_entropy(logits, labels).item(), accuracy, logits)
 
@@ -322,6 +327,9 @@ def evaluate(
 
     Returns:
         Loss, accuracy and logits.
+
+    Raises:
+        ValueError: Labels for which the network has no output.
     """
     device = pick_device(device)
     logits = []

@@ -276,12 +276,13 @@ def warn_if_few(n: int, classes: int, stacklevel: int) -> None:
         )
 
 
-def warn_if_few_answered(n: int, regressors: int, stacklevel: int) -> None:
-    """Warn if regressions of answers to n images on those of base and teacher cannot hold for other images."""
-    if n < 2 * regressors:
+def warn_if_few_answered(n: int, regressors: int, stacklevel: int, each: int = 2) -> None:
+    """Warn if n images are fewer than ``each`` for every answer of base and teacher, on which answers are regressed."""
+    if n < each * regressors:
         warnings.warn(
             f"{n} images to fit on for {regressors} regressors, the answers of base and teacher, are too few for "
-            f"regressions that hold for other images; use {2 * regressors} or more",
+            f"regressions that hold for other images, so too little counts as handed over; use {each * regressors} or "
+            "more",
             FitWarning,
             stacklevel=stacklevel,
         )

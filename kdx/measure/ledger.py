@@ -92,7 +92,7 @@ class Ledger:
         names: Names of the classes.
 
     Raises:
-        ValueError: No student or base, or answers that do not fit the labels.
+        ValueError: No student or base, answers that do not fit the labels, or labels without a name.
 
     Examples:
         >>> import torch
@@ -113,6 +113,8 @@ class Ledger:
         for role, given in self.answers.items():
             if len(class_indices(given)) != len(labels):
                 raise ValueError(f"answers: expected {len(labels)} of the {role}, one per label, got {len(given)}")
+        if unnamed := sorted(set(labels.tolist()) - set(range(len(self.names)))):
+            raise ValueError(f"labels: expected 0 to {len(self.names) - 1}, one per name, got {unnamed}")
 
     def right(self, role: str) -> NDArray[np.bool_]:
         """Whether a network is right: bool (n,)."""

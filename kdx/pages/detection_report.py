@@ -56,7 +56,7 @@ def explain_detection(
     evidence = gather(pair)
     found = statement(pair, evidence, command)
     failures = {gate.text: gate.failure(found["metrics"]) for gate in gates}
-    with written_whole(out.absolute()) as scratch:
+    with written_whole(out.absolute(), new=True) as scratch:
         (scratch / "statement.json").write_text(json.dumps(found | {"gates": failures}, indent=2) + "\n")
         if not json_only:
             pair.per_object().to_csv(scratch / "objects.csv", index=False)

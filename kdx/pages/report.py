@@ -53,7 +53,7 @@ def explain(
         raise ValueError(f"no {NOTEBOOK}: kdx explain needs a checkout; install kdx from one, with pip install -e")
     check_new(out)
     try:
-        with written_whole(out.absolute()) as scratch:
+        with written_whole(out.absolute(), new=True) as scratch:
             executed = scratch / "report.ipynb"
             given = {**parameters, "out": str(scratch), "command": command}
             build.execute(NOTEBOOK, executed, given, Path.cwd())

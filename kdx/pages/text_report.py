@@ -59,7 +59,7 @@ def explain_text(paths: Mapping[str, Path | str], data: Path, out: Path, command
     sentences = Sentences(words, labels, tuple((0,) * len(w) for w in words), names)
     answers = {role: answer(network, sentences).argmax(1) for role, network in networks.items()}
     ledger = Ledger(labels, answers, names)
-    with written_whole(out.absolute()) as scratch:
+    with written_whole(out.absolute(), new=True) as scratch:
         table = pd.DataFrame({"text": texts, "label": [names[i] for i in labels.tolist()]})
         for role, given in answers.items():
             table[role] = [names[i] for i in given.tolist()]
