@@ -1,12 +1,13 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from kdx import activations, capture
+from kdx import activations, capture, evaluate
 from kdx.networks import capture as capture_module
-from kdx.networks.capture import OverwrittenError
+from kdx.networks.capture import OverwrittenError, forward, gradients
 from kdx.networks.models import build
 from tests.networks import Small, at_once, state
 
@@ -54,6 +55,41 @@ def test_activations_do_not_depend_on_the_chunks(network, monkeypatch):
     one_image = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(0))
     with pytest.raises(ValueError, match=r"L1 \(1\): expected a row for each of 3 images, got \(3072,\)"):
         activations(one_image, x, {"L1": "1"})
+
+
+class Viewing(Small):
+    """Flattens features of several places with ``view``, for which they must be contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4 * 2 * 2, 3)
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x).relu()).relu())
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_networks_that_flatten_by_view_are_given_contiguous_images(tiny_shapes):
+    network, x = Viewing().eval(), torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        network(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(forward(network, x), network(x))
+    layers = {"first": "a", "last": "c"}
+    found = activations(network, x.contiguous(memory_format=torch.channels_last), layers)
+    torch.testing.assert_close(network.head(found["last"].flatten(1)), network(x))
+    assert all(features.is_contiguous() for features in found.values())
+    slopes = gradients(network, x, lambda z: z[:, 0].sum(), layers)["last"][1]
+    torch.testing.assert_close(slopes.flatten(1), network.head.weight[:1].detach().expand(4, -1))
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
+        forward(network, x[:, :2])
+    few = tiny_shapes["test"].labels < 3
+    small = replace(
+        tiny_shapes["test"],
+        images=tiny_shapes["test"].images[few, :, ::4, ::4],
+        labels=tiny_shapes["test"].labels[few],
+        masks=None,
+    )
+    assert evaluate(network, small, "cpu").logits.shape == (int(few.sum()), 3)
 
 
 class Idle(nn.Module):

@@ -25,6 +25,7 @@ from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
+from kdx.networks.capture import forward
 from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed, sound_kernels
 from kdx.networks.stages import evaluating
 from kdx.paths import alone
@@ -259,6 +260,7 @@ class Job:
         records = []
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with progress(total=self.steps, desc=role, unit="batch") as bar, placed(helper, device):
+            helper.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             trained = train_epochs(
                 student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
                 device, bar.update,
@@ -336,5 +338,5 @@ def evaluate(
     with placed(model, device), torch.inference_mode(), evaluating(model), autocast(device):
         for images in dataset.images.split(batch_size):
             x = dataset.card.normalize(images.to(device))
-            logits.append(model(resize(x, scale)).float().cpu())
+            logits.append(forward(model, resize(x, scale)).float().cpu())
     return Evaluation.of(torch.cat(logits).clone(), dataset.labels)

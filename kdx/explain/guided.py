@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdx.explain.grad_cam import grad_cam
 from kdx.explain.input_gradients import logit_gradients
-from kdx.networks.capture import check_input, logits_of
+from kdx.networks.capture import check_input, forward, logits_of
 from kdx.networks.stages import evaluating, stages, unwrapped
 
 IN_PLACE = {  # F.relu_, F.threshold_, F.selu_, F.celu_ and F.rrelu_ are those of torch
@@ -112,7 +112,7 @@ def _targets(model: nn.Module, images: Tensor, target: int | Tensor | None) -> T
     check_input(model, images)
     if target is None:
         with torch.no_grad(), evaluating(model):
-            return logits_of(model(images)).argmax(1)
+            return logits_of(forward(model, images)).argmax(1)
     return torch.as_tensor(target, device=images.device).expand(len(images))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdx.data.batches import class_indices
-from kdx.networks.capture import check_input, logits_of
+from kdx.networks.capture import check_input, forward, logits_of
 from kdx.networks.stages import evaluating
 
 AT_ONCE = 100  # images
@@ -97,7 +97,7 @@ def _gradients(
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         for x, y in zip(images.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
             x, y = x.detach().clone().requires_grad_(), y.to(x.device).clone()  # copies of inference tensors are none
-            logits = logits_of(model(x))
+            logits = logits_of(forward(model, x))
             if (y < 0).any() or (y >= logits.shape[1]).any():
                 raise ValueError(f"expected classes 0 to {logits.shape[1] - 1}, got {int(y.min())} to {int(y.max())}")
             found.append(torch.autograd.grad(objective(logits, y), x)[0].float())

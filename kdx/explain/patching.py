@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdx.explain.reference import ANSWER, DIRECTIONS, Reference, centre_logits, inputs_of
 from kdx.explain.unexplained import WINDOW, contributions, sides, unexplained_features
-from kdx.networks.capture import logits_of
+from kdx.networks.capture import forward, logits_of
 from kdx.networks.stages import evaluating, unwrapped
 from kdx.networks.threads import hooked
 from kdx.networks.vision_transformers import first_tensor, to_grid
@@ -139,7 +139,7 @@ def patched(reference: Reference, which: int, stage: str, x: Tensor, change: Ten
         return (tensor + added, *output[1:]) if isinstance(output, tuple) else tensor + added
 
     with evaluating(network), hooked([(name, network.get_submodule(name).register_forward_hook, hook)]):
-        return centre_logits(logits_of(network(x)).float())
+        return centre_logits(logits_of(forward(network, x)).float())
 
 
 def _windows(maps: Tensor, window: float, generator: torch.Generator) -> Tensor:

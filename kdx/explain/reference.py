@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdx import distance
 from kdx.explain.regression import RIDGES, Beyond, FitWarning, Moments, Regression, resample
-from kdx.networks.capture import activations, logits_of
+from kdx.networks.capture import activations, forward, logits_of
 from kdx.networks.stages import evaluating, stages
 from kdx.networks.threads import locked
 from kdx.networks.vision_transformers import to_grid
@@ -314,7 +314,7 @@ def logits_to(network: Network, images: Tensor) -> Tensor:
     """Logits float32 (n, classes), a few images at a time."""
     if isinstance(network, nn.Module):
         with evaluating(network):
-            return torch.cat([logits_of(network(x)).float() for x in images.split(64)])
+            return torch.cat([logits_of(forward(network, x)).float() for x in images.split(64)])
     parts = [torch.as_tensor(network(x)) for x in images.split(64)]
     shapes = {tuple(z.shape[1:]) for z in parts}
     if sum(map(len, parts)) != len(images) or len(shapes) > 1 or parts[0].ndim != 2:

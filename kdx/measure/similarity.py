@@ -21,7 +21,7 @@ from kdx.data import shapes
 from kdx.data.batches import class_indices
 from kdx.inference import jackknife
 from kdx.intervals import Interval
-from kdx.networks.capture import capture, check_input
+from kdx.networks.capture import capture, check_input, forward
 from kdx.networks.stages import evaluating, unwrapped
 
 CHUNK = 256  # images in one forward pass
@@ -180,7 +180,7 @@ def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     found = []
     for chunk in images.split(CHUNK):
         with torch.no_grad(), evaluating(model), capture(model, {"head": name}, inputs={"head"}) as captured:
-            model(chunk)
+            forward(model, chunk)
         if (features := captured["head"]).shape[:-1] != (len(chunk),):
             raise ValueError(f"{name}: expected features (n, d) of {len(chunk)} images, got {tuple(features.shape)}")
         found.append(features)

@@ -88,17 +88,16 @@ def sound_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside the block a network is on ``device``, in channels-last memory format; afterwards its tensors are those
-    of before.
+    """Inside the block a network is on ``device``; afterwards its tensors are those of before, in their memory format.
 
-    Inside, nothing may change them: a change would be lost. Other threads wait until the end, see
+    Inside, nothing may change their values: a change would be lost. Other threads wait until the end, see
     :class:`kdx.networks.threads.locked`.
     """
     with locked(model):
         parameters = [(parameter, parameter.data) for parameter in model.parameters()]
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
         try:
-            model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(device)
             yield
         finally:
             for parameter, data in parameters:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from kdx.data.dataset import check_normalisation
-from kdx.networks.capture import logits_of
+from kdx.networks.capture import forward, logits_of
 from kdx.networks.fpn_detectors import rebuild
 from kdx.networks.models import load_checkpoint
 from kdx.networks.stages import evaluating, unwrapped
@@ -280,7 +280,7 @@ def answers(model: nn.Module, images: Tensor, name: str, batch_size: int = 64) -
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             for batch in images.split(batch_size):
-                found.append(logits_of(model(batch)).float())
+                found.append(logits_of(forward(model, batch)).float())
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"the {name} does not take images of {' x '.join(map(str, images.shape[1:]))}: {one_line(error)}; all "

@@ -127,8 +127,6 @@ def read_networks(paths: Mapping[str, str | Path], builds: Mapping[str, str], de
     if absent := [f"no file {path} ({role})" for role, path in paths.items() if not Path(path).is_file()]:
         raise ValueError(f"{'; '.join(absent)}; expected a checkpoint")
     networks = {role: own.load_own(builds.get(role, ""), path).to(pick_device(device)) for role, path in paths.items()}
-    for network in networks.values():
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     headers = {role: own.header_of(path) for role, path in paths.items()}
     own.check_headers({role: header for role, header in headers.items() if role != TEACHER})
     for one, other in combinations(networks, 2):
