@@ -112,7 +112,7 @@ def explain(
     score: Annotated[
         float | None, typer.Option(help="with --detection: the least score of a detection that counts; default: 0.5")
     ] = None,
-    limit: Annotated[int, typer.Option(help="largest number of images, the same for each class")] = LIMIT,
+    limit: Annotated[int, typer.Option(min=1, help="largest number of images, the same for each class")] = LIMIT,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="corrupt and delete from all images, not from 256 (64 above 64 pixels)")
     ] = False,
@@ -148,9 +148,10 @@ def explain(
             others |= {"build": build or build_base or build_teacher, "limit": limit != LIMIT}
             _explain_text(given, text, out, command, others)
             return
-        from kdx.pages.gates import Gate
+        from kdx.pages.gates import OF_CLASSIFIERS, OF_DETECTORS, Gate
 
-        gates = [Gate.parse(text) for text in fail_on or []]
+        metrics = OF_CLASSIFIERS if detection is None else OF_DETECTORS
+        gates = [Gate.parse(text, metrics) for text in fail_on or []]
         given["limit"] = limit
         if detection is not None:
             given |= {} if score is None else {"score": score}
@@ -219,9 +220,11 @@ def who_taught(
     build: Annotated[str, typer.Option(help="module:function that makes the networks; not for those of kdx")] = "",
     build_candidate: Annotated[str, typer.Option(help="the same for the candidates, if it differs")] = "",
     alike: Annotated[bool, typer.Option("--alike", help="the candidates are of one kind, so a p can be given")] = False,
-    size: Annotated[int, typer.Option(help="pixels a side of the input; 0: that of each checkpoint, or 224")] = 0,
+    size: Annotated[
+        int, typer.Option(min=0, help="pixels a side of the input; 0: that of each checkpoint, or 224")
+    ] = 0,
     limit: Annotated[
-        int, typer.Option(help="largest number of images; a p needs ten per answer of all networks")
+        int, typer.Option(min=1, help="largest number of images; a p needs ten per answer of all networks")
     ] = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: Annotated[bool, typer.Option(help="show where an error came from")] = False,
@@ -237,6 +240,9 @@ def who_taught(
         named = [(name or Path(path).stem, Path(path)) for name, _, path in pairs]
         if len(candidates := dict(named)) < len(named):
             raise ValueError("candidate: several have one name; give them as NAME=checkpoint")
+        module.check_headers([student, base, *(base2 or [])])
+        if alike:
+            module.check_headers(list(candidates.values()))
         of_student, of_base, *more = (
             module.read_answers(path, build, data, size, limit) for path in (student, base, *(base2 or []))
         )

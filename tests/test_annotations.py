@@ -132,6 +132,13 @@ def test_an_annotation_cannot_lead_out_of_the_folder(tmp_path):
     assert "no image ../../secret.jpg" in refused["Annotations/a.xml"]
 
 
+def test_a_listed_image_without_annotation_is_named(tmp_path):
+    write_voc(tmp_path, {"a": (40, 30, [GOOD])}, {"test": ["a", "b"]})
+    (found,), refused = read_annotations(tmp_path)
+    assert found.split == "test"
+    assert refused == {"ImageSets/Main, b": "in a list, without a file in Annotations"}
+
+
 def test_coco_gives_the_same_as_voc(tmp_path):
     coco(tmp_path, [[2, 3, 10, 10]])
     coco(tmp_path, [[0, 0, 40, 30]], "val2017", "instances_val2017.json")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kdx.pages.gates import Gate
+from kdx.pages.gates import OF_DETECTORS, Gate
 
 
 def test_gates_count_the_interval():
@@ -41,6 +41,8 @@ def test_a_gate_fails_whenever_the_value_itself_does(compare):
 def test_a_forgotten_percent_sign_is_named():
     with pytest.raises(ValueError, match="negative_flips is a share, at most 1 or 100%; did you mean 2%"):
         Gate.parse("negative_flips > 2")
+    with pytest.raises(ValueError, match=r"unknown metric 'accuracy' in .*; choose from: ap50, base_ap50"):
+        Gate.parse("accuracy < 50%", OF_DETECTORS)
     for senseless, why in {
         "negative_flips > 1": "can never fail: negative_flips is between 0 and 1",
         "accuracy_gain < -100%": "can never fail: accuracy_gain is between -1 and 1",

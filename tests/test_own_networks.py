@@ -226,6 +226,11 @@ def test_another_class_order_is_refused_and_confusion_is_not():
     confused[9::20] = 5
     with pytest.raises(ValueError, match=r"0 there is 1 here, 1 there is 2 here, 2 there is 3 here\)"):
         check_class_order(torch.arange(300) % 10, confused, ("", ""))
+    for _ in range(50):  # two classes at chance: a majority in both directions is likely
+        check_class_order(*torch.randint(0, 2, (2, 100)), ("", ""))
+    two = torch.arange(40) % 2
+    with pytest.raises(ValueError, match="0 there is 1 here, 1 there is 0 here"):
+        check_class_order(two, torch.where(torch.arange(40) < 32, 1 - two, two), ("", ""))
     assert not check_class_order(torch.arange(50), 49 - torch.arange(50), ("", ""))  # one image a class tells nothing
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from kdx.cli import app
 from kdx.explain.regression import FitWarning
 from kdx.measure import who_taught as module
 from kdx.measure.who_taught import _p_of_lead, verdict
+from kdx.networks.models import save_checkpoint
 from tests.networks import Small
 
 
@@ -184,3 +186,20 @@ def test_command_line(tmp_path):
     twice = CliRunner().invoke(app, [*command, "--candidate", f"other={one}"])
     assert twice.exit_code == 2
     assert "several have one name" in twice.stderr
+    unlike = []
+    for name, width in (("narrow", 0.125), ("wide", 0.25)):
+        unlike.append(str(tmp_path / f"{name}.safetensors"))
+        save_checkpoint(Path(unlike[-1]), kdx.build("resnet10", 3, "small", width, seed=0), {"classes": list("abc")})
+    for more, message in (
+        (
+            ["--base2", unlike[0], "--student", unlike[1]],
+            "that are alike but for their weights; architecture",
+        ),
+        (["--alike", "--candidate", unlike[0], "--candidate", unlike[1]], "alike but for their weights; architecture"),
+        (["--build", "", "--student", "gone.pt"], "no file gone.pt; expected a checkpoint"),
+        (["--limit", "-3"], "'--limit'"),
+        (["--size", "-4"], "'--size'"),
+    ):
+        refused = CliRunner().invoke(app, [*command, *more])
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.stderr.split())

@@ -115,6 +115,8 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
             continue
         split = split_of.get(path.stem, "")
         yield Annotated(image, printable(image.relative_to(folder)), split, (width, height), tuple(objects))
+    for stem in sorted(split_of.keys() - {path.stem for path in (folder / "Annotations").glob("*.xml")}):
+        refused[f"ImageSets/Main, {printable(stem)}"] = "in a list, without a file in Annotations"
 
 
 def _xml(path: Path) -> ElementTree.Element:

@@ -282,7 +282,7 @@ def warn_if_few_answered(n: int, regressors: int, stacklevel: int, each: int = 2
         warnings.warn(
             f"{n} images to fit on for {regressors} regressors, the answers of base and teacher, are too few for "
             f"regressions that hold for other images, so too little counts as handed over; use {each * regressors} or "
-            "more",
+            "more to fit on",
             FitWarning,
             stacklevel=stacklevel,
         )

@@ -214,7 +214,7 @@ def logits_of(output: Any) -> Tensor:
         return matrices[0]
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     raise ValueError(
-        f"expected one output of shape (n, classes), or one called logits, from the network; got {shapes}: "
+        f"expected one output of shape (n, classes), or one called logits, from the network; got {shapes[:3]}: "
         "wrap it in a module that returns the logits alone"
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -29,6 +30,7 @@ from kdx.networks.stages import evaluating, unwrapped
 from kdx.paths import one_line
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights
+CHANCE = 0.001  # p up to which classes are taken for permuted
 SHOWN = 3  # keys named in a message
 Normalisation = Sequence[Sequence[float]]  # means and standard deviations of the channels, on the scale 0..1
 NORMALISATIONS: dict[str, dict[int, Normalisation]] = {  # by the number of channels
@@ -106,6 +108,8 @@ def load_own(build: str | Callable[[], nn.Module], weights: Path | str) -> nn.Mo
         Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
     """
     if not build:
+        if not Path(weights).is_file():
+            raise ValueError(f"no file {weights}; expected a checkpoint")
         if not header_of(weights):
             raise ValueError(f"{weights}: not a checkpoint of kdx; say what builds its network, as module:function")
         trained = load_checkpoint(weights, rebuild)[0]
@@ -304,9 +308,9 @@ def check_answers(logits: Mapping[str, Tensor]) -> None:
 def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
     """Refuse two sets of class indices (n,) for the same classes that are numbered differently.
 
-    That is the case if the permutation that matches most images has cycles, with 10 or more images in all, more than
-    half of whose classes correspond by majority in both directions: weak networks confuse classes, but do not permute
-    them.
+    That is the case if the permutation that matches most images has cycles, more than half of whose classes correspond
+    by majority in both directions, and if more of the images of these classes follow it than have the same class in
+    both, by more than chance: weak networks confuse classes, but do not permute them.
 
     Returns:
         whether there are enough images, 2 or more for at least half of the classes of ``one``.
@@ -320,7 +324,9 @@ def check_class_order(one: Tensor, other: Tensor, who: tuple[str, str]) -> bool:
         sure = {c: d for c, d in cycle.items() if there.get(c) == d and back.get(d) == c}
         if 2 * len(sure) > len(cycle):
             moved |= sure
-    if moved and torch.isin(one, torch.tensor(list(moved))).sum() >= 10:
+    permuted = int(sum(((one == c) & (other == d)).sum() for c, d in moved.items()))
+    same = int(sum(((one == c) & (other == c)).sum() for c in moved))
+    if moved and stats.binomtest(permuted, same + permuted, alternative="greater").pvalue <= CHANCE:
         pairs = ", ".join(f"{c} there is {d} here" for c, d in list(moved.items())[:SHOWN])
         raise ValueError(
             f"{who[0]} and {who[1]} number the classes differently ({pairs}); bring them into one order, by permuting "

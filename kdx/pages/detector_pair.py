@@ -134,7 +134,10 @@ def read_detectors(
         raise ValueError(f"detection: expected {FEWEST} images or more, got {len(images)} that can be used in {folder}")
     if images.refused:
         what, why = next(iter(images.refused.items()))
-        caveats.append(f"{len(images.refused):,} annotations or images were refused, such as {what}: {why}.")
+        caveats.append(
+            f"{len(images.refused):,} annotations or images were refused, such as {what}: {why}. "
+            "What is detected of a refused object counts as a false alarm."
+        )
     if not size:
         height, width = images.size
         caveats.append(f"The detectors were given images of {width} x {height} pixels (--size).")

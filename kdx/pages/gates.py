@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 ROLES = {"": "student", "base_": "base", "second_base_": "second base", "teacher_": "teacher"}
-METRICS = {  # name -> what it is, over the images
+OF_CLASSIFIERS = {  # name -> what it is, over the images
     "accuracy": "share of right answers of the student",
     "base_accuracy": "share of right answers of the base",
     "second_base_accuracy": "share of right answers of the second base",
@@ -33,6 +33,8 @@ METRICS = {  # name -> what it is, over the images
     "second_base_handed_over": "the same of the second base's answers",
     "new_detectors": "share of the student's units at the deepest stage whose concept no unit of its base detects",
     "second_base_new_detectors": "new_detectors, with the second base in the student's place",
+}
+OF_DETECTORS = {
     **{f"{role}ap50": f"AP50 of the {name}" for role, name in ROLES.items()},
     **{f"{role}ap": f"AP of the {name}" for role, name in ROLES.items()},
     "ap50_gain": "AP50 of the student minus that of its base",
@@ -45,6 +47,7 @@ METRICS = {  # name -> what it is, over the images
     "second_base_objects_lost": "objects_lost, with the second base in the student's place",
     "false_alarms_change": "false alarms an image, student minus base",
 }
+METRICS = OF_CLASSIFIERS | OF_DETECTORS
 NO_SHARES = {"nll_change", "false_alarms_change"}
 GATE = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*(-?[\d.]+)\s*(%?)\s*")
 COMPARED = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -59,8 +62,8 @@ class Gate(NamedTuple):
     bound: float
 
     @classmethod
-    def parse(cls, text: str) -> Gate:
-        """From text such as ``negative_flips > 2%`` or ``accuracy < 0.9``.
+    def parse(cls, text: str, metrics: Collection[str] = METRICS) -> Gate:
+        """From text such as ``negative_flips > 2%`` or ``accuracy < 0.9``, of one of ``metrics``.
 
         Raises:
             ValueError: Another form, an unknown metric, a share beyond 100 %, or a bound that no value can cross.
@@ -71,8 +74,8 @@ class Gate(NamedTuple):
             bound = float(number) / (100 if percent else 1)
         except ValueError as error:
             raise ValueError(f"expected a condition such as 'negative_flips > 2%', got {text!r}") from error
-        if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r} in {text!r}; choose from: {', '.join(METRICS)}")
+        if name not in metrics:
+            raise ValueError(f"unknown metric {name!r} in {text!r}; choose from: {', '.join(metrics)}")
         least = -1.0 if re.search("_(gain|change)(_|$)", name) else 0.0
         ends = {COMPARED[compare](end, bound) for end in (least, 1.0)}
         if abs(bound) <= 1 and len(ends) == 1 and name not in NO_SHARES:
