@@ -206,9 +206,10 @@ def test_functions_that_do_not_answer_are_refused_at_once(answer, message):
 
 def test_a_service_may_return_arrays():
     network = Small(seed=2)
-    x = torch.randn(120, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(140, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     of_array, of_network = (
         kdx.Reference(Small(seed=0), Small(seed=1), x, teacher=teacher, layers_teacher={})
         for teacher in (lambda x: network(x).detach().numpy(), network)
     )
-    pd.testing.assert_frame_equal(kdx.transferred_share(of_array), kdx.transferred_share(of_network))
+    expected = kdx.transferred_share(of_network)  # whose images are in another memory format
+    pd.testing.assert_frame_equal(kdx.transferred_share(of_array), expected, rtol=1e-3, atol=1e-5)
