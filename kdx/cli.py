@@ -234,15 +234,15 @@ def who_taught(
         import json
 
         from kdx.measure import who_taught as module
+        from kdx.networks.own_networks import check_headers, header_of
 
         pairs = [(c, "", "") if Path(c).is_file() else c.partition("=") for c in candidate]
         pairs = [(name, "=", path) if path else ("", "", name) for name, _, path in pairs]
         named = [(name or Path(path).stem, Path(path)) for name, _, path in pairs]
         if len(candidates := dict(named)) < len(named):
             raise ValueError("candidate: several have one name; give them as NAME=checkpoint")
-        module.check_headers([student, base, *(base2 or [])])
-        if alike:
-            module.check_headers(list(candidates.values()))
+        for paths in ([student, base, *(base2 or [])], candidates.values() if alike else []):
+            check_headers({str(path): header_of(path) for path in paths}, ("classes", "architecture"))
         of_student, of_base, *more = (
             module.read_answers(path, build, data, size, limit) for path in (student, base, *(base2 or []))
         )

@@ -132,7 +132,7 @@ def bad(tmp_path):
         ("student", "dogs", "base and student are the same network"),
         ("nan", "dogs", "weights that are NaN or infinite"),
         ("classifier", "dogs", "base: expected a detector of torchvision with a feature pyramid"),
-        ("two", "dogs", "must take the same images and name the same classes; classes:"),
+        ("two", "dogs", "agree in classes, mean, std, size, got the classes"),
         ("bare", "dogs", "not a checkpoint of kdx; say what builds its network"),
     ],
 )

@@ -193,9 +193,12 @@ def test_command_line(tmp_path):
     for more, message in (
         (
             ["--base2", unlike[0], "--student", unlike[1]],
-            "that are alike but for their weights; architecture",
+            "agree in classes, architecture, got the architecture",
         ),
-        (["--alike", "--candidate", unlike[0], "--candidate", unlike[1]], "alike but for their weights; architecture"),
+        (
+            ["--alike", "--candidate", unlike[0], "--candidate", unlike[1]],
+            "agree in classes, architecture, got the architecture",
+        ),
         (["--build", "", "--student", "gone.pt"], "no file gone.pt; expected a checkpoint"),
         (["--limit", "-3"], "'--limit'"),
         (["--size", "-4"], "'--size'"),

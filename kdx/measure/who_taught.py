@@ -247,15 +247,6 @@ def read_answers(checkpoint: Path, build: str, folder: Path, size: int = 0, limi
     return own_networks.answers(network, x, f"network of {checkpoint}")
 
 
-def check_headers(checkpoints: Sequence[Path]) -> None:
-    """Raise ValueError unless all of the checkpoints that kdx wrote are of the same architecture and classes."""
-    headers = {path: own_networks.header_of(path) for path in checkpoints}
-    for fact in ("classes", "architecture"):
-        said = {str(path): header[fact] for path, header in headers.items() if fact in header}
-        if len({str(value) for value in said.values()}) > 1:
-            raise ValueError(f"expected networks that are alike but for their weights; {fact}: {said}")
-
-
 def verdict(table: pd.DataFrame, level: float = 0.05) -> str:
     """A sentence on a table of :func:`who_taught`."""
     most, best = table.iloc[0], table.loc[table["p"].idxmin()] if table["p"].notna().any() else None

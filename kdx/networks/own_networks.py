@@ -184,12 +184,16 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def check_headers(headers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse checkpoints of kdx, by role, that differ in classes, normalisation or input size."""
-    for fact in ("classes", "mean", "std", "size"):
+def check_headers(
+    headers: Mapping[str, Mapping[str, Any]], facts: Sequence[str] = ("classes", "mean", "std", "size")
+) -> None:
+    """Refuse checkpoints of kdx, by role or file, that differ in a fact that several of them state."""
+    for fact in facts:
         said = {role: header[fact] for role, header in headers.items() if fact in header}
         if len({str(value) for value in said.values()}) > 1:
-            raise ValueError(f"student and base must take the same images and name the same classes; {fact}: {said}")
+            raise ValueError(
+                f"expected checkpoints that agree in {', '.join(facts)}, got the {fact} {said}; give others"
+            )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
