@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,21 @@ def test_answers_are_computed_once_for_a_network_and_its_images(run, shapes16, m
     assert torch.equal(first.logits, again.logits)
     direct = kdx.evaluate(run.model, test, "cpu")
     assert (again.accuracy, again.loss) == (direct.accuracy, pytest.approx(direct.loss))
-    kdx.answers(run, test.limit(40), "cpu")
-    assert len(calls) == 2
+
+
+def test_answers_to_a_part_serve_the_whole_and_the_other_way_round(run, shapes16, monkeypatch):
+    asked, real = [], module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda model, part, device: asked.append(len(part)) or real(model, part))
+    test = shapes16["test"]
+    part, (*_, rest) = test.limit(40), test.split(20, seed=1)
+    for some in (part, test, rest, test[torch.arange(len(test)).flip(0)]):
+        found = kdx.answers(run, some, "cpu")
+        direct = kdx.evaluate(run.model, some, "cpu")
+        torch.testing.assert_close(found.logits, direct.logits)
+        assert found.accuracy == direct.accuracy
+    assert asked == [40, len(test) - 40]
+    brighter = replace(test, card=replace(test.card, mean=tuple(m / 2 for m in test.card.mean)))
+    assert not torch.allclose(kdx.answers(run, brighter, "cpu").logits, kdx.answers(run, test, "cpu").logits)
 
 
 def test_of_two_that_ask_at_once_one_waits_for_the_other(run, shapes16, home, monkeypatch):

@@ -53,9 +53,9 @@ def dataset():
 
 
 def counted(method, counts):
-    def count(self, *images):
+    def count(self, *images, **settings):
         counts.append(len(images[0]))
-        return method(self, *images)
+        return method(self, *images, **settings)
 
     return count
 

@@ -43,6 +43,37 @@ def test_parts_of_a_student_whose_colours_come_from_base_and_teacher(student, ba
         assert found["teacher", "answer"]["taken, of unexplained"] == pytest.approx(len(both) / len(new), abs=0.05)
 
 
+def test_several_references_give_their_own_tables_and_share_passes():
+    x, _ = blots(120, 1)
+    base, teacher, *students = (Colours(of) for of in ((0,), (0, 1), (0, 1, 2), (1,)))
+    settings = {"teacher": teacher, **ALL}
+    several = {name: kdx.Reference(one, base, x, **settings) for name, one in zip("ab", students, strict=True)}
+    calls = []
+    for network in (base, teacher, students[0]):
+        network.register_forward_hook(lambda module, *_: calls.append(module))
+    together = kdx.transferred_share(several, folds=3)
+    assert [calls.count(network) for network in (base, teacher, students[0])] == [3, 3, 3]
+    assert together.columns[0] == "network"
+    for name, reference in several.items():
+        alone = kdx.transferred_share(reference, folds=3)
+        of_it = together[together["network"] == name].drop(columns="network").reset_index(drop=True)
+        pd.testing.assert_frame_equal(of_it, alone, check_exact=True)
+
+
+def test_several_references_over_other_images_share_nothing():
+    x, y = (blots(60, seed)[0] for seed in (1, 2))
+    base, teacher = Colours((0,)), Colours((0, 1))
+    two = {n: kdx.Reference(Colours((0, 1)), base, of, teacher=teacher, **ALL) for n, of in {"x": x, "y": y}.items()}
+    together = kdx.transferred_share(two, folds=3)
+    alone = kdx.transferred_share(two["y"], folds=3)
+    assert together.loc[together["network"] == "y", "value"].tolist() == alone["value"].tolist()
+    short = kdx.Reference(Colours((0, 1)), base, x[:50], teacher=teacher, **ALL)
+    with pytest.raises(ValueError, match=r"expected one or more with as many images each, got images \[50, 60\]"):
+        kdx.transferred_share(two | {"short": short}, folds=3)
+    with pytest.raises(ValueError, match="expected one or more"):
+        kdx.transferred_share({})
+
+
 def test_a_teacher_that_was_shown_other_images_handed_nothing_over():
     """Of the answers. Features also tell where in the image they are, and that it still knows."""
     networks = [kdx.build("resnet10", 10, "small", 0.125, seed=i) for i in range(3)]

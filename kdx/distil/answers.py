@@ -1,4 +1,4 @@
-"""Answers of trained networks to a dataset, computed once and kept, so that all pages share them."""
+"""Answers of trained networks to images, computed once and kept, so that all pages share them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import uuid
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kdx.data.dataset import Dataset
 from kdx.distil.fit import Evaluation, evaluate
@@ -20,6 +22,8 @@ from kdx.paths import alone, data_home
 def answers(run: Run, dataset: Dataset, device: str | torch.device = "auto") -> Evaluation:
     """What :func:`kdx.evaluate` gives for a network of the run store or a shipped one, kept in ``data/answers``.
 
+    Answers are kept by image, so those to a part of a dataset serve the whole, and the other way round.
+
     Args:
         run: A trained network.
         dataset: Images and labels.
@@ -29,19 +33,32 @@ def answers(run: Run, dataset: Dataset, device: str | torch.device = "auto") -> 
         Loss, accuracy and logits.
     """
     card = dataset.card
-    text = json.dumps([run.key, dataset.fingerprint, card.mean, card.std])
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([run.key, card.mean, card.std]).encode()).hexdigest()[:32]
     path = data_home() / "answers" / f"{key}.safetensors"
+    wanted = [hashlib.sha256(image.numpy()).digest() for image in dataset.images.cpu()]
     with alone(key):
-        try:
-            return Evaluation.of(load_file(path)["logits"], dataset.labels)
-        except FileNotFoundError:
-            pass
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"the stored answers {path} are damaged ({error}); delete that file") from error
-        found = evaluate(run.model, dataset, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-        save_file({"logits": found.logits}, scratch)
-        os.replace(scratch, path)
-        return found
+        known = _read(path)
+        if missing := [row for row, digest in enumerate(wanted) if digest not in known]:
+            found = evaluate(run.model, dataset[torch.tensor(missing)], device).logits
+            known |= {wanted[row]: logits for row, logits in zip(missing, found, strict=True)}
+            _write(path, known)
+    return Evaluation.of(torch.stack([known[digest] for digest in wanted]), dataset.labels)
+
+
+def _read(path: Path) -> dict[bytes, Tensor]:
+    """SHA-256 of an image -> its logits (classes,)."""
+    try:
+        stored = load_file(path)
+        return dict(zip(map(bytes, stored["images"].numpy()), stored["logits"], strict=True))
+    except FileNotFoundError:
+        return {}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"the stored answers {path} are damaged ({error}); delete that file") from error
+
+
+def _write(path: Path, known: dict[bytes, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+    images = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(len(known), -1)
+    save_file({"images": images, "logits": torch.stack([*known.values()])}, scratch)
+    os.replace(scratch, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -117,16 +117,16 @@ class Reference:
         teacher, of all three, at the stages that it shares."""
         return {stage: of for stage, of in self.outputs_of(*images).items() if stage != ANSWER}
 
-    def outputs_of(self, *images: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """:meth:`features_of` and, as ``ANSWER``, :meth:`answers_of`, from one forward pass of each network."""
+    def outputs_of(self, *images: Tensor, known: dict[Any, dict[str, Tensor]] | None = None) -> dict[str, Any]:
+        """:meth:`features_of` and, as ``ANSWER``, :meth:`answers_of`, from one forward pass of each network. Networks
+        whose outputs for these tensors are ``known`` do not run; those of the others are added to it."""
         captures: list[dict[str, Tensor]] = []
+        known = {} if known is None else known
         for network, x, layers in zip(self.networks, images, self.layers, strict=False):
-            if not layers:
-                captures.append({ANSWER: logits_to(network, x)})
-                continue
-            found = activations(network, x, layers, logits=ANSWER)
-            grids = {stage: to_grid(stage, name, found[stage], x).float() for stage, name in layers.items()}
-            captures.append(grids | {ANSWER: found[ANSWER]})
+            key = (id(network), id(x), *layers.items())
+            if key not in known:
+                known[key] = _outputs(network, x, layers)
+            captures.append(known[key])
         shared = self.stages if len(images) == 2 else self.shared_stages
         device = captures[0][ANSWER].device
         answers = tuple(centre_logits(of[ANSWER].to(device)) for of in captures)
@@ -157,31 +157,27 @@ class Reference:
         with locked(*modules):
             return [weights_mark(network) for network in modules]
 
-    def moments(self, images: tuple[Tensor, ...], rows: Tensor) -> dict[str, dict[str, Moments]]:
-        """Name -> stage, or ``ANSWER`` -> moments of one network's features and those of others over some of the
-        images, a few at a time. Of two networks, names are those of ``DIRECTIONS``, of three those of ``HANDED_OVER``.
-        Features are compared on the student's grid if there is a teacher."""
+    def add_moments(
+        self, found: dict[str, dict[str, Moments]], images: tuple[Tensor, ...], known: dict[Any, Any]
+    ) -> None:
+        """Add moments of one network's features and those of others over some images to ``found``, name -> stage, or
+        ``ANSWER`` -> moments. Of two networks, names are those of ``DIRECTIONS``, of three those of ``HANDED_OVER``.
+        Features are compared on the student's grid if there is a teacher. ``known`` is that of :meth:`outputs_of`."""
         questions: dict[str, tuple[int, ...]] = {**(DIRECTIONS if len(images) == 2 else HANDED_OVER)}
-        found: dict[str, dict[str, Moments]] = {name: {} for name in questions}
-        at_once = max(1, AT_ONCE // max(x[0].numel() for x in images))
-        for part in rows.split(at_once):
-            x = tuple(of[part] for of in images)
-            for stage, of in self.outputs_of(*x).items():
-                if len(images) > 2:
-                    of = tuple(resample(f, of[0]) for f in of)
-                for name, new in Moments.among(self.counted(of, x), questions).items():
-                    known = found[name].get(stage)
-                    found[name][stage] = new if known is None else known + new
-        return found
+        for stage, of in self.outputs_of(*images, known=known).items():
+            if len(images) > 2:
+                of = tuple(resample(f, of[0]) for f in of)
+            for name, new in Moments.among(self.counted(of, images), questions).items():
+                before = found.setdefault(name, {}).get(stage)
+                found[name][stage] = new if before is None else before + new
 
     def counted(self, features: tuple[Tensor, ...], images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The part of features or answers that enters regressions: all places of all images."""
         return features
 
     def parts(self, images: tuple[Tensor, ...], count: int, seed: int = 0) -> list[dict[str, dict[str, Moments]]]:
-        """:meth:`moments` of random parts of the images."""
-        order = torch.randperm(len(images[0]), generator=torch.Generator().manual_seed(seed))
-        return [self.moments(images, rows.to(images[0].device)) for rows in order.tensor_split(count)]
+        """Moments of random parts of the images, see :meth:`add_moments`."""
+        return parts_of([self], [images], count, seed)[0]
 
     @cached_property
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -254,6 +250,32 @@ class Reference:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(of.device)
         given = torch.cat([base, teacher], 1)
         return Beyond.fit([Moments.of(of[half], given[half]) for half in order.tensor_split(2)], base.shape[1])
+
+
+def parts_of(
+    references: Sequence[Reference], images: Sequence[tuple[Tensor, ...]], count: int, seed: int = 0
+) -> list[list[dict[str, dict[str, Moments]]]]:
+    """:meth:`Reference.parts` of several references, with as many images each. A network that several of them have
+    runs once on the same images, a few at a time."""
+    found: list[list[dict[str, dict[str, Moments]]]] = [[{} for _ in range(count)] for _ in references]
+    order = torch.randperm(len(images[0][0]), generator=torch.Generator().manual_seed(seed))
+    at_once = max(1, AT_ONCE // max(x[0].numel() for of in images for x in of))
+    for number, rows in enumerate(order.tensor_split(count)):
+        for some in rows.split(at_once):
+            x = {id(tensor): tensor[some.to(tensor.device)] for of in images for tensor in of}
+            known: dict[Any, dict[str, Tensor]] = {}
+            for reference, of, parts in zip(references, images, found, strict=True):
+                reference.add_moments(parts[number], tuple(x[id(tensor)] for tensor in of), known)
+    return found
+
+
+def _outputs(network: Any, images: Tensor, layers: Mapping[str, str]) -> dict[str, Tensor]:
+    """Stage -> activations (n, k, h, w), and ``ANSWER`` -> logits (n, classes)."""
+    if not layers:
+        return {ANSWER: logits_to(network, images)}
+    found = activations(network, images, layers, logits=ANSWER)
+    grids = {stage: to_grid(stage, name, found[stage], images).float() for stage, name in layers.items()}
+    return grids | {ANSWER: found[ANSWER]}
 
 
 def inputs_of(images: Tensor | tuple[Tensor, ...], networks: int = 2) -> tuple[Tensor, ...]:

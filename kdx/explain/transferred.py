@@ -8,7 +8,7 @@ Two networks that differ in their seed alone differ in much, so what the base le
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of, warn_if_few_answered
+from kdx.explain.reference import ANSWER, Reference, centre_logits, inputs_of, parts_of, warn_if_few_answered
 from kdx.explain.regression import Moments, errors_beyond, share, slope_beyond
 from kdx.explain.unexplained import WINDOW, fuse, smooth
 from kdx.intervals import Interval
@@ -49,7 +49,7 @@ class Transferred:
 
 
 def transferred_share(
-    reference: Reference,
+    reference: Reference | Mapping[str, Reference],
     images: Tensor | tuple[Tensor, ...] | None = None,
     *,
     folds: int = 10,
@@ -79,17 +79,18 @@ def transferred_share(
     tells. Compare a second base in the student's place.
 
     Args:
-        reference: Made with a teacher.
+        reference: Made with a teacher; or several by name, with as many images, of which a network that several have,
+            such as their base or teacher, runs once on images that are the same tensor.
         images: (n, c, h, w), or a tuple of three; None takes the reference's. All the more images, the better.
         folds: At least 3.
         seed: Draws the folds.
         of: ``student``, ``teacher`` or both.
 
     Returns:
-        of (student or teacher), stage (those that all three have, and ``answer``), part, value, low, high, n (images),
-        folds, and parts, (folds,) values of which this is the mean with its t interval. Shares of a variance, in [0, 1]
-        but for the error of the estimate; NaN where nothing varies. The 95 % interval is over the images, as for
-        :func:`kdx.unexplained_share`.
+        network (of several references), of (student or teacher), stage (those that all three have, and ``answer``),
+        part, value, low, high, n (images), folds, and parts, (folds,) values of which this is the mean with its t
+        interval. Shares of a variance, in [0, 1] but for the error of the estimate; NaN where nothing varies. The 95 %
+        interval is over the images, as for :func:`kdx.unexplained_share`.
 
     Raises:
         ValueError: A reference without a teacher, fewer than 3 folds or more than images, or networks whose weights
@@ -107,17 +108,29 @@ def transferred_share(
         >>> table["part"].unique()[:4].tolist()
         ['base', 'handed over', 'own', 'handed over, of unexplained']
     """
-    all_three = _checked(reference, images, folds)
-    n = len(all_three[0])
-    parts = reference.parts(all_three, folds, seed)
-    warn_if_few_answered(n - n // folds, len(parts[0]["student"][ANSWER].x), 3, PER_ANSWER)
+    several = reference if isinstance(reference, Mapping) else {"": reference}
+    inputs = [_checked(one, images, folds) for one in several.values()]
+    if len(lengths := {len(x[0]) for x in inputs}) != 1:
+        raise ValueError(f"reference: expected one or more with as many images each, got images {sorted(lengths)}")
+    (n,) = lengths
+    tables = {}
+    for name, parts in zip(several, parts_of([*several.values()], inputs, folds, seed), strict=True):
+        warn_if_few_answered(n - n // folds, len(parts[0]["student"][ANSWER].x), 3, PER_ANSWER)
+        tables[name] = _table(parts, of, n)
+    if not isinstance(reference, Mapping):
+        return tables[""]
+    return pd.concat(tables, names=["network"]).reset_index("network").reset_index(drop=True)
+
+
+def _table(folds: list[dict[str, dict[str, Moments]]], of: Collection[str], n: int) -> pd.DataFrame:
+    """What :func:`transferred_share` returns, from the moments of each fold of n images."""
     table = []
     for whose in of:
-        for stage in parts[0][whose]:
-            k = len(parts[0]["student"][stage].x) - len(parts[0]["teacher"][stage].y)
-            found = _shares([part[whose][stage] for part in parts], k)
+        for stage in folds[0][whose]:
+            k = len(folds[0]["student"][stage].x) - len(folds[0]["teacher"][stage].y)
+            found = _shares([part[whose][stage] for part in folds], k)
             for name, (interval, values) in zip(PARTS[whose], found, strict=True):
-                table.append((whose, stage, name, *interval[:3], n, folds, values))
+                table.append((whose, stage, name, *interval[:3], n, len(folds), values))
     return pd.DataFrame(table, columns=["of", "stage", "part", "value", "low", "high", "n", "folds", "parts"])
 
 
@@ -168,11 +181,15 @@ def transferred_strength(
         >>> strength.low < strength.mean < strength.high
         True
     """
-    all_three = _checked(reference, images, folds)
-    of, base, teacher = reference.answers_of(*all_three)
-    if of.shape != teacher.shape:
-        raise ValueError(f"teacher: expected the {of.shape[1]} classes of the student, got {teacher.shape[1]}")
-    of, base, teacher = of.double(), base.double(), teacher.double()
+    return answered_strength(*reference.answers_of(*_checked(reference, images, folds)), folds=folds, seed=seed)
+
+
+def answered_strength(student: Tensor, base: Tensor, teacher: Tensor, *, folds: int = 10, seed: int = 0) -> Interval:
+    """:func:`transferred_strength` from logits (n, classes) of the three networks for the same images."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"teacher: expected the {student.shape[1]} classes of the student, got {teacher.shape[1]}")
+    _check_folds(folds, len(student))
+    of, base, teacher = (centre_logits(z.double()) for z in (student, base, teacher))
     both = torch.cat([base, -base], 1) / 2 if base.shape[1] == 1 else base  # one output stands for two classes
     probabilities = both.softmax(1)[:, : base.shape[1]]
     varies = probabilities.std()
@@ -190,10 +207,13 @@ def _checked(reference: Reference, images: Tensor | tuple[Tensor, ...] | None, f
     check_teacher(reference)
     reference.check_weights()
     all_three = reference.inputs if images is None else inputs_of(images, 3)
-    n = len(all_three[0])
+    _check_folds(folds, len(all_three[0]))
+    return all_three
+
+
+def _check_folds(folds: int, n: int) -> None:
     if not 3 <= folds <= n:
         raise ValueError(f"folds: expected 3 to {n}, the number of images, got {folds}")
-    return all_three
 
 
 def transferred(
