@@ -93,3 +93,26 @@ def test_occlusion_keeps_no_answers_of_other_weights_or_images():
     assert torch.allclose(twice, 2 * before)
     x.mul_(3)
     assert torch.allclose(next(iter(explain(student, base, x, y).distilled.values())), 6 * before)
+
+
+def test_what_explainers_share_is_computed_once():
+    x, y = torch.ones(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    named = explainers(x.repeat(6, 1, 1, 1), y.repeat(6), torch.eye(2))
+    one, other, base = Brightness(1.0), Brightness(2.0), Brightness(0.0)
+    calls = []
+    for network in (one, other, base):
+        network.register_forward_hook(lambda module, *_: calls.append(module))
+    for name in ("occlusion of the logit difference", "integrated gradients of the logit difference"):
+        calls.clear()
+        named[name](one, base, x, y)
+        once = calls.count(base)
+        assert calls.count(one) >= once > 1  # stages are also looked for in the student
+        named[name](other, base, x, y)
+        assert calls.count(base) == once
+        assert calls.count(other) >= once
+        named[name](one, base, x, torch.ones_like(y))
+        assert calls.count(base) == 2 * once
+    named["answer difference, squared"](one, base, x, y)
+    calls.clear()
+    named["answer difference, squared, fused"](one, base, x, y)
+    assert base not in calls

@@ -53,12 +53,13 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         Name -> explainer.
     """
     known = _WithReference(images, labels, embeddings)
-    occluded = _Occlusion()
+    plain, squared = _Kept(known.unexplained()), _Kept(_squared_difference)
+    occluded, integrated = _Kept(_occluded_answers), _Kept(_mean_gradients)
     generator = torch.Generator().manual_seed(seed)
     return {
-        "unexplained": known.unexplained(),
-        "unexplained, fused": fused(known.unexplained()),
-        "unexplained, squared": known.unexplained(power=2),
+        "unexplained": plain,
+        "unexplained, fused": fused(plain),
+        "unexplained, squared": _to_the_square(plain),
         "unexplained, no window": known.unexplained(window=0),
         "unexplained, answer alone": known.answer_alone,
         "UniCAM": known.unicam("cam"),
@@ -72,11 +73,11 @@ def explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: int = 0
         "HiResCAM difference": _grad_cams("hires", difference=True),
         "HiResCAM difference, window": _signed_difference,
         "input x gradients": _input_gradients,
-        "integrated gradients of the logit difference": _integrated_gradients,
-        "answer difference, squared": _squared_difference,
-        "answer difference, squared, fused": fused(_squared_difference),
-        "occlusion of the logit difference": occluded.explain(_logit_difference),
-        "occlusion of the KL divergence": occluded.explain(_kl_divergence),
+        "integrated gradients of the logit difference": _integrated_gradients(integrated),
+        "answer difference, squared": squared,
+        "answer difference, squared, fused": fused(squared),
+        "occlusion of the logit difference": _occlusion(occluded, _logit_difference),
+        "occlusion of the KL divergence": _occlusion(occluded, _kl_divergence),
         "edges": _fixed(edges),
         "random": _fixed(lambda x: torch.rand(x[:, 0].shape, generator=generator).to(x.device)),
     }
@@ -88,6 +89,28 @@ def fused_explainers(images: Tensor, labels: Tensor, embeddings: Tensor, seed: i
     names = ["unexplained", "unexplained, answer alone", "UniCAM", "UniCAM hires", "feature energy"]
     names += ["feature energy, by class", "Grad-CAM difference", "HiResCAM difference", "HiResCAM difference, window"]
     return {f"{name}, fused": fused(whole[name]) for name in [*names, "answer difference, squared"]}
+
+
+class _Kept:
+    """A function of networks, images and labels, which keeps what it found for the latest images: explainers that
+    share a part, or a network, do not compute it twice."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.latest: tuple[Any, ...] = ()
+        self.found: dict[tuple[nn.Module, ...], tuple[Any, Any]] = {}
+
+    def __call__(self, *networks_and_data: Any) -> Any:
+        *networks, x, y = networks_and_data
+        latest = (x, y, *(0 if data.is_inference() else data._version for data in (x, y)))
+        if not self.latest or any(a is not b for a, b in zip(self.latest, latest, strict=True)):
+            self.latest, self.found = latest, {}
+        marks = [weights_mark(network) for network in networks]
+        before, found = self.found.get((*networks,), (None, None))
+        if before != marks:
+            found = self.function(*networks, x, y)
+            self.found[*networks,] = marks, found
+        return found
 
 
 class _WithReference:
@@ -103,10 +126,10 @@ class _WithReference:
             self.latest = Reference(student, base, self.images)
         return self.latest
 
-    def unexplained(self, power: int = 1, **settings: Any) -> Explainer:
+    def unexplained(self, **settings: Any) -> Explainer:
         def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
             maps = unexplained(self.reference(student, base), x, **settings)
-            return Maps(**{d: {s: m**power for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
+            return Maps(maps.distilled, maps.residual)
 
         return explain
 
@@ -203,14 +226,30 @@ def fused(explain: Explainer) -> Explainer:
     return explain_fused
 
 
-def _integrated_gradients(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+def _to_the_square(explain: Explainer) -> Explainer:
+    def explain_squared(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        maps = explain(student, base, x, y)
+        return Maps(**{d: {s: m.square() for s, m in getattr(maps, d).items()} for d in DIRECTIONS})
+
+    return explain_squared
+
+
+def _mean_gradients(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Gradients of the logit of the class, mean over steps from a grey image to the image: (n, c, h, w)."""
+    return sum(logit_gradients(network, x * (step + 0.5) / STEPS, y) for step in range(STEPS)) / STEPS  # type: ignore
+
+
+def _integrated_gradients(mean_gradients: Callable[..., Tensor]) -> Explainer:
     """Integrated gradients (Sundararajan et al. 2017) of the difference of the two networks' logits of the class, from
     a grey image, summed over channels and averaged over the window of `unexplained`."""
-    steps = [x * (step + 0.5) / STEPS for step in range(STEPS)]
-    of_student, of_base = (sum(logit_gradients(network, at, y) for at in steps) / STEPS for network in (student, base))
-    names, maps = stages(student, x[:1]), (x * (of_student - of_base)).sum(1)
-    both = [_smoothed({"input": m})["input"] for m in (maps, -maps)]
-    return Maps(*(dict.fromkeys(names, m) for m in both))
+
+    def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        of_student, of_base = (mean_gradients(network, x, y) for network in (student, base))
+        names, maps = stages(student, x[:1]), (x * (of_student - of_base)).sum(1)
+        both = [_smoothed({"input": m})["input"] for m in (maps, -maps)]
+        return Maps(*(dict.fromkeys(names, m) for m in both))
+
+    return explain
 
 
 def _squared_difference(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
@@ -240,42 +279,31 @@ def _kl_divergence(explained: Tensor, given: Tensor, labels: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-class _Occlusion:
+def _occlusion(answers: Callable[..., Tensor], value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Explainer:
     """Occlusion (Zeiler & Fergus 2014): how much a value of both networks' answers falls when a window of the image is
-    covered by grey. Pixels get the mean over the windows that cover them. The answers for the latest images are kept.
+    covered by grey. Pixels get the mean over the windows that cover them.
+
+    Args:
+        answers: :func:`_occluded_answers`.
+        value: Function of the logits of the explained network, those of the other, (windows, n, classes), and labels.
     """
 
-    def __init__(self) -> None:
-        self.latest: tuple[Any, ...] = ()
-        self.answers: list[Tensor] = []
+    def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
+        labels, names = class_indices(y), stages(student, x[:1])
+        windows, logits = _windows(x), [answers(network, x, y) for network in (student, base)]
+        found = []
+        for explained, given in DIRECTIONS.values():
+            values = value(logits[explained], logits[given], labels)  # the first is not covered
+            falls = values[0] - values[1:]
+            found.append((torch.einsum("wn,whv->nhv", falls, windows) / windows.sum(0)).relu())
+        return Maps(*(dict.fromkeys(names, maps) for maps in found))
 
-    def explain(self, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Explainer:
-        """The explainer for ``value(logits of the explained network, of the other, labels)``, where logits are
-        (windows, n, classes)."""
+    return explain
 
-        def explain(student: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> Maps:
-            labels, names = class_indices(y), stages(student, x[:1])
-            windows, logits = _windows(x), self._answers(student, base, x)
-            found = []
-            for explained, given in DIRECTIONS.values():
-                values = value(logits[explained], logits[given], labels)  # the first is not covered
-                falls = values[0] - values[1:]
-                found.append((torch.einsum("wn,whv->nhv", falls, windows) / windows.sum(0)).relu())
-            return Maps(*(dict.fromkeys(names, maps) for maps in found))
 
-        return explain
-
-    def _answers(self, student: nn.Module, base: nn.Module, x: Tensor) -> list[Tensor]:
-        """Logits (1 + windows, n, classes) of student and base."""
-        key = (student, base, x, weights_mark(student), weights_mark(base), 0 if x.is_inference() else x._version)
-        same = self.latest and all(a is b for a, b in zip(self.latest[:3], key[:3], strict=True))
-        if not same or self.latest[3:] != key[3:]:
-            hidden = [x * (1 - window) for window in _windows(x)]
-            self.answers = [
-                torch.stack([logits_to(network, images) for images in (x, *hidden)]) for network in (student, base)
-            ]
-            self.latest = key
-        return self.answers
+def _occluded_answers(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Logits (1 + windows, n, classes) for the images, and for the images with each window covered."""
+    return torch.stack([logits_to(network, images) for images in (x, *(x * (1 - window) for window in _windows(x)))])
 
 
 def _windows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 from kdx.data.folders import UNKNOWN
@@ -202,9 +203,7 @@ def localisation(maps: Tensor, masks: Tensor, target: int, others: int) -> dict[
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1 within each row of (n, m), float64; equal values have their mean rank."""
-    order = values.sort(1).values
-    below, upto = (torch.searchsorted(order, values, side=side) for side in ("left", "right"))
-    return (below + upto + 1).double() / 2
+    return torch.from_numpy(stats.rankdata(values.cpu().numpy(), axis=1)).to(values.device)
 
 
 def _on_pixels(maps: Tensor, truth: Tensor, signed: bool = False) -> Tensor:

@@ -23,7 +23,7 @@ from kdx.networks.capture import activations
 from kdx.networks.stages import stages
 from kdx.networks.vision_transformers import to_grid
 
-AT_ONCE = 2**20  # interpolated values in memory
+AT_ONCE = 2**20  # interpolated values, or counts, in memory
 
 
 class Maps:
@@ -216,12 +216,6 @@ class Segments:
     areas: Tensor
     annotated: Tensor
 
-    def __len__(self) -> int:
-        return len(self.of_pixel)
-
-    def __getitem__(self, rows: Tensor) -> Segments:
-        return Segments(*(part[rows] for part in vars(self).values()))
-
 
 def segment(masks: Tensor, annotated: Tensor, concepts: int, shape: Sequence[int]) -> Segments:
     """The segments of masks, integers (n, layers, h, w) of 0 to ``concepts``, of which ``shape`` gives h and w.
@@ -293,30 +287,34 @@ class Tally:
             orders: int64 (1 + permutations, m): of each image, the one in the batch whose masks it meets.
             rows: int64 (m,), the images' places in the probe.
         """
-        m = len(rows)
+        m, count = len(rows), segments.members.shape[2]
         size = (hits.image * self.units + hits.unit).bincount(minlength=m * self.units).view(m, 1, self.units)
         self.sizes += size.sum((0, 1))
-        for i, order in enumerate(orders):
-            masks = segments[order]
-            both = self._product(hits, masks, m)
-            entering = masks.annotated[:, :, None]
+        for part in torch.arange(len(orders)).split(max(1, AT_ONCE // max(m * count * self.units, len(hits.image), 1))):
+            order = orders[part]  # (p, m)
+            concepts = segments.concepts[order]  # (p, m, c)
+            both = self._product(hits, segments, order)
+            entering = segments.annotated[order][..., None]
             if self.lite:
-                kinds = torch.cat([torch.tensor([-1]), self.probe.category_of])[masks.concepts]
-                of_category = torch.arange(len(self.probe.categories))[:, None] == kinds[:, None]
+                kinds = torch.cat([torch.tensor([-1]), self.probe.category_of])[concepts]
+                of_category = torch.arange(len(self.probe.categories))[:, None] == kinds[..., None, :]
                 entering = (of_category.float() @ both > 0).float()
             areas = size * entering
-            self.intersections[i].index_add_(0, masks.concepts.flatten(), both.flatten(0, 1).double())
-            self.areas[i] += areas.double().sum(0)
-            if i == 0:
-                self._keep(both, masks.concepts, areas, rows)
+            places = part[:, None, None] * self.intersections.shape[1] + concepts
+            flat = self.intersections.view(-1, self.units)
+            flat.index_add_(0, places.flatten(), both.view(-1, self.units).double())
+            self.areas[part] += areas.double().sum(1)
+            if part[0] == 0:
+                self._keep(both[0], concepts[0], areas[0], rows)
 
-    def _product(self, hits: Hits, masks: Segments, m: int) -> Tensor:
-        """Pixels that a concept of an image shares with a unit: float32 (m, concepts of the image, k)."""
-        count = masks.members.shape[2]
-        segments = masks.of_pixel[hits.image, hits.pixel]
-        places = (hits.image * count + segments) * self.units + hits.unit
-        pixels = torch.zeros(m * count * self.units).scatter_add_(0, places, torch.ones(len(places)))
-        return masks.members @ pixels.view(m, count, self.units)
+    def _product(self, hits: Hits, segments: Segments, order: Tensor) -> Tensor:
+        """Pixels that a concept of an image's partner in ``order`` (p, m) shares with a unit: float32 (p, m, c, k)."""
+        (p, m), count = order.shape, segments.members.shape[2]
+        found = segments.of_pixel[order[:, hits.image], hits.pixel]  # (p, hits)
+        places = (torch.arange(p)[:, None] * m + hits.image) * count + found
+        pixels = torch.zeros(p * m * count * self.units)
+        pixels.scatter_add_(0, (places * self.units + hits.unit).flatten(), torch.ones(found.numel()))
+        return segments.members[order] @ pixels.view(p, m, count, self.units)
 
     def _keep(self, both: Tensor, concepts: Tensor, areas: Tensor, rows: Tensor) -> None:
         both = both * (concepts > 0)[:, :, None]
