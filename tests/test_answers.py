@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import kdx
 from kdx.distil import answers as module
@@ -59,9 +60,28 @@ def test_of_two_that_ask_at_once_one_waits_for_the_other(run, shapes16, home, mo
     assert torch.equal(found[0].logits, first.logits)
 
 
-def test_damaged_answers_are_named(run, shapes16, home):
+@pytest.mark.parametrize("damage", ["bytes", "lengths", "shape", "type"])
+def test_damaged_answers_are_named(run, shapes16, home, damage):
     kdx.answers(run, shapes16["test"], "cpu")
     (path,) = (home / "answers").iterdir()
-    path.write_bytes(b"damaged")
+    images, logits = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(3, 10)
+    stored = {
+        "bytes": b"damaged",
+        "lengths": save({"images": images, "logits": logits[:2]}),
+        "shape": save({"images": images, "logits": logits[:, 0].clone()}),
+        "type": save({"images": images.int(), "logits": logits}),
+    }
+    path.write_bytes(stored[damage])
     with pytest.raises(ValueError, match=f"the stored answers {path} are damaged .* delete that file"):
         kdx.answers(run, shapes16["test"], "cpu")
+
+
+def test_answers_to_images_of_any_layout_shape_or_number(run, shapes16):
+    test = shapes16["test"]
+    first = kdx.answers(run, test, "cpu").logits
+    other = replace(test, images=test.images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(kdx.answers(run, other, "cpu").logits, first)
+    wide = replace(test, images=test.images.view(len(test), 3, 8, 32))  # the same bytes
+    torch.testing.assert_close(kdx.answers(run, wide, "cpu").logits, kdx.evaluate(run.model, wide, "cpu").logits)
+    twice = test[torch.tensor([0, 1, 0])]
+    assert torch.equal(kdx.answers(run, twice, "cpu").logits, first[[0, 1, 0]])

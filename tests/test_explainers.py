@@ -116,3 +116,19 @@ def test_what_explainers_share_is_computed_once():
     calls.clear()
     named["answer difference, squared, fused"](one, base, x, y)
     assert base not in calls
+
+
+@pytest.mark.parametrize("name", ["unexplained", "answer difference, squared", "occlusion of the KL divergence"])
+def test_what_is_kept_is_that_of_the_images_and_not_changed_by_callers(name):
+    networks = [kdx.build("resnet10", 3, "small", 0.125, seed=i) for i in range(2)]
+    x = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(12) % 3
+    fresh = lambda: explainers(x, y, torch.eye(3))[name]  # noqa: E731
+    shown = x[:2].clone()
+    explain, expected = fresh(), fresh()(*networks, shown, y[:2]).distilled["L3"]
+    explain(*networks, shown, y[:2]).distilled["L3"].zero_()
+    assert torch.equal(explain(*networks, shown, y[:2]).distilled["L3"], expected)
+    shown.numpy()[:] *= 0.5  # which no version tells
+    changed = explain(*networks, shown, y[:2]).distilled["L3"]
+    assert torch.equal(changed, fresh()(*networks, shown, y[:2]).distilled["L3"])
+    assert not torch.allclose(changed, expected)

@@ -203,7 +203,7 @@ def localisation(maps: Tensor, masks: Tensor, target: int, others: int) -> dict[
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1 within each row of (n, m), float64; equal values have their mean rank."""
-    return torch.from_numpy(stats.rankdata(values.cpu().numpy(), axis=1)).to(values.device)
+    return torch.from_numpy(stats.rankdata(values.detach().cpu().numpy(), axis=1)).to(values.device)
 
 
 def _on_pixels(maps: Tensor, truth: Tensor, signed: bool = False) -> Tensor:

@@ -287,10 +287,11 @@ class Tally:
             orders: int64 (1 + permutations, m): of each image, the one in the batch whose masks it meets.
             rows: int64 (m,), the images' places in the probe.
         """
-        m, count = len(rows), segments.members.shape[2]
+        m, (widest, count) = len(rows), segments.members.shape[1:]
+        at_once = AT_ONCE // max(m * count * max(self.units, widest), len(hits.image), 1)
         size = (hits.image * self.units + hits.unit).bincount(minlength=m * self.units).view(m, 1, self.units)
         self.sizes += size.sum((0, 1))
-        for part in torch.arange(len(orders)).split(max(1, AT_ONCE // max(m * count * self.units, len(hits.image), 1))):
+        for part in torch.arange(len(orders)).split(max(1, at_once)):
             order = orders[part]  # (p, m)
             concepts = segments.concepts[order]  # (p, m, c)
             both = self._product(hits, segments, order)
