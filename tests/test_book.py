@@ -220,13 +220,20 @@ def test_book_pages_in_a_browser(site, browser):
     """Every page: no request to another host, every image loaded and described, no table that is cut off beside the one
     that can be sorted, no script error; every page of the book has no serious barrier by the rules of axe-core for
     WCAG 2, beside formulas, which take it minutes."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
     axe = pytest.importorskip("axe_core_python")
     rules = (Path(axe.__file__).parent / "axe.min.js").read_text()
     address, pages = site
     assert len(pages) >= 8
+    here = WebDriverWait(
+        browser, 60, ignored_exceptions=[WebDriverException]
+    )  # a redirection would end the next script
     seen, tables, barriers, cut = 0, 0, [], []
     for page in pages:
         browser.get(address + page)
+        here.until(lambda b: b.execute_script("return !document.querySelector('meta[http-equiv=refresh i]')"))
         browser.execute_async_script(  # lazy images too; MathJax has run where there is math
             "const done = arguments[0]; document.querySelectorAll('img').forEach(i => i.loading = 'eager');"
             "const math = (window.MathJax && MathJax.startup) ? MathJax.startup.promise : Promise.resolve();"
