@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NOT_YET = {  # roles that are declared, and shipped when they are trained
     "smoothing", "smoothed teacher", *(f"response from smoothed teacher, T {t:g}" for t in shipped.TEMPERATURES),
 }  # fmt: skip
-STILL = {"alp": (3,), "prior": (3,), "self-supervised": (2, 3)}  # these are here in the other folds
+STILL = {"self-supervised": (2, 3)}  # these are here in the other folds
 OTHER_FOLDS = {(f"{name}, resnet10@0.125", fold) for name, folds in STILL.items() for fold in folds}
 TINY = kdx.Recipe(epochs=1, batch_size=20, lr=0.1, sizes=(1.0,))
 
