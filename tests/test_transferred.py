@@ -5,7 +5,7 @@ import torch
 
 import kdx
 from kdx.explain.regression import FitWarning
-from kdx.explain.transferred import PARTS
+from kdx.explain.transferred import PARTS, answered_strength
 from tests.networks import LAYERS, Colours, Small, blots
 
 ALL = {f"layers_{name}": LAYERS for name in ("student", "base", "teacher")}
@@ -200,6 +200,14 @@ def test_strength_of_one_output_is_that_of_two():
 
     reference = kdx.Reference(Sums(1.0, 0.5), Sums(1.0, 0.0), x, teacher=Sums(1.0, 1.0), **ALL)
     assert kdx.transferred_strength(reference).mean == pytest.approx(0.5, abs=0.01)
+
+
+def test_strength_of_answers_is_that_of_their_networks():
+    reference = reference_of((0, 1), (0,), (0, 1), n=60)
+    logits = reference.answers_of(*reference.inputs)
+    assert answered_strength(*logits).mean == pytest.approx(kdx.transferred_strength(reference).mean, abs=1e-9)
+    with pytest.raises(ValueError, match="expected answers to the student's 60 images, got 59; ask it again"):
+        answered_strength(logits[0], logits[1][:59], logits[2])
 
 
 def test_a_teacher_with_the_answers_of_the_base_has_no_strength():

@@ -54,7 +54,8 @@ def _read(path: Path) -> dict[bytes, Tensor]:
         stored = load_file(path)
         images, logits = stored["images"], stored["logits"]
         if images.dtype != torch.uint8 or images.ndim != 2 or logits.ndim != 2 or len(images) != len(logits):
-            raise ValueError(f"images {tuple(images.shape)} and logits {tuple(logits.shape)}")
+            shapes = f"{tuple(images.shape)} and {tuple(logits.shape)}"
+            raise ValueError(f"expected images uint8 (n, 32) and logits (n, classes), got {images.dtype} {shapes}")
         return dict(zip(map(bytes, images.numpy()), logits, strict=True))
     except FileNotFoundError:
         return {}

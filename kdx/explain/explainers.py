@@ -243,7 +243,7 @@ def _to_the_square(explain: Explainer) -> Explainer:
 
 def _mean_gradients(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Gradients of the logit of the class, mean over steps from a grey image to the image: (n, c, h, w)."""
-    return sum(logit_gradients(network, x * (step + 0.5) / STEPS, y) for step in range(STEPS)) / STEPS  # type: ignore
+    return torch.stack([logit_gradients(network, x * (step + 0.5) / STEPS, y) for step in range(STEPS)]).mean(0)
 
 
 def _integrated_gradients(mean_gradients: Callable[..., Tensor]) -> Explainer:

@@ -188,6 +188,10 @@ def answered_strength(student: Tensor, base: Tensor, teacher: Tensor, *, folds: 
     """:func:`transferred_strength` from logits (n, classes) of the three networks for the same images."""
     if student.shape != teacher.shape:
         raise ValueError(f"teacher: expected the {student.shape[1]} classes of the student, got {teacher.shape[1]}")
+    if len(base) != len(student):
+        raise ValueError(
+            f"base: expected answers to the student's {len(student)} images, got {len(base)}; ask it again"
+        )
     _check_folds(folds, len(student))
     of, base, teacher = (centre_logits(z.double()) for z in (student, base, teacher))
     both = torch.cat([base, -base], 1) / 2 if base.shape[1] == 1 else base  # one output stands for two classes
