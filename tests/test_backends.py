@@ -1,3 +1,4 @@
+import itertools
 import os
 from dataclasses import replace
 
@@ -5,7 +6,9 @@ import joblib
 import pytest
 import torch
 
+import kdx
 from kdx import Recipe, cross_fit
+from kdx.distil import fit
 from kdx.distil.backends import announce, check_cluster, fit_all
 from kdx.distil.fit import Job
 from kdx.progress import TERMINAL
@@ -50,8 +53,21 @@ def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_t
     assert not capsys.readouterr().out  # a few steps
     monkeypatch.setattr(Job, "seconds_expected", lambda self: 75.0)
     long = replace(job, recipe=Recipe(epochs=300, batch_size=16))
-    announce([long, replace(long, seed=1)])
-    assert capsys.readouterr().out == "Training 2 networks: about 2 minutes here. What is finished is kept.\n"
+    untrained = replace(long, recipe=Recipe(epochs=0, batch_size=16))
+    announce([long, untrained, replace(long, seed=1)])
+    assert capsys.readouterr().out == "Training 3 networks: about 2 minutes here. What is finished is kept.\n"
+
+
+def test_steps_of_fitting_are_announced_as_passes_of_the_teacher(monkeypatch, one_thread, small):
+    clock = itertools.count()
+    monkeypatch.setattr(fit.time, "perf_counter", lambda: next(clock))  # whatever is timed takes one second
+    guide = kdx.fit("resnet10@0.125", small, small, recipe=Recipe(epochs=0, batch_size=16), device="cpu")
+    recipe = Recipe(epochs=2, batch_size=16)
+    plain = Job("resnet10@0.0625", small, small, "response", guide, recipe, device="cpu")
+    fitted = replace(plain, technique="self-supervised", settings={"self_supervised_epochs": 3})
+    steps = len(small) // 16
+    assert plain.seconds_expected() == steps * 2 * 2
+    assert fitted.seconds_expected() == steps * (3 + 2 * 2)
 
 
 def test_a_cluster_is_named_by_its_address_or_file(tmp_path, monkeypatch, small):

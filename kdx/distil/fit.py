@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -198,29 +198,43 @@ class Job:
     @property
     def steps(self) -> int:
         """Batches of the whole training, and of what its techniques fit to the teacher before."""
-        epochs = self.recipe.epochs and self.recipe.epochs + sum(part.fitting_epochs for part in self.parts)
+        epochs = self.recipe.epochs and self.recipe.epochs + self._fitting_epochs
         return epochs * (len(self.train) // self.recipe.batch_size)
 
+    @property
+    def _fitting_epochs(self) -> int:
+        return sum(part.fitting_epochs for part in self.parts)
+
     def seconds_expected(self) -> float:
-        """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps."""
+        """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps.
+
+        In steps of fitting, only the teacher runs.
+        """
         device, recipe = pick_device(self.device), self.recipe
         student = models.build(**self.architecture, seed=0).to(device).train()
         teacher = copy.deepcopy(self.teacher.model).to(device).eval() if self.teacher else nn.Identity()
         x = torch.zeros(recipe.batch_size, *self.train.card.size, device=device)
-        x = torch.cat([x, *(part.views(x) for part in self.parts)])
+        x = resize(torch.cat([x, *(part.views(x) for part in self.parts)]), 1.0)
 
-        def spent(scale: float) -> float:
+        @torch.no_grad()
+        def guide() -> None:
+            teacher(x)
+
+        def learn(scale: float) -> None:
+            student(resize(x, scale)).float().sum().backward()
+
+        def spent(step: Callable[[], object]) -> float:
             for _ in range(2):  # the first warms up
                 start = time.perf_counter()
                 with autocast(device), sound_kernels(student):
-                    with torch.no_grad():
-                        teacher(x)
-                    student(resize(x, scale)).float().sum().backward()
+                    step()
                     float(x.sum())  # waits for the device
             return time.perf_counter() - start
 
-        each = {scale: spent(scale) for scale in set(recipe.sizes)}
-        return self.steps * sum(each[scale] for scale in recipe.sizes) / len(recipe.sizes)
+        guided = spent(guide)
+        learned = {scale: spent(partial(learn, scale)) for scale in set(recipe.sizes)}
+        each = guided + sum(learned[scale] for scale in recipe.sizes) / len(recipe.sizes)
+        return len(self.train) // recipe.batch_size * (self._fitting_epochs * guided + recipe.epochs * each)
 
     def run(self) -> Run:
         """Train, and store the run; if another process is at it, wait for its run."""
