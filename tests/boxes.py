@@ -22,10 +22,10 @@ def squares(n=8, size=(64, 96), seed=0):
     return Detection(images, tuple(boxes), tuple(labels), DetectionCard("squares", "Squares", ("red", "green")))
 
 
-def voc_object(name, *corners):
+def voc_object(name, *corners, difficult=0):
     sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
     box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
-    return f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 
 
 def write_voc(folder, images, sets=None):

@@ -148,6 +148,17 @@ def test_coco_gives_the_same_as_voc(tmp_path):
     assert found[0].objects == (("cell", (2.0, 3.0, 12.0, 13.0)),)
 
 
+def test_crowds_of_coco_and_difficult_objects_of_voc_are_set_apart(tmp_path):
+    hard = voc_object("plate", 0, 0, 40, 30, difficult=1)
+    write_voc(tmp_path / "voc", {"a": (40, 30, [GOOD, hard])})
+    coco(tmp_path / "coco", [[2, 3, 10, 10], {"bbox": [0, 0, 40, 30], "iscrowd": 1}])
+    for layout, name in (("voc", "plate"), ("coco", "cell")):
+        (found,), refused = read_annotations(tmp_path / layout)
+        assert refused == {}
+        assert found.objects == (("cell", (2.0, 3.0, 12.0, 13.0)),)
+        assert found.ignored == ((name, (0.0, 0.0, 40.0, 30.0)),)
+
+
 def test_coco_beside_the_images_and_one_folder_deeper(tmp_path):
     coco(tmp_path / "archive", [[2, 3, 10, 10]], "valid", "_annotations.coco.json")
     coco(tmp_path / "archive", [[2, 3, 10, 10]], "train", "_annotations.coco.json")
@@ -161,7 +172,7 @@ def test_coco_beside_the_images_and_one_folder_deeper(tmp_path):
      ([2, 3, 10], "expected a bbox of left, top, width, height"), ([2, 3, None, 10], "expected a finite number"),
      ({"bbox": [2, 3, 10, 10], "category_id": 9}, "unknown class"),
      ({"bbox": [2, 3, 10, 10], "image_id": 8}, "of an image that is not there"),
-     ({"bbox": [2, 3, 10, 10], "iscrowd": 1}, "a crowd")],
+     ({"bbox": [35, 3, 10, 10], "iscrowd": 1}, "not inside")],
 )  # fmt: skip
 def test_one_hostile_annotation_of_coco_is_refused(tmp_path, entry, reason):
     coco(tmp_path, [[2, 3, 10, 10], entry])

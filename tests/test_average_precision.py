@@ -71,6 +71,19 @@ def test_pseudo_values_are_those_of_the_jackknife():
     assert kdx.average_precision(TRUTH, detections, blocks=9).blocks == 6
 
 
+def test_crowds_are_ignored_as_in_coco():
+    """A red false alarm comes first, of which precision is 1/2, 2/3, 3/4; in a crowd it does not count."""
+    alarm = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([2.0])}
+    detections = [*found()[:5], alarm]
+    assert ap(detections).value == pytest.approx((1 + 3 / 4) / 2)
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    crowds = [*[empty] * 5, {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([0])}]
+    truth = replace(TRUTH, ignored=tuple(crowds))
+    assert ap(detections, truth=truth).value == 1
+    assert ap(found(), truth=truth).value == 1  # a crowd need not be found
+    assert truth.fingerprint != TRUTH.fingerprint
+
+
 def test_classes_without_boxes_play_no_part():
     truth = replace(TRUTH, card=replace(TRUTH.card, classes=("red", "green", "blue")))
     assert ap(found(), truth=truth).value == 1

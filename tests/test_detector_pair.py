@@ -44,6 +44,11 @@ def test_labels_number_the_outputs_and_may_hold_background(given, folder, tmp_pa
     (tmp_path / "names.txt").write_text("__background__\nred\ngreen\n")
     pair = read_detectors(given(3) | {"labels": str(tmp_path / "names.txt")}, folder)
     assert [of.tolist() for of in pair.images.labels[:2]] == [[2], [1]]
+    assert not any("difficult" in caveat for caveat in pair.caveats)
+    write_voc(folder, {"00": (96, 64, [voc_object("green", 8, 8, 40, 40), voc_object("red", 0, 0, 9, 9, difficult=1)])})
+    pair = read_detectors(given(3) | {"labels": str(tmp_path / "names.txt")}, folder)
+    assert pair.images.ignored[0]["labels"].tolist() == [1]
+    assert any(caveat.startswith("1 object is marked as a crowd or as difficult") for caveat in pair.caveats)
     with pytest.raises(ValueError, match=r"names of the 3 outputs of the student in order \(--labels.* got 2"):
         read_detectors(given(3), folder)
     (tmp_path / "names.txt").write_text("red\nblue\nviolet\n")

@@ -32,6 +32,7 @@ class Annotated:
         split: ``"train"`` or ``"test"``; empty if the folder does not say.
         size: Width and height in pixels, of which the boxes tell.
         objects: Class and box of each.
+        ignored: The same, of crowds of COCO and difficult objects of VOC: whether they are found does not count.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Annotated:
     split: str
     size: tuple[int, int]
     objects: tuple[tuple[str, Box], ...]
+    ignored: tuple[tuple[str, Box], ...] = ()
 
 
 def read_annotations(folder: Path, classes: Sequence[str] = ()) -> tuple[list[Annotated], dict[str, str]]:
@@ -103,18 +105,21 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
             refused[file] = one_line(reason)
             continue
         width, height = map(int, size)
-        objects = []
+        objects: list[tuple[str, Box]] = []
+        ignored: list[tuple[str, Box]] = []
         for i, thing in enumerate(root.iter("object"), 1):
             try:
                 corners = [_number(thing.findtext(f"bndbox/{side}")) for side in SIDES]
-                objects.append(_checked((thing.findtext("name") or "").strip(), corners, (width, height), classes))
+                kind = ignored if (thing.findtext("difficult") or "").strip() == "1" else objects
+                kind.append(_checked((thing.findtext("name") or "").strip(), corners, (width, height), classes))
             except ValueError as reason:
                 refused[f"{file}, object {i}"] = one_line(reason)
         if split_of and path.stem not in split_of:
             refused[file] = "in no list of ImageSets/Main"
             continue
         split = split_of.get(path.stem, "")
-        yield Annotated(image, printable(image.relative_to(folder)), split, (width, height), tuple(objects))
+        file = printable(image.relative_to(folder))
+        yield Annotated(image, file, split, (width, height), tuple(objects), tuple(ignored))
     for stem in sorted(split_of.keys() - {path.stem for path in (folder / "Annotations").glob("*.xml")}):
         refused[f"ImageSets/Main, {printable(stem)}"] = "in a list, without a file in Annotations"
 
@@ -189,6 +194,7 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
         content, file = _json(path), printable(path.relative_to(folder))
         names: dict[int | str, str] = {}
         objects: dict[int | str, list[tuple[str, Box]]] = {}
+        ignored: dict[int | str, list[tuple[str, Box]]] = {}
         sizes: dict[int | str, tuple[int, int]] = {}
         images: dict[int | str, Path] = {}
         for entry in content["categories"]:
@@ -202,21 +208,21 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
                 if not all(side >= 1 and side.is_integer() for side in size):
                     raise ValueError(f"expected a size in whole pixels, got {size}")
                 images[key] = _image(place, str(entry.get("file_name")), "")
-                sizes[key], objects[key] = (int(size[0]), int(size[1])), []
+                sizes[key], objects[key], ignored[key] = (int(size[0]), int(size[1])), [], []
         for entry in content["annotations"]:
             with _refusing(refused, f"{file}, annotation", entry):
                 if (key := _id(entry.get("image_id"))) not in images:
                     raise ValueError(f"of an image that is not there ({key!r})")
-                if entry.get("iscrowd"):
-                    raise ValueError("a crowd, not one object")
                 box = entry.get("bbox")
                 if not isinstance(box, list) or len(box) != 4:
                     raise ValueError(f"expected a bbox of left, top, width, height, got {box!r}")
                 left, top, width, height = map(_number, box)
                 name = names.get(_id(entry.get("category_id")), "")
-                objects[key].append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
+                of = (ignored if entry.get("iscrowd") else objects)[key]
+                of.append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
         for key, image in images.items():
-            yield Annotated(image, printable(image.relative_to(folder)), split, sizes[key], tuple(objects[key]))
+            name = printable(image.relative_to(folder))
+            yield Annotated(image, name, split, sizes[key], tuple(objects[key]), tuple(ignored[key]))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from kdx.data.annotations import Annotated, find_annotated, read_annotations
+from kdx.data.annotations import Annotated, Box, find_annotated, read_annotations
 from kdx.data.decoding import decode
 from kdx.data.download import download, unpack
 from kdx.data.folders import WORKERS, RefusedError
@@ -87,6 +87,8 @@ class Detection:
         labels: Of each image, int64 (m,).
         card: What is known of the dataset.
         refused: Annotation or image -> why it is not here.
+        ignored: Of each image ``boxes`` and ``labels``, as above, of crowds of COCO and difficult objects of VOC; () if
+            there are none. Detections there count neither as right nor as wrong. In training they are background.
     """
 
     images: Tensor = field(repr=False)
@@ -94,6 +96,7 @@ class Detection:
     labels: tuple[Tensor, ...] = field(repr=False)
     card: DetectionCard = field(repr=False)
     refused: dict[str, str] = field(default_factory=dict, repr=False)
+    ignored: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,6 +114,8 @@ class Detection:
         digest = hashlib.sha256(fingerprint(self.images, torch.cat(self.labels)).encode())
         for boxes in self.boxes:
             digest.update(boxes.numpy().tobytes() + b";")
+        for one in self.ignored:
+            digest.update(one["labels"].numpy().tobytes() + one["boxes"].numpy().tobytes() + b";")
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -124,6 +129,7 @@ class Detection:
             images=self.images[rows],
             boxes=tuple(self.boxes[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
+            ignored=tuple(self.ignored[i] for i in chosen) if self.ignored else (),
         )
 
 
@@ -152,7 +158,7 @@ def load_detection(name: str, split: str, size: tuple[int, int] = (192, 256), cl
         raise ValueError(f"split: expected train or test, got {split!r}")
     card, folder = _find(name)
     annotated, refused = read_annotations(folder, classes or card.classes)
-    names = tuple(classes or card.classes) or tuple(sorted({thing for one in annotated for thing, _ in one.objects}))
+    names = tuple(classes or card.classes) or _marked(annotated)
     chosen = [one for one in annotated if (one.split or _hashed_split(one.file)) == split]
     if not any(one.objects for one in chosen):
         raise _no_boxes(f"{name}: no box in the {split} images", refused)
@@ -178,7 +184,7 @@ def read_own_detection(
         DataError: No annotations, or no image or no box that can be used.
     """
     annotated, refused = read_annotations(folder)
-    names = tuple(sorted({thing for one in annotated for thing, _ in one.objects}))
+    names = _marked(annotated)
     chosen = [one for one in annotated if one.split == "test"] or annotated
     if limit is not None and len(chosen) > limit:
         drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:limit]
@@ -193,6 +199,11 @@ def read_own_detection(
     return _decoded(chosen, size, card, refused)
 
 
+def _marked(annotated: Sequence[Annotated]) -> tuple[str, ...]:
+    """The classes that occur, in alphabetical order."""
+    return tuple(sorted({thing for one in annotated for thing, _ in (*one.objects, *one.ignored)}))
+
+
 def _no_boxes(what: str, refused: dict[str, str]) -> DataError:
     return DataError(f"{what} can be used; refused: {dict(list(refused.items())[:3])}")
 
@@ -203,19 +214,26 @@ def _decoded(
     """Images in memory, and the name of each file; those that cannot be decoded are added to ``refused``."""
     with ThreadPoolExecutor(WORKERS) as pool:
         decoded = list(pool.map(lambda one: _fitted(one, size), chosen))
-    images, boxes, labels, files = [], [], [], []
+    images, objects, ignored, files = [], [], [], []
     for one, found in zip(chosen, decoded, strict=True):
         if isinstance(found, RefusedError):
             refused[one.file] = str(found)
             continue
         pixels, scale = found
         images.append(pixels)
-        boxes.append(torch.tensor([box for _, box in one.objects]).float().reshape(-1, 4) * scale)
-        labels.append(torch.tensor([card.classes.index(thing) for thing, _ in one.objects], dtype=torch.int64))
+        objects.append(_scaled(one.objects, scale, card.classes))
+        ignored.append(_scaled(one.ignored, scale, card.classes))
         files.append(one.file)
-    if not sum(map(len, boxes)):
+    if not any(len(one["labels"]) for one in objects):
         raise _no_boxes(f"{card.name}: no box in {len(chosen)} images", refused)
-    return Detection(torch.from_numpy(np.stack(images)), tuple(boxes), tuple(labels), card, refused), files
+    boxes, labels = (tuple(one[part] for one in objects) for part in ("boxes", "labels"))
+    kept = tuple(ignored) if any(len(one["labels"]) for one in ignored) else ()
+    return Detection(torch.from_numpy(np.stack(images)), boxes, labels, card, refused, kept), files
+
+
+def _scaled(marked: Sequence[tuple[str, Box]], scale: float, classes: Sequence[str]) -> dict[str, Tensor]:
+    boxes = torch.tensor([box for _, box in marked]).float().reshape(-1, 4) * scale
+    return {"boxes": boxes, "labels": torch.tensor([classes.index(thing) for thing, _ in marked], dtype=torch.int64)}
 
 
 def _fitted(one: Annotated, size: Sequence[int]) -> tuple[np.ndarray, float] | RefusedError:

@@ -56,7 +56,8 @@ def average_precision(
             images, and None for just as many.
 
     Returns:
-        The mean over classes that occur, with the pseudo-value of each block.
+        The mean over classes that occur, with the pseudo-value of each block. Detections of which enough lies in an
+        ignored box of their class count neither way, as those of crowds in COCO.
 
     Raises:
         ValueError: Another measure, or not one set of detections for each image.
@@ -85,12 +86,17 @@ def _pycocotools() -> tuple[ModuleType, ModuleType]:
 
 
 def judge(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -> Any:
-    """COCO's evaluation of each image and class, as pycocotools has it. Of no detections at all there is none."""
+    """COCO's evaluation of each image and class, as pycocotools has it. Of no detections at all there is none.
+
+    The ids of objects count from 1, in the order of images and of their boxes; those that are ignored follow.
+    """
     coco, cocoeval = _pycocotools()
+    objects = [{"boxes": boxes, "labels": of} for boxes, of in zip(truth.boxes, truth.labels, strict=True)]
     boxes = [
-        {"id": 0, "image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for i, (of_image, labels) in enumerate(zip(truth.boxes, truth.labels, strict=True))
-        for box, label in zip(_left_top_width_height(of_image), labels.tolist(), strict=True)
+        {"image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+        for crowd, kind in enumerate((objects, truth.ignored))
+        for i, one in enumerate(kind)
+        for box, label in zip(_left_top_width_height(one["boxes"]), one["labels"].tolist(), strict=True)
     ]
     detections = [
         [i, *box, score, label]

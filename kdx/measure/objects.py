@@ -29,7 +29,8 @@ class Found(NamedTuple):
 
 def found_objects(truth: Detection, detections: Sequence[Mapping[str, Tensor]], score: float) -> Found:
     """The objects that detections of a score match, as COCO matches them: of the same class, with an intersection over
-    union of 0.5 or more, the highest scores first, and each object once.
+    union of 0.5 or more, the highest scores first, and each object once. A detection that lies by half or more in an
+    ignored box of its class is no false alarm.
 
     Args:
         truth: Images with their boxes.
@@ -48,7 +49,7 @@ def found_objects(truth: Detection, detections: Sequence[Mapping[str, Tensor]], 
         return Found(objects, alarms)
     for of in judge(truth, kept, "AP50").evalImgs:  # of an image and a class
         if of is not None:
-            matched = of["gtMatches"][0] > 0
+            matched = (of["gtMatches"][0] > 0) & (of["gtIgnore"] == 0)
             objects[np.array(of["gtIds"], int)[matched] - 1] = True
             alarms[of["image_id"]] += int((of["dtMatches"][0] == 0).sum())
     return Found(objects, alarms)

@@ -138,6 +138,9 @@ def read_detectors(
             f"{len(images.refused):,} annotations or images were refused, such as {what}: {why}. "
             "What is detected of a refused object counts as a false alarm."
         )
+    if count := sum(len(one["labels"]) for one in images.ignored):
+        marked = "1 object is marked as a crowd" if count == 1 else f"{count:,} objects are marked as crowds"
+        caveats.append(f"{marked} or as difficult: what is detected there counts neither as found nor as false alarm.")
     if not size:
         height, width = images.size
         caveats.append(f"The detectors were given images of {width} x {height} pixels (--size).")
@@ -182,7 +185,8 @@ def _renamed(images: Detection, names: Sequence[str], outputs: int) -> Detection
         )
     place = torch.tensor([names.index(name) for name in images.classes])
     labels = tuple(place[of] for of in images.labels)
-    return replace(images, labels=labels, card=replace(images.card, classes=tuple(names)))
+    ignored = tuple({**one, "labels": place[one["labels"]]} for one in images.ignored)
+    return replace(images, labels=labels, ignored=ignored, card=replace(images.card, classes=tuple(names)))
 
 
 def _found(network: nn.Module, images: Tensor, role: str) -> list[dict[str, Tensor]]:
