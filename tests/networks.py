@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from kdx import Recipe
+
 
 class Small(nn.Module):
     """Three stages of ``width`` channels in a fraction of a second."""
@@ -21,6 +23,13 @@ class Small(nn.Module):
     def forward(self, x):
         x = self.c(self.b(self.a(x).relu()).relu()).relu()
         return x.mean((2, 3))
+
+
+def fit_to_teacher(objective, batches, recipe=None, stepped=lambda: None):
+    """All that adapters learn before the training of the student."""
+    for i, fitter in objective.fitters(recipe or Recipe()).items():
+        for epoch in range(objective.parts[i].fitting_epochs):
+            objective.fit_to_teacher(i, epoch, fitter, batches, stepped)
 
 
 def state(network):

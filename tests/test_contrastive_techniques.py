@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchdistill.losses.mid_level import AuxSSKDLoss, CRDLoss, SSKDLoss
 
-from kdx import Recipe
 from kdx.distil.contrastive_techniques import SelfSupervised, cosines, least_mistaken, originals
 from kdx.distil.technique import Seen
 from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import _Objective
 from kdx.networks import models
-from tests.networks import Small
+from tests.networks import Small, fit_to_teacher
 
 
 def batch(features, labels, rows=None, logits=None, views=None):
@@ -201,7 +200,7 @@ def test_the_teachers_head_is_fitted_to_tell_images_apart():
     objective = _Objective([part], Small(), Small(8, seed=1).eval(), images, rows, seed=0)
     (adapter,) = objective.adapters
     before = copy.deepcopy(adapter.state_dict())
-    objective.fit_to_teacher(lambda: iter([(images, rows)] * 10), Recipe(), lambda: None)
+    fit_to_teacher(objective, lambda: iter([(images, rows)] * 10))
     assert losses[-1] < 0.9 * losses[0]
     moved = {name.partition(".")[0] for name, now in adapter.state_dict().items() if not torch.equal(now, before[name])}
     assert moved == {"teacher"}

@@ -114,7 +114,7 @@ def test_other_teachers_are_refused(teacher, tiny_shapes):
 def test_a_loss_that_is_not_finite_stops_the_training(home):
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         kdx.fit_detector("resnet10@0.0625", squares(), recipe=kdx.Recipe(epochs=2, batch_size=4, lr=1e30), device="cpu")
-    assert list((home / "runs").iterdir()) == []
+    assert not list(home.glob("runs/.*"))
 
 
 def test_detections_are_those_of_the_detector_in_any_batches():

@@ -8,12 +8,11 @@ from torch import nn
 from torchdistill.losses.mid_level import FTLoss
 from torchdistill.models.wrapper import Paraphraser4FactorTransfer, Translator4FactorTransfer
 
-from kdx import Recipe
 from kdx.distil.rebuilding_techniques import _Rebuilder
 from kdx.distil.techniques import TECHNIQUES
 from kdx.distil.training import _Objective
 from kdx.networks import models
-from tests.networks import Small
+from tests.networks import Small, fit_to_teacher
 from tests.techniques import seen
 
 # --- factor -----------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def test_paraphraser_is_fitted_first_and_then_stays():
             losses.append(part.fitting(seen_now, adapter).item())
         return iter([(images, rows)] * 30)
 
-    objective.fit_to_teacher(batches, Recipe(), lambda: steps.append(1))
+    fit_to_teacher(objective, batches, stepped=lambda: steps.append(1))
     assert len(steps) == 90
     assert losses[2] < losses[1] < losses[0]
     fitted = copy.deepcopy(adapter.state_dict())
@@ -96,7 +95,7 @@ def test_a_fitting_that_diverges_is_an_error():
     images, rows = 1e30 * torch.randn(4, 3, 16, 16), torch.arange(4)
     objective = _Objective([TECHNIQUES["factor"]()], student, teacher.eval(), images[:2] * 0, rows, seed=0)
     with pytest.raises(FloatingPointError, match=r"factor: the loss is (nan|inf) when it is fitted to the teacher"):
-        objective.fit_to_teacher(lambda: iter([(images, rows)] * 3), Recipe(), lambda: None)
+        fit_to_teacher(objective, lambda: iter([(images, rows)] * 3))
 
 
 # --- prior ------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_an_edit_retrains_what_it_changes_and_no_more(tmp_path):
     edits = {
         "none": [],
         "harmless": [
-            ("distil/training.py", "steps = len(train)", "# an epoch\n    steps = len(train)"),
+            ("distil/training.py", "self.steps = len(train)", "# an epoch\n        self.steps = len(train)"),
             ("distil/training.py", "expected the same stages in student and teacher", "expected other stages"),
             ("distil/fit.py", "the training loss of", "the loss of"),
             ("distil/logit_techniques.py", "response: expected", "response: wrong alpha or temperature, expected"),

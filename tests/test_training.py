@@ -3,7 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,15 @@ from torch import nn
 
 import kdx
 from kdx import Recipe, fit
+from kdx.distil import fit as fit_module
 from kdx.distil.feature_techniques import InterChannel
 from kdx.distil.fit import Job
 from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques, technique
 from kdx.distil.training import _Objective, train_epochs
 from kdx.networks import models
-from tests.networks import Small
+from kdx.progress import progress
+from tests.networks import Small, fit_to_teacher
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=1, batch_size=16, lr=0.05)
@@ -265,7 +267,7 @@ def test_fitting_is_sgd_whose_learning_rate_is_divided_by_ten_after_each_third()
     objective = _Objective([Slope()], Small(), Small().eval(), images, rows, seed=0)
     weight, velocity = objective.adapters[0].weight.item(), 0.0
     recipe = Recipe(momentum=0.5, weight_decay=0.1)
-    objective.fit_to_teacher(lambda: iter([(images, rows)] * 2), recipe, lambda: None)
+    fit_to_teacher(objective, lambda: iter([(images, rows)] * 2), recipe)
     for lr in (0.5, 0.05, 0.005):
         for _ in range(4):
             velocity = 0.5 * velocity + 1 + 0.1 * weight
@@ -279,7 +281,7 @@ def test_a_joined_technique_is_fitted_as_alone():
     for name in ("factor", "response+factor"):
         objective = _Objective(find_techniques(name, {}), Small(), Small(seed=1).eval(), images, rows, seed=0)
         before = copy.deepcopy(objective.adapters[-1])
-        objective.fit_to_teacher(lambda: iter([(images, rows)] * 2), Recipe(), lambda: None)
+        fit_to_teacher(objective, lambda: iter([(images, rows)] * 2))
         fitted.append(objective.adapters[-1]["paraphraser"])
         assert not torch.equal(fitted[-1][0].weight, before["paraphraser"][0].weight)
         with objective.watching():
@@ -287,53 +289,75 @@ def test_a_joined_technique_is_fitted_as_alone():
     assert all(torch.equal(a, b) for a, b in zip(*(part.parameters() for part in fitted), strict=True))
 
 
-# --- a training of two stages that is killed ----------------------------------------------------
+# --- a training that is killed ------------------------------------------------------------------
 
 
-def two_stages(home, technique, **settings):
-    """A student, and its teacher, of noise."""
+RECIPE = Recipe(epochs=2, batch_size=16, lr=0.05, augmentation={"RandomHorizontalFlip": {}})
+FITTING = {"factor": "factor_epochs", "self-supervised": "self_supervised_epochs"}
+
+
+def taught(home, technique, recipe=RECIPE):
+    """A student, and its teacher, of noise; whatever is fitted before is fitted for two epochs."""
     os.environ["KDX_HOME"] = str(home)
     images = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = kdx.Dataset(images, torch.arange(48) % 10, kdx.DATASETS["shapes"])
-    training = dict(recipe=QUICK, width=0.125, device="cpu")
-    teacher = fit("resnet10", data, data, seed=1, **training)
-    return fit("resnet10", data, data, technique=technique, teacher=teacher, **training, **settings)
+    training = dict(width=0.125, device="cpu")
+    teacher = fit("resnet10", data, data, seed=1, recipe=QUICK, **training)
+    settings = {FITTING[part]: 2 for part in technique.split("+") if part in FITTING}
+    settings |= {"contrastive_negatives": 8} if "contrastive" in technique else {}
+    return fit("resnet10", data, data, technique=technique, teacher=teacher, recipe=recipe, **training, **settings)
 
 
 KILL = """
 import os, signal, sys
-from kdx.distil.technique import Technique
-from kdx.distil.techniques import TECHNIQUES
-from tests.test_training import two_stages
-for technique, stage, home in zip(*[iter(sys.argv[1:])] * 3):
+import torch
+from kdx.distil import checkpoints
+from tests.test_training import taught
+torch.set_num_threads(1)
+technique, *homes = sys.argv[1:]
+save = checkpoints.Kept.save
+for epochs, home in enumerate(homes, 1):
     if not os.fork():
-        own, calls = getattr(TECHNIQUES[technique], stage), []
-        def dies(*args):
-            calls.append(stage)
-            if len(calls) == 2:
+        def dies(self, state):
+            save(self, state)
+            if state["epochs"] == epochs:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args)
-        setattr(TECHNIQUES[technique], stage, dies)
-        two_stages(home, technique)
+        checkpoints.Kept.save = dies
+        taught(home, technique)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-def test_a_run_killed_in_either_stage_is_begun_anew(tmp_path, monkeypatch):
-    """Of the fitting nothing is kept, so that a student never learns from a half-fitted adapter."""
-    monkeypatch.setenv("KDX_HOME", str(tmp_path))  # which two_stages changes
-    expected = two_stages(tmp_path / "undisturbed", "factor")
-    stages = ("fitting", "guidance")
-    arguments = [word for stage in stages for word in ("factor", stage, str(tmp_path / stage))]
-    command = [sys.executable, "-c", KILL, *arguments]
+@pytest.mark.parametrize(
+    ("technique", "epochs"),
+    [("factor", 4), ("self-supervised", 4), ("prior+contrastive", 2)],
+)
+def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_weights(
+    tmp_path, monkeypatch, one_thread, technique, epochs
+):
+    """In the fitting to the teacher, at its end, and in the training itself."""
+    monkeypatch.setenv("KDX_HOME", str(tmp_path))  # which ``taught`` changes
+    expected = taught(tmp_path / "undisturbed", technique)
+    homes = [tmp_path / str(done) for done in range(1, epochs)]
+    command = [sys.executable, "-c", KILL, technique, *map(str, homes)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2
-    for stage in stages:
-        runs = tmp_path / stage / "runs"
-        left = {path.name for path in runs.iterdir()}
-        assert len(left) == 1  # the teacher alone
-        run = two_stages(tmp_path / stage, "factor")
-        assert {path.name for path in runs.iterdir()} == left | {expected.key}
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(homes)
+    begun = []
+    monkeypatch.setattr(fit_module, "progress", lambda **given: begun.append(given["initial"]) or progress(**given))
+    for done, home in enumerate(homes, 1):
+        partial = home / "runs" / f".{expected.key}.partial"
+        assert torch.load(partial)["epochs"] == done
+        run = taught(home, technique)
+        assert begun[-1] == 3 * done  # batches that are not repeated
+        assert not partial.exists()
+        assert run.key == expected.key
+        assert run.history.equals(expected.history)
         pairs = zip(run.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_diverged_training_keeps_nothing(home):
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        taught(home, "response", replace(RECIPE, lr=1e9))
+    assert len(list((home / "runs").iterdir())) == 1  # the teacher

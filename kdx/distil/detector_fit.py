@@ -6,12 +6,10 @@ epoch ended, and gives the same weights.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.data.detection import Detection
+from kdx.distil.checkpoints import Kept
 from kdx.distil.detector_techniques import DETECTOR_TECHNIQUES
 from kdx.distil.detector_training import train_detector
 from kdx.distil.fit import Job
@@ -28,7 +27,7 @@ from kdx.distil.training import Recipe
 from kdx.networks.devices import autocast_dtype, device_name, pick_device
 from kdx.networks.fpn_detectors import Detector, architecture_of_detector, build_detector, inherit
 from kdx.networks.stages import evaluating
-from kdx.paths import alone, data_home
+from kdx.paths import alone
 from kdx.progress import progress
 
 RECIPE = 1  # raise it when shipped detectors are to be trained anew
@@ -184,8 +183,7 @@ class DetectorJob:
         student = build_detector(**self.architecture, seed=self.seed)
         if self.start:
             inherit(student, self.start.model)
-        kept = data_home() / "runs" / f".{self.key}.partial"
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept = Kept(self.key)
         history, spent = self._train(student.to(device), kept, start)
         header = {"classes": self.train.classes, "mean": [0.0] * 3, "std": [1.0] * 3}
         run = store_run(
@@ -200,14 +198,13 @@ class DetectorJob:
             precision=self.precision,
             seconds=round(spent, 1),
         )
-        kept.unlink(missing_ok=True)
+        kept.drop()
         return run
 
-    def _train(self, student: Detector, kept: Path, start: float) -> tuple[pd.DataFrame, float]:
-        """Train ``student`` in place; what each epoch ends with is kept in a file. Returns history and seconds."""
-        earlier = torch.load(kept, weights_only=True) if kept.is_file() else None
-        losses = list(earlier["losses"]) if earlier else []
-        before = earlier["seconds"] if earlier else 0.0
+    def _train(self, student: Detector, kept: Kept, start: float) -> tuple[pd.DataFrame, float]:
+        """Train ``student`` in place, from where it was left off; history and seconds."""
+        earlier = kept.load()
+        losses, before = earlier.pop("losses", []), earlier.pop("seconds", 0.0)
         device = next(student.parameters()).device
         helper = self.teacher.model.to(device) if self.teacher else None
         steps = len(self.train) // self.recipe.batch_size
@@ -218,15 +215,13 @@ class DetectorJob:
             ):
                 losses.append(loss)
                 if not loss < float("inf"):  # also NaN
-                    kept.unlink(missing_ok=True)
+                    kept.drop()
                     raise FloatingPointError(
                         f"the training loss of {role} is {loss} in epoch {len(losses)}; lower the learning rate (now "
                         f"{self.recipe.lr})"
                     )
-                spent = before + time.perf_counter() - start
-                scratch = kept.with_suffix(f".{os.getpid()}")
-                torch.save(state | {"losses": losses, "seconds": spent}, scratch)
-                os.replace(scratch, kept)
+                if len(losses) < self.recipe.epochs:
+                    kept.save(state | {"losses": losses, "seconds": before + time.perf_counter() - start})
         epochs = range(1, len(losses) + 1)
         history = pd.DataFrame({"epoch": epochs, "split": "train", "loss": losses}, columns=["epoch", "split", "loss"])
         return history, before + time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.data.detection import Detection
+from kdx.distil.checkpoints import put_back, state_of
 from kdx.distil.detector_techniques import SeenPyramid
 from kdx.distil.technique import Technique
 from kdx.distil.training import Recipe, triangle
@@ -27,7 +28,7 @@ def train_detector(
     recipe: Recipe,
     seed: int,
     stepped: Callable[[], object],
-    state: dict[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Train a student in place, epoch by epoch, on the device that it is on.
 
@@ -59,7 +60,7 @@ def train_detector(
         total = steps * recipe.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, max(total, 1)))
         parts = {"student": student, "adapter": adapter, "optimizer": optimizer, "schedule": schedule}
-        done = 0 if state is None else _put_back(state, parts, generator)
+        done = put_back(state, parts, generator) if state else 0
         for epoch in range(done, recipe.epochs):
             order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
             losses = []
@@ -72,7 +73,7 @@ def train_detector(
                 schedule.step()
                 losses.append(loss.detach())
                 stepped()
-            yield torch.stack(losses).mean().item(), _taken(parts, generator, epoch + 1)
+            yield torch.stack(losses).mean().item(), state_of(parts, generator, epoch + 1)
 
 
 def _batch(chosen: Detection, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -119,28 +120,3 @@ def _adapter(
             stack.enter_context(evaluating(detector))
             seen.append(_seen(levels_of(detector, images), images, torch.arange(2), train.boxes[:2]))
     return (part.adapter(seen[0], seen[1], {}) or nn.Identity()).to(device)
-
-
-def _taken(parts: dict[str, Any], generator: torch.Generator, epochs: int) -> dict[str, Any]:
-    """All that the rest of a training depends on."""
-    return {name: part.state_dict() for name, part in parts.items()} | {
-        "tensors": [_loose(module) for module in parts["adapter"].modules()],
-        "order": generator.get_state(),
-        "random": torch.get_rng_state(),
-        "epochs": epochs,
-    }
-
-
-def _put_back(state: dict[str, Any], parts: dict[str, Any], generator: torch.Generator) -> int:
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    for module, tensors in zip(parts["adapter"].modules(), state["tensors"], strict=True):
-        vars(module).update(tensors)
-    generator.set_state(state["order"])
-    torch.set_rng_state(state["random"])
-    return int(state["epochs"])
-
-
-def _loose(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a module that are neither parameters nor buffers."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdx.data.augmentation import compose
 from kdx.data.dataset import Card, Dataset
+from kdx.distil.checkpoints import Kept
 from kdx.distil.run_store import Run, code_digest, find_run, find_shipped, run_key, store_run
 from kdx.distil.technique import Technique
 from kdx.distil.techniques import TECHNIQUES, find_techniques
@@ -244,16 +245,16 @@ class Job:
     def _train_and_store(self) -> Run:
         device = pick_device(self.device)
         card = self.train.card
-        start = time.perf_counter()
         student = models.build(**self.architecture, seed=self.seed)
-        history = self._train(student, device)
+        kept = Kept(self.key)
+        history, seconds = self._train(student, device, kept)
         header = {
             "classes": self.train.classes,
             "mean": card.mean,
             "std": card.std,
             "metrics": history[history["epoch"] == self.recipe.epochs].to_dict("records"),
         }
-        return store_run(
+        run = store_run(
             self.key,
             self.spec,
             student,
@@ -263,35 +264,44 @@ class Job:
             dataset=card.name,
             device=device_name(device),
             precision=self.precision,
-            seconds=round(time.perf_counter() - start, 1),
+            seconds=round(seconds, 1),
         )
+        kept.drop()
+        return run
 
-    def _train(self, student: models.Network, device: torch.device) -> pd.DataFrame:
-        """Train ``student`` in place; return the history."""
+    def _train(self, student: models.Network, device: torch.device, kept: Kept) -> tuple[pd.DataFrame, float]:
+        """Train ``student`` in place, from where it was left off; history and seconds."""
+        start, earlier = time.perf_counter(), kept.load()
+        records, before = earlier.pop("records", []), earlier.pop("seconds", 0.0)
         network = f"{self.architecture['name']}@{self.architecture['width']:g}"
         role = f"{network} ({self.spec['technique']['name']}, seed {self.seed})"
         helper = self.teacher.model if self.teacher else nn.Identity()
-        records = []
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with progress(total=self.steps, desc=role, unit="batch") as bar, placed(helper, device):
+        done = earlier.get("epochs", 0) * (len(self.train) // self.recipe.batch_size)
+        with progress(total=self.steps, initial=done, desc=role, unit="batch") as bar, placed(helper, device):
             helper.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            trained = train_epochs(
+            for seen, state in train_epochs(
                 student, helper if self.teacher else None, self.train, self.parts, self.recipe, self.spec["batch_seed"],
-                device, bar.update,
-            )  # fmt: skip
-            for epoch, (loss, accuracy) in enumerate(trained, 1):
-                if not loss < float("inf"):  # also NaN
-                    raise FloatingPointError(
-                        f"the training loss of {role} is {loss} in epoch {epoch}; lower the learning rate "
-                        f"(now {self.recipe.lr})"
-                    )
-                held_out = evaluate(student, self.validation, device)
-                records += [
-                    {"epoch": epoch, "split": "train", "loss": loss, "accuracy": accuracy},
-                    {"epoch": epoch, "split": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy},
-                ]
+                device, bar.update, earlier,
+            ):  # fmt: skip
+                if seen:
+                    epoch = 1 + len(records) // 2
+                    if not seen[0] < float("inf"):  # also NaN
+                        kept.drop()
+                        raise FloatingPointError(
+                            f"the training loss of {role} is {seen[0]} in epoch {epoch}; lower the learning rate "
+                            f"(now {self.recipe.lr})"
+                        )
+                    held_out = evaluate(student, self.validation, device)
+                    records += [
+                        {"epoch": epoch, "split": "train", "loss": seen[0], "accuracy": seen[1]},
+                        {"epoch": epoch, "split": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy},
+                    ]
+                if len(records) < 2 * self.recipe.epochs:
+                    kept.save(state | {"records": records, "seconds": before + time.perf_counter() - start})
         student.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-        return pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
+        history = pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
+        return history, before + time.perf_counter() - start
 
 
 @dataclass(frozen=True)

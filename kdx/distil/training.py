@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdx.data.augmentation import augment
 from kdx.data.dataset import Dataset
+from kdx.distil.checkpoints import put_back, state_of
 from kdx.distil.technique import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
 from kdx.networks.devices import autocast, sound_kernels
@@ -70,7 +71,8 @@ def train_epochs(
     seed: int,
     device: torch.device,
     stepped: Callable[[], object],
-) -> Iterator[tuple[float, float]]:
+    state: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[tuple[float, float] | None, dict[str, Any]]]:
     """Train a student in place, epoch by epoch.
 
     Args:
@@ -82,51 +84,98 @@ def train_epochs(
         seed: Of the order of images, the augmentation, the adapters and whatever techniques draw.
         device: Where to compute.
         stepped: Called after every step, also of fitting.
+        state: What the last epoch of a training that was interrupted gave; its epochs are not repeated.
 
     Yields:
-        Mean loss and accuracy (fraction) over the training images of each epoch, as they were augmented.
+        Mean loss and accuracy (fraction) over the training images of each epoch, as they were augmented, or None after
+        an epoch of fitting; and the state, from which the training can go on exactly. It is valid until the next.
     """
-    labels, images = train.labels.to(device), train.images.to(device)
-    objective = _Objective(parts, student, teacher, train.card.normalize(images[:2]), labels, seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps = len(train) // recipe.batch_size
-    total = steps * recipe.epochs
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *objective.adapters.parameters()],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-        weight_decay=recipe.weight_decay,
-        fused=device.type != "mps",
+    training = _Training(student, teacher, train, parts, recipe, seed, device, stepped)
+    fitting = (
+        [(i, epoch) for i in training.fitters for epoch in range(parts[i].fitting_epochs)] if recipe.epochs else []
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, max(total, 1)))
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
-        for rows in order.to(device).split(recipe.batch_size):
-            yield train.card.normalize(augment(images[rows], recipe.augmentation or {})), rows
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the augmentation
-        if recipe.epochs:
-            objective.fit_to_teacher(batches, recipe, stepped)
-            generator.manual_seed(seed)  # so that all techniques have the same batches
-            torch.manual_seed(seed)
-        for epoch in range(recipe.epochs):
-            student.train()
-            seen = torch.zeros(2, device=device)  # summed loss, correct
-            with objective.watching(), sound_kernels(student):
-                for step, (x, rows) in enumerate(batches(), epoch * steps):
-                    y, scale = labels[rows], recipe.sizes[step * len(recipe.sizes) // total]
-                    logits, loss = objective(x, rows, scale)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-                    stepped()
-            loss_sum, correct = (seen / (steps * recipe.batch_size)).tolist()
-            yield loss_sum, correct
+        done = training.put_back(state) if state else 0
+        for epoch in range(done, len(fitting) + recipe.epochs):
+            seen = None
+            if epoch < len(fitting):
+                training.fit_to_teacher(*fitting[epoch])
+            else:
+                if epoch == len(fitting):  # so that all techniques have the same batches
+                    training.generator.manual_seed(seed)
+                    torch.manual_seed(seed)
+                seen = training.learn(epoch - len(fitting))
+            yield seen, training.state(epoch + 1)
+
+
+class _Training:
+    """What changes in a training, and the steps that change it; the arguments are those of :func:`train_epochs`."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, train: Dataset, parts: Sequence[Technique], recipe: Recipe,
+        seed: int, device: torch.device, stepped: Callable[[], object],
+    ) -> None:  # fmt: skip
+        self.student, self.card, self.recipe, self.stepped = student, train.card, recipe, stepped
+        self.labels, self.images = train.labels.to(device), train.images.to(device)
+        self.objective = _Objective(parts, student, teacher, train.card.normalize(self.images[:2]), self.labels, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = len(train) // recipe.batch_size
+        self.optimizer = torch.optim.SGD(
+            [*student.parameters(), *self.objective.adapters.parameters()],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+            fused=device.type != "mps",
+        )
+        total = max(self.steps * recipe.epochs, 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: triangle(step, total))
+        self.fitters = self.objective.fitters(recipe)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images of an epoch, and their rows."""
+        size, augmentation = self.recipe.batch_size, self.recipe.augmentation or {}
+        order = torch.randperm(len(self.images), generator=self.generator)[: self.steps * size]
+        for rows in order.to(self.images.device).split(size):
+            yield self.card.normalize(augment(self.images[rows], augmentation)), rows
+
+    def fit_to_teacher(self, i: int, epoch: int) -> None:
+        """An epoch in which the adapter of technique i learns from the teacher alone."""
+        self.objective.fit_to_teacher(i, epoch, self.fitters[i], self.batches, self.stepped)
+
+    def learn(self, epoch: int) -> tuple[float, float]:
+        """An epoch of the student: its mean loss and accuracy."""
+        self.student.train()
+        sizes, total = self.recipe.sizes, self.steps * self.recipe.epochs
+        seen = torch.zeros(2, device=self.labels.device)  # summed loss, correct
+        with self.objective.watching(), sound_kernels(self.student):
+            for step, (x, rows) in enumerate(self.batches(), epoch * self.steps):
+                y, scale = self.labels[rows], sizes[step * len(sizes) // total]
+                logits, loss = self.objective(x, rows, scale)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                self.schedule.step()
+                seen += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+                self.stepped()
+        loss_sum, correct = (seen / (self.steps * self.recipe.batch_size)).tolist()
+        return loss_sum, correct
+
+    def state(self, epochs: int) -> dict[str, Any]:
+        """All that the rest of the training depends on, after so many epochs."""
+        return state_of(self._parts, self.generator, epochs) | {"draws": self.objective.draws}
+
+    def put_back(self, state: Mapping[str, Any]) -> int:
+        """Go back to a state; how many epochs are done."""
+        self.objective.draws = state["draws"]
+        return put_back(state, self._parts, self.generator)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"student": self.student, "adapters": self.objective.adapters}
+        parts |= {"optimizer": self.optimizer, "schedule": self.schedule}
+        return parts | {f"fitter {i}": fitter for i, fitter in self.fitters.items()}
 
 
 def triangle(step: int, steps: int) -> float:
@@ -161,6 +210,7 @@ class _Objective:
         self.captured: list[list[dict[str, Tensor]]] = []
         self.copy = False  # unless layers that work in place follow a tap
         self.adapters = nn.ModuleList()
+        self.draws = torch.get_rng_state()  # of the techniques, apart from those of the augmentation
         if teacher is None:
             return
         x, sizes = self._views(images)
@@ -175,7 +225,7 @@ class _Objective:
             for i, part in enumerate(parts):
                 seen = [self._seen(i, which, logits[which], x, sizes, rows) for which in (0, 1)]
                 self.adapters.append(part.adapter(seen[0], seen[1], self.taps[i][1]) or nn.Identity())
-            self.draws = torch.get_rng_state()  # of the techniques, apart from those of the augmentation
+            self.draws = torch.get_rng_state()
         self.adapters.to(images.device)
 
     def _views(self, x: Tensor) -> tuple[Tensor, list[int]]:
@@ -224,29 +274,35 @@ class _Objective:
             views = Seen(others[i], mine, rows.repeat(m // n), self.labels)
         return Seen(first, {stage: grid[:n] for stage, grid in grids.items()}, rows, self.labels, views)
 
+    def fitters(self, recipe: Recipe) -> dict[int, torch.optim.SGD]:
+        """The optimizer of each technique whose adapter learns from the teacher alone before."""
+        return {
+            i: torch.optim.SGD(
+                self.adapters[i].parameters(), part.fitting_lr, recipe.momentum, weight_decay=recipe.weight_decay
+            )
+            for i, part in enumerate(self.parts)
+            if part.fitting_epochs
+        }
+
     def fit_to_teacher(
-        self, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], recipe: Recipe, stepped: Callable[[], object]
-    ) -> None:
-        """Fit what adapters learn from the teacher alone; ``batches`` gives those of an epoch, with their rows."""
-        for i, part in enumerate(self.parts):
-            if not (epochs := part.fitting_epochs):
-                continue
-            weights = self.adapters[i].parameters()
-            optimizer = torch.optim.SGD(weights, part.fitting_lr, recipe.momentum, weight_decay=recipe.weight_decay)
-            for epoch in range(epochs):
-                optimizer.param_groups[0]["lr"] = part.fitting_lr * 0.1 ** (3 * epoch // epochs)
-                with self.watching():
-                    for images, rows in batches():
-                        x, sizes = self._views(images)
-                        with torch.no_grad(), autocast(x.device):
-                            logits = self.networks[1](resize(x, 1.0)).float()
-                        loss = part.fitting(self._seen(i, 1, logits, x, sizes, rows), self.adapters[i])
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                        stepped()
-                if not loss.isfinite():
-                    raise FloatingPointError(f"{part.name}: the loss is {loss} when it is fitted to the teacher")
+        self, i: int, epoch: int, fitter: torch.optim.SGD, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+        stepped: Callable[[], object],
+    ) -> None:  # fmt: skip
+        """Fit the adapter of technique i to the teacher for one epoch; ``batches`` gives those, with their rows."""
+        part = self.parts[i]
+        fitter.param_groups[0]["lr"] = part.fitting_lr * 0.1 ** (3 * epoch // part.fitting_epochs)
+        with self.watching():
+            for images, rows in batches():
+                x, sizes = self._views(images)
+                with torch.no_grad(), autocast(x.device):
+                    logits = self.networks[1](resize(x, 1.0)).float()
+                loss = part.fitting(self._seen(i, 1, logits, x, sizes, rows), self.adapters[i])
+                fitter.zero_grad()
+                loss.backward()
+                fitter.step()
+                stepped()
+        if not loss.isfinite():
+            raise FloatingPointError(f"{part.name}: the loss is {loss} when it is fitted to the teacher")
 
     def __call__(self, images: Tensor, rows: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The student's logits for a batch that it sees at a fraction ``scale`` of its size, and its loss."""
