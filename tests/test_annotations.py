@@ -152,11 +152,12 @@ def test_crowds_of_coco_and_difficult_objects_of_voc_are_set_apart(tmp_path):
     hard = voc_object("plate", 0, 0, 40, 30, difficult=1)
     write_voc(tmp_path / "voc", {"a": (40, 30, [GOOD, hard])})
     coco(tmp_path / "coco", [[2, 3, 10, 10], {"bbox": [0, 0, 40, 30], "iscrowd": 1}])
-    for layout, name in (("voc", "plate"), ("coco", "cell")):
+    whole = (0.0, 0.0, 40.0, 30.0)
+    for layout, apart in (("voc", ((("plate", whole),), ())), ("coco", ((), (("cell", whole),)))):
         (found,), refused = read_annotations(tmp_path / layout)
         assert refused == {}
         assert found.objects == (("cell", (2.0, 3.0, 12.0, 13.0)),)
-        assert found.ignored == ((name, (0.0, 0.0, 40.0, 30.0)),)
+        assert (found.difficult, found.crowds) == apart
 
 
 def test_coco_beside_the_images_and_one_folder_deeper(tmp_path):
@@ -172,7 +173,8 @@ def test_coco_beside_the_images_and_one_folder_deeper(tmp_path):
      ([2, 3, 10], "expected a bbox of left, top, width, height"), ([2, 3, None, 10], "expected a finite number"),
      ({"bbox": [2, 3, 10, 10], "category_id": 9}, "unknown class"),
      ({"bbox": [2, 3, 10, 10], "image_id": 8}, "of an image that is not there"),
-     ({"bbox": [35, 3, 10, 10], "iscrowd": 1}, "not inside")],
+     ({"bbox": [35, 3, 10, 10], "iscrowd": 1}, "not inside"),
+     ({"bbox": [2, 3, 10, 10], "iscrowd": "no"}, "expected iscrowd to be 0 or 1, got 'no'")],
 )  # fmt: skip
 def test_one_hostile_annotation_of_coco_is_refused(tmp_path, entry, reason):
     coco(tmp_path, [[2, 3, 10, 10], entry])

@@ -76,10 +76,15 @@ def test_crowds_are_ignored_as_in_coco():
     alarm = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([2.0])}
     detections = [*found()[:5], alarm]
     assert ap(detections).value == pytest.approx((1 + 3 / 4) / 2)
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    crowds = [*[empty] * 5, {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([0])}]
-    truth = replace(TRUTH, ignored=tuple(crowds))
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "crowds": torch.zeros(0).bool()}
+    one = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([0]), "crowds": torch.tensor([True])}
+    truth = replace(TRUTH, ignored=(*[empty] * 5, one))
     assert ap(detections, truth=truth).value == 1
+    hard = replace(truth, ignored=(*[empty] * 5, one | {"crowds": torch.tensor([False])}))
+    assert ap(detections, truth=hard).value == pytest.approx((1 + 3 / 4) / 2)  # overlaps by a fifth
+    assert ap([*found()[:5], alarm | {"boxes": one["boxes"]}], truth=hard).value == 1
+    with pytest.raises(ValueError, match=r"ignored: expected those of 6 images or \(\), got 1"):
+        replace(TRUTH, ignored=(one,))
     assert ap(found(), truth=truth).value == 1  # a crowd need not be found
     assert truth.fingerprint != TRUTH.fingerprint
 

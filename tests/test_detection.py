@@ -40,17 +40,24 @@ def test_images_are_fitted_with_their_boxes(cells):
     assert data.boxes[2].shape == (0, 4)  # an image without objects is kept
 
 
-def test_ignored_objects_are_scaled_and_follow_their_images(tmp_path):
-    images = {"a": (32, 32, [voc_object("cell", 0, 0, 8, 8)])}
-    images["b"] = (32, 32, [voc_object("cell", 0, 0, 8, 8), voc_object("plate", 8, 8, 16, 32, difficult=1)])
-    write_voc(tmp_path, images, {"train": ["a", "b"]})
-    data = kdx.load_detection(str(tmp_path), "train", size=(64, 64))
-    assert data.classes == ("cell", "plate")
-    assert [len(one["labels"]) for one in data.ignored] == [0, 1]
-    (one,) = data[torch.tensor([1])].ignored
+def test_difficult_objects_are_ignored_in_test_images_alone(tmp_path):
+    images = {name: (32, 32, [voc_object("cell", 0, 0, 8, 8)]) for name in "abc"}
+    images["b"][2].append(voc_object("plate", 8, 8, 16, 32, difficult=1))
+    images["c"][2].append(voc_object("plate", 8, 8, 16, 32, difficult=1))
+    write_voc(tmp_path, images, {"train": ["c"], "test": ["a", "b"]})
+    train, test = (kdx.load_detection(str(tmp_path), split, size=(64, 64)) for split in ("train", "test"))
+    assert train.classes == test.classes == ("cell", "plate")
+    assert train.boxes[0].tolist() == [[0, 0, 16, 16], [16, 16, 32, 64]]
+    assert train.ignored == ()
+    assert [of.tolist() for of in test.labels] == [[0], [0]]
+    assert [len(one["labels"]) for one in test.ignored] == [0, 1]
+    (one,) = test[torch.tensor([1])].ignored
     assert one["boxes"].tolist() == [[16, 16, 32, 64]]
     assert one["labels"].tolist() == [1]
-    assert kdx.load_detection(str(tmp_path), "train", (64, 64))[torch.tensor([0])].boxes[0].tolist() == [[0, 0, 16, 16]]
+    assert one["crowds"].tolist() == [False]
+    write_voc(tmp_path / "b", {"b": (32, 32, images["b"][2][1:])}, {"test": ["b"]})
+    with pytest.raises(DataError, match="no box in the test images can be used; difficult objects and crowds: 1"):
+        kdx.load_detection(str(tmp_path / "b"), "test")
 
 
 def test_what_cannot_be_used_is_named(cells):

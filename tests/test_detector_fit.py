@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kdx
+from kdx.distil import detector_fit
 from kdx.distil.detector_fit import detect
 from kdx.networks.fpn_detectors import build_detector, inherit
 from tests.boxes import squares
@@ -67,18 +68,18 @@ def test_killed_and_resumed_it_gives_the_same_weights(home):
         import kdx
         from kdx.distil import detector_fit
         from tests.boxes import squares
-        saved = detector_fit.torch.save
-        def save(state, path):
+        saved = detector_fit.Kept.save
+        def save(self, state):
             if state["epochs"] == 3:
                 os.kill(os.getpid(), 9)
-            saved(state, path)
-        detector_fit.torch.save = save
+            saved(self, state)
+        detector_fit.Kept.save = save
         recipe = kdx.Recipe(epochs=4, batch_size=4, lr=0.02)
         kdx.fit_detector("resnet10@0.0625", squares(), recipe=recipe, device="cpu")
     """)
     killed = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent)
     assert killed.returncode == -9
-    (partial,) = (home / "runs").iterdir()
+    (partial,) = (home / "runs").glob(".*.cpu.partial")
     assert torch.load(partial)["epochs"] == 2
     setting = dict(recipe=kdx.Recipe(epochs=4, batch_size=4, lr=0.02), device="cpu")
     resumed = kdx.fit_detector("resnet10@0.0625", squares(), **setting)
@@ -111,10 +112,21 @@ def test_other_teachers_are_refused(teacher, tiny_shapes):
         kdx.fit_detector("resnet10@0.0625", data, teacher=teacher, **TINY)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(home):
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        kdx.fit_detector("resnet10@0.0625", squares(), recipe=kdx.Recipe(epochs=2, batch_size=4, lr=1e30), device="cpu")
-    assert not list(home.glob("runs/.*"))
+def test_a_loss_that_is_not_finite_stops_the_training(home, monkeypatch):
+    epochs, kept = [], []
+    saved, trained = detector_fit.Kept.save, detector_fit.train_detector
+    monkeypatch.setattr(detector_fit.Kept, "save", lambda self, state: (saved(self, state), kept.append(self.path)))
+
+    def diverges(*given):
+        for loss, state in trained(*given):
+            epochs.append(loss)
+            yield (loss if len(epochs) < 2 else float("nan")), state
+
+    monkeypatch.setattr(detector_fit, "train_detector", diverges)
+    with pytest.raises(FloatingPointError, match="is nan in epoch 2; lower the learning rate"):
+        kdx.fit_detector("resnet10@0.0625", squares(), recipe=kdx.Recipe(epochs=3, batch_size=4), device="cpu")
+    assert kept
+    assert not kept[-1].exists()
 
 
 def test_detections_are_those_of_the_detector_in_any_batches():

@@ -46,23 +46,27 @@ def test_an_object_is_found_once_and_an_image_without_objects_has_alarms():
         found_objects(TRUTH, detections[1:], 0.5)
 
 
-def test_what_is_found_in_an_ignored_box_is_neither_found_nor_an_alarm():
-    """Image 0 has a red object; all that is found there is red but for one."""
-    crowd = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([0])}
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    truth = replace(TRUTH, boxes=(torch.tensor([[30.0, 30, 50, 50]]), *TRUTH.boxes[1:]), ignored=(crowd, *[empty] * 5))
+def test_what_is_found_of_an_ignored_box_is_neither_found_nor_an_alarm():
+    """Image 0 has a red object and an ignored box, and all that is found there is red but for one."""
+    box = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([0])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "crowds": torch.zeros(0).bool()}
+    alone = replace(TRUTH, boxes=(torch.tensor([[30.0, 30, 50, 50]]), *TRUTH.boxes[1:]))
+    crowd, hard = (replace(alone, ignored=(box | {"crowds": torch.tensor([of])}, *[empty] * 5)) for of in (True, False))
     inside, half, less, other = [0.0, 0, 8, 8], [10.0, 0, 30, 20], [11.0, 0, 31, 20], [1.0, 1, 9, 9]
     detections = found({1, 2})
     detections[0] = {
-        "boxes": torch.tensor([[30.0, 30, 50, 50], inside, inside, half, less, other]),
-        "labels": torch.tensor([0, 0, 0, 0, 0, 1]),
-        "scores": torch.full((6,), 0.9),
+        "boxes": torch.tensor(
+            [[30.0, 30, 50, 50], inside, inside, half, less, other, [0.0, 0, 20, 15], [0.0, 0, 20, 16]]
+        ),
+        "labels": torch.tensor([0, 0, 0, 0, 0, 1, 0, 0]),
+        "scores": torch.full((8,), 0.9),
     }
-    of = found_objects(truth, detections, 0.5)
-    assert of.objects.tolist() == [True, True, True, False, False]
-    assert of.alarms.tolist() == [2, 0, 0, 0, 0, 0]  # less than half of it inside; of another class
-    assert found_objects(truth[torch.tensor([1, 0])], detections[1::-1], 0.5).alarms.tolist() == [0, 2]
-    assert found_objects(replace(truth, ignored=()), detections, 0.5).alarms.tolist() == [5, 0, 0, 0, 0, 0]
+    for truth, alarms in ((crowd, 2), (hard, 6), (alone, 7)):  # in a crowd: less than half of it; of another class
+        of = found_objects(truth, detections, 0.5)
+        assert of.objects.tolist() == [True, True, True, False, False]
+        assert of.alarms.tolist() == [alarms, 0, 0, 0, 0, 0]
+    assert found_objects(crowd[torch.tensor([1, 0])], detections[1::-1], 0.5).alarms.tolist() == [0, 2]
+    assert crowd[torch.tensor([1])].ignored == ()
 
 
 def test_the_ledger_of_objects_counts_gained_lost_and_missed_by_both():

@@ -3,7 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch import nn
 
 import kdx
 from kdx import Recipe, fit
+from kdx.distil import checkpoints
 from kdx.distil import fit as fit_module
 from kdx.distil.feature_techniques import InterChannel
 from kdx.distil.fit import Job
@@ -346,7 +347,7 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_weights(
     begun = []
     monkeypatch.setattr(fit_module, "progress", lambda **given: begun.append(given["initial"]) or progress(**given))
     for done, home in enumerate(homes, 1):
-        partial = home / "runs" / f".{expected.key}.partial"
+        partial = home / "runs" / f".{expected.key}.cpu.partial"
         assert torch.load(partial)["epochs"] == done
         run = taught(home, technique)
         assert begun[-1] == 3 * done  # batches that are not repeated
@@ -357,7 +358,23 @@ def test_a_killed_training_goes_on_after_its_last_epoch_to_the_same_weights(
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_diverged_training_keeps_nothing(home):
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        taught(home, "response", replace(RECIPE, lr=1e9))
+@pytest.mark.parametrize("stage", ["fitting", "training"])
+def test_a_training_that_diverges_later_keeps_nothing(home, monkeypatch, stage):
+    calls, kept = [], []
+    saved = checkpoints.Kept.save
+    monkeypatch.setattr(checkpoints.Kept, "save", lambda self, state: (saved(self, state), kept.append(self.path)))
+
+    def diverges(function, first):
+        def method(*given):
+            calls.append(None)
+            return function(*given) * (1 if len(calls) < first else float("nan"))
+
+        return method
+
+    name, first = ("fitting", 5) if stage == "fitting" else ("guidance", 6)  # of three batches an epoch
+    monkeypatch.setattr(TECHNIQUES["factor"], name, diverges(getattr(TECHNIQUES["factor"], name), first))
+    with pytest.raises(FloatingPointError, match=r"fitted to the teacher|in epoch 2; lower the learning rate"):
+        taught(home, "factor")
+    assert kept
+    assert not kept[-1].exists()
     assert len(list((home / "runs").iterdir())) == 1  # the teacher

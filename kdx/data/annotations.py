@@ -32,7 +32,8 @@ class Annotated:
         split: ``"train"`` or ``"test"``; empty if the folder does not say.
         size: Width and height in pixels, of which the boxes tell.
         objects: Class and box of each.
-        ignored: The same, of crowds of COCO and difficult objects of VOC: whether they are found does not count.
+        difficult: The same, of objects that VOC calls so.
+        crowds: The same, of areas of COCO with many objects that are not marked one by one.
     """
 
     path: Path
@@ -40,7 +41,8 @@ class Annotated:
     split: str
     size: tuple[int, int]
     objects: tuple[tuple[str, Box], ...]
-    ignored: tuple[tuple[str, Box], ...] = ()
+    difficult: tuple[tuple[str, Box], ...] = ()
+    crowds: tuple[tuple[str, Box], ...] = ()
 
 
 def read_annotations(folder: Path, classes: Sequence[str] = ()) -> tuple[list[Annotated], dict[str, str]]:
@@ -106,11 +108,11 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
             continue
         width, height = map(int, size)
         objects: list[tuple[str, Box]] = []
-        ignored: list[tuple[str, Box]] = []
+        difficult: list[tuple[str, Box]] = []
         for i, thing in enumerate(root.iter("object"), 1):
             try:
                 corners = [_number(thing.findtext(f"bndbox/{side}")) for side in SIDES]
-                kind = ignored if (thing.findtext("difficult") or "").strip() == "1" else objects
+                kind = difficult if _flag((thing.findtext("difficult") or "0").strip(), "difficult") else objects
                 kind.append(_checked((thing.findtext("name") or "").strip(), corners, (width, height), classes))
             except ValueError as reason:
                 refused[f"{file}, object {i}"] = one_line(reason)
@@ -119,7 +121,7 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
             continue
         split = split_of.get(path.stem, "")
         file = printable(image.relative_to(folder))
-        yield Annotated(image, file, split, (width, height), tuple(objects), tuple(ignored))
+        yield Annotated(image, file, split, (width, height), tuple(objects), tuple(difficult))
     for stem in sorted(split_of.keys() - {path.stem for path in (folder / "Annotations").glob("*.xml")}):
         refused[f"ImageSets/Main, {printable(stem)}"] = "in a list, without a file in Annotations"
 
@@ -194,7 +196,7 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
         content, file = _json(path), printable(path.relative_to(folder))
         names: dict[int | str, str] = {}
         objects: dict[int | str, list[tuple[str, Box]]] = {}
-        ignored: dict[int | str, list[tuple[str, Box]]] = {}
+        crowds: dict[int | str, list[tuple[str, Box]]] = {}
         sizes: dict[int | str, tuple[int, int]] = {}
         images: dict[int | str, Path] = {}
         for entry in content["categories"]:
@@ -208,7 +210,7 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
                 if not all(side >= 1 and side.is_integer() for side in size):
                     raise ValueError(f"expected a size in whole pixels, got {size}")
                 images[key] = _image(place, str(entry.get("file_name")), "")
-                sizes[key], objects[key], ignored[key] = (int(size[0]), int(size[1])), [], []
+                sizes[key], objects[key], crowds[key] = (int(size[0]), int(size[1])), [], []
         for entry in content["annotations"]:
             with _refusing(refused, f"{file}, annotation", entry):
                 if (key := _id(entry.get("image_id"))) not in images:
@@ -218,11 +220,11 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
                     raise ValueError(f"expected a bbox of left, top, width, height, got {box!r}")
                 left, top, width, height = map(_number, box)
                 name = names.get(_id(entry.get("category_id")), "")
-                of = (ignored if entry.get("iscrowd") else objects)[key]
+                of = (crowds if _flag(entry.get("iscrowd", 0), "iscrowd") else objects)[key]
                 of.append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
         for key, image in images.items():
             name = printable(image.relative_to(folder))
-            yield Annotated(image, name, split, sizes[key], tuple(objects[key]), tuple(ignored[key]))
+            yield Annotated(image, name, split, sizes[key], tuple(objects[key]), crowds=tuple(crowds[key]))
 
 
 @contextmanager
@@ -271,6 +273,12 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {value!r}")
     return number
+
+
+def _flag(value: Any, what: str) -> bool:
+    if str(value) not in ("0", "1", "False", "True"):
+        raise ValueError(f"expected {what} to be 0 or 1, got {value!r:.40}")
+    return str(value) in ("1", "True")
 
 
 def _checked(name: str, corners: Sequence[float], size: tuple[int, int], classes: Sequence[str]) -> tuple[str, Box]:

@@ -87,8 +87,8 @@ class Detection:
         labels: Of each image, int64 (m,).
         card: What is known of the dataset.
         refused: Annotation or image -> why it is not here.
-        ignored: Of each image ``boxes`` and ``labels``, as above, of crowds of COCO and difficult objects of VOC; () if
-            there are none. Detections there count neither as right nor as wrong. In training they are background.
+        ignored: Of each image ``boxes`` and ``labels``, as above, where detections count neither as right nor as wrong,
+            and ``crowds``, bool (m,): crowds of COCO, or else difficult objects of VOC. () if there are none.
     """
 
     images: Tensor = field(repr=False)
@@ -97,6 +97,12 @@ class Detection:
     card: DetectionCard = field(repr=False)
     refused: dict[str, str] = field(default_factory=dict, repr=False)
     ignored: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.ignored) not in (0, len(self.images)):
+            raise ValueError(f"ignored: expected those of {len(self.images)} images or (), got {len(self.ignored)}")
+        if not any(len(one["labels"]) for one in self.ignored):
+            object.__setattr__(self, "ignored", ())
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ class Detection:
         for boxes in self.boxes:
             digest.update(boxes.numpy().tobytes() + b";")
         for one in self.ignored:
-            digest.update(one["labels"].numpy().tobytes() + one["boxes"].numpy().tobytes() + b";")
+            digest.update(b"".join(one[part].numpy().tobytes() for part in ("boxes", "labels", "crowds")) + b";")
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -129,7 +135,7 @@ class Detection:
             images=self.images[rows],
             boxes=tuple(self.boxes[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
-            ignored=tuple(self.ignored[i] for i in chosen) if self.ignored else (),
+            ignored=tuple(self.ignored[i] for i in chosen if self.ignored),
         )
 
 
@@ -143,7 +149,8 @@ def load_detection(name: str, split: str, size: tuple[int, int] = (192, 256), cl
         classes: Those of a folder; () takes all that are marked, in alphabetical order.
 
     Returns:
-        The images. Those without any box are kept, since they show what is no object.
+        The images. Those without any box are kept, since they show what is no object. Difficult objects of VOC are
+        ignored in the test images, and objects like others in those for training; crowds of COCO are no objects.
 
     Raises:
         ValueError: No such dataset, folder or split.
@@ -160,8 +167,10 @@ def load_detection(name: str, split: str, size: tuple[int, int] = (192, 256), cl
     annotated, refused = read_annotations(folder, classes or card.classes)
     names = tuple(classes or card.classes) or _marked(annotated)
     chosen = [one for one in annotated if (one.split or _hashed_split(one.file)) == split]
+    if split == "train":
+        chosen = [replace(one, objects=(*one.objects, *one.difficult), difficult=()) for one in chosen]
     if not any(one.objects for one in chosen):
-        raise _no_boxes(f"{name}: no box in the {split} images", refused)
+        raise _no_boxes(f"{name}: no box in the {split} images", chosen, refused)
     return _decoded(chosen, size, replace(card, classes=names), refused)[0]
 
 
@@ -190,7 +199,7 @@ def read_own_detection(
         drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:limit]
         chosen = [chosen[i] for i in drawn.sort().values.tolist()]
     if not any(one.objects for one in chosen):
-        raise _no_boxes(f"{folder}: no box", refused)
+        raise _no_boxes(f"{folder}: no box", chosen, refused)
     if not size:
         width, height = chosen[0].size if len({one.size for one in chosen}) == 1 else (MOST_SIDE, MOST_SIDE)
         scale = min(1, MOST_SIDE / max(width, height))
@@ -201,11 +210,14 @@ def read_own_detection(
 
 def _marked(annotated: Sequence[Annotated]) -> tuple[str, ...]:
     """The classes that occur, in alphabetical order."""
-    return tuple(sorted({thing for one in annotated for thing, _ in (*one.objects, *one.ignored)}))
+    return tuple(sorted({thing for one in annotated for thing, _ in (*one.objects, *one.difficult, *one.crowds)}))
 
 
-def _no_boxes(what: str, refused: dict[str, str]) -> DataError:
-    return DataError(f"{what} can be used; refused: {dict(list(refused.items())[:3])}")
+def _no_boxes(what: str, chosen: Sequence[Annotated], refused: dict[str, str]) -> DataError:
+    ignored = sum(len(one.difficult) + len(one.crowds) for one in chosen)
+    return DataError(
+        f"{what} can be used; difficult objects and crowds: {ignored}, refused: {dict(list(refused.items())[:3])}"
+    )
 
 
 def _decoded(
@@ -222,13 +234,13 @@ def _decoded(
         pixels, scale = found
         images.append(pixels)
         objects.append(_scaled(one.objects, scale, card.classes))
-        ignored.append(_scaled(one.ignored, scale, card.classes))
+        crowds = torch.tensor([False] * len(one.difficult) + [True] * len(one.crowds), dtype=torch.bool)
+        ignored.append(_scaled((*one.difficult, *one.crowds), scale, card.classes) | {"crowds": crowds})
         files.append(one.file)
     if not any(len(one["labels"]) for one in objects):
-        raise _no_boxes(f"{card.name}: no box in {len(chosen)} images", refused)
+        raise _no_boxes(f"{card.name}: no box in {len(chosen)} images", chosen, refused)
     boxes, labels = (tuple(one[part] for one in objects) for part in ("boxes", "labels"))
-    kept = tuple(ignored) if any(len(one["labels"]) for one in ignored) else ()
-    return Detection(torch.from_numpy(np.stack(images)), boxes, labels, card, refused, kept), files
+    return Detection(torch.from_numpy(np.stack(images)), boxes, labels, card, refused, tuple(ignored)), files
 
 
 def _scaled(marked: Sequence[tuple[str, Box]], scale: float, classes: Sequence[str]) -> dict[str, Tensor]:
@@ -304,6 +316,8 @@ def prepare_detection(name: str, origin: Path | None = None) -> Iterator[str]:
     counts = ", ".join(f"{len(part):,} {split} images" for split, part in parts.items())
     boxes = sum(len(of) for part in parts.values() for of in part.boxes)
     yield f"{name}: {counts} with {boxes:,} boxes of {len(parts['train'].classes)} classes, in {find_detection(name)}"
+    if ignored := sum(len(one["labels"]) for part in parts.values() for one in part.ignored):
+        yield f"ignored: {ignored:,} crowds, and difficult objects of test images"
     for what, reason in sorted((parts["train"].refused | parts["test"].refused).items()):
         yield f"refused: {what}: {reason}"
 

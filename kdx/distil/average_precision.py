@@ -17,6 +17,7 @@ from torch import Tensor
 from kdx.data.detection import Detection
 from kdx.inference import jackknife
 
+MOST_AREA = 1e10  # pixels of an object; what is larger is ignored
 THRESHOLDS = {"AP50": (0.5,), "AP": tuple(np.linspace(0.5, 0.95, 10).tolist())}
 
 
@@ -56,8 +57,8 @@ def average_precision(
             images, and None for just as many.
 
     Returns:
-        The mean over classes that occur, with the pseudo-value of each block. Detections of which enough lies in an
-        ignored box of their class count neither way, as those of crowds in COCO.
+        The mean over classes that occur, with the pseudo-value of each block. What is detected of an ignored box counts
+        neither way; of a crowd, any number of detections that lie in it.
 
     Raises:
         ValueError: Another measure, or not one set of detections for each image.
@@ -88,15 +89,21 @@ def _pycocotools() -> tuple[ModuleType, ModuleType]:
 def judge(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -> Any:
     """COCO's evaluation of each image and class, as pycocotools has it. Of no detections at all there is none.
 
-    The ids of objects count from 1, in the order of images and of their boxes; those that are ignored follow.
+    The ids of objects count from 1, in the order of images and of their boxes; those that are ignored follow. Crowds
+    are ignored as COCO does; difficult objects have an area beyond its range, for which each is ignored once.
     """
     coco, cocoeval = _pycocotools()
-    objects = [{"boxes": boxes, "labels": of} for boxes, of in zip(truth.boxes, truth.labels, strict=True)]
+    objects = [
+        {"boxes": boxes, "labels": labels, "crowds": torch.zeros_like(labels)}
+        for boxes, labels in zip(truth.boxes, truth.labels, strict=True)
+    ]
     boxes = [
-        {"image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
-        for crowd, kind in enumerate((objects, truth.ignored))
+        {"image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3] + beyond, "iscrowd": int(crowd)}
+        for beyond, kind in ((0, objects), (2 * MOST_AREA, truth.ignored))
         for i, one in enumerate(kind)
-        for box, label in zip(_left_top_width_height(one["boxes"]), one["labels"].tolist(), strict=True)
+        for box, label, crowd in zip(
+            _left_top_width_height(one["boxes"]), one["labels"].tolist(), one["crowds"].tolist(), strict=True
+        )
     ]
     detections = [
         [i, *box, score, label]
@@ -116,7 +123,7 @@ def judge(truth: Detection, found: Sequence[Mapping[str, Tensor]], which: str) -
         right.createIndex()
         judged = cocoeval.COCOeval(right, right.loadRes(np.array(detections).reshape(-1, 7)), "bbox")
         judged.params.iouThrs = np.array(THRESHOLDS[which])
-        judged.params.areaRng, judged.params.areaRngLbl = [[0, 1e10]], ["all"]
+        judged.params.areaRng, judged.params.areaRngLbl = [[0, MOST_AREA]], ["all"]
         judged.params.maxDets = [100]
         judged.evaluate()
     return judged

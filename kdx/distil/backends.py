@@ -107,9 +107,8 @@ def announce(jobs: Sequence[Job]) -> None:
     if sum(job.steps for job in jobs) < LONG:
         return
     minutes, of_step = 0.0, dict[str, float]()
-    for job in (job for job in jobs if job.steps):
-        guide = job.teacher and job.teacher.manifest["spec"]["model"]
-        kind = str([job.architecture, guide, job.spec["technique"]["name"], job.recipe])
+    for job in jobs:
+        kind = str([job.architecture, job.teacher and job.teacher.manifest["spec"]["model"], job.technique, job.recipe])
         if kind not in of_step:
             of_step[kind] = job.seconds_expected() / job.steps
         minutes += of_step[kind] * job.steps / 60

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,15 +18,26 @@ from kdx.paths import data_home, one_line
 OLD = 30 * 24 * 3600  # seconds after which what no training went on from is deleted
 
 
+class KeptWarning(UserWarning):
+    """What an epoch ended with could not be written."""
+
+
 class Kept:
     """The file of a training under way, beside the finished runs.
 
     Args:
         key: Of the run.
+        device: On which it is trained. On one of another kind it begins anew.
     """
 
-    def __init__(self, key: str) -> None:
-        self.path = data_home() / "runs" / f".{key}.partial"
+    def __init__(self, key: str, device: torch.device) -> None:
+        self.path = data_home() / "runs" / f".{key}.{device.type}.partial"
+        self._before, self._start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """That the training took until now, without the times between its attempts."""
+        return self._before + time.perf_counter() - self._start
 
     def load(self) -> dict[str, Any]:
         """What the last epoch ended with; {} where there is none yet.
@@ -33,31 +46,49 @@ class Kept:
             ValueError: The file is damaged.
         """
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            self._before = state.pop("seconds")
+            os.utime(self.path)  # it is in use
         except FileNotFoundError:
             return {}
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError) as error:
             raise ValueError(
                 f"what was kept of a training, {self.path}, is damaged ({one_line(error)}); delete that file to begin "
                 "anew"
             ) from error
+        return state
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Put the state of the latest epoch in the place of that of the epoch before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(f".{os.getpid()}")
+        """Put the state of the latest epoch in the place of that of the epoch before.
+
+        Where it cannot be written, as on a full disk, a warning says so, and that of the epoch before stays.
+        """
+        scratch = self.path.with_suffix(f".{os.getpid()}.partial")
         try:
-            torch.save(dict(state), scratch)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.open("wb") as file:
+                torch.save({**state, "seconds": self.seconds}, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(scratch, self.path)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(
+                f"{self.path}: not written ({one_line(error)}). The training goes on, but would lose its epochs if it "
+                "were killed; free some space, or point KDX_HOME at another disk",
+                KeptWarning,
+                stacklevel=2,
+            )
         finally:
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
     def drop(self) -> None:
         """Delete the file, since its training is over, and those of other trainings that are old."""
         self.path.unlink(missing_ok=True)
         for other in self.path.parent.glob(".*.partial"):
-            if time.time() - other.stat().st_mtime > OLD:
-                other.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its own training has just finished
+                if time.time() - other.stat().st_mtime > OLD:
+                    other.unlink()
 
 
 def state_of(parts: Mapping[str, Any], generator: torch.Generator, epochs: int) -> dict[str, Any]:
@@ -65,7 +96,7 @@ def state_of(parts: Mapping[str, Any], generator: torch.Generator, epochs: int) 
 
     Args:
         parts: Name -> modules, optimizers, schedules.
-        generator: Of the order of images. That of torch enters as well.
+        generator: Of the order of images. That of torch for the CPU enters as well.
         epochs: How many are done.
     """
     return {name: part.state_dict() for name, part in parts.items()} | {

@@ -6,7 +6,6 @@ epoch ended, and gives the same weights.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -179,12 +178,15 @@ class DetectorJob:
 
     def _train_and_store(self) -> Run:
         device = pick_device(self.device)
-        start = time.perf_counter()
         student = build_detector(**self.architecture, seed=self.seed)
         if self.start:
             inherit(student, self.start.model)
-        kept = Kept(self.key)
-        history, spent = self._train(student.to(device), kept, start)
+        kept = Kept(self.key, device)
+        try:
+            history = self._train(student.to(device), kept)
+        except FloatingPointError:
+            kept.drop()
+            raise
         header = {"classes": self.train.classes, "mean": [0.0] * 3, "std": [1.0] * 3}
         run = store_run(
             self.key,
@@ -196,15 +198,15 @@ class DetectorJob:
             dataset=self.train.card.name,
             device=device_name(device),
             precision=self.precision,
-            seconds=round(spent, 1),
+            seconds=round(kept.seconds, 1),
         )
         kept.drop()
         return run
 
-    def _train(self, student: Detector, kept: Kept, start: float) -> tuple[pd.DataFrame, float]:
-        """Train ``student`` in place, from where it was left off; history and seconds."""
+    def _train(self, student: Detector, kept: Kept) -> pd.DataFrame:
+        """Train ``student`` in place, from where it was left off; return the history."""
         earlier = kept.load()
-        losses, before = earlier.pop("losses", []), earlier.pop("seconds", 0.0)
+        losses = earlier.pop("losses", [])
         device = next(student.parameters()).device
         helper = self.teacher.model.to(device) if self.teacher else None
         steps = len(self.train) // self.recipe.batch_size
@@ -215,16 +217,14 @@ class DetectorJob:
             ):
                 losses.append(loss)
                 if not loss < float("inf"):  # also NaN
-                    kept.drop()
                     raise FloatingPointError(
                         f"the training loss of {role} is {loss} in epoch {len(losses)}; lower the learning rate (now "
                         f"{self.recipe.lr})"
                     )
                 if len(losses) < self.recipe.epochs:
-                    kept.save(state | {"losses": losses, "seconds": before + time.perf_counter() - start})
+                    kept.save(state | {"losses": losses})
         epochs = range(1, len(losses) + 1)
-        history = pd.DataFrame({"epoch": epochs, "split": "train", "loss": losses}, columns=["epoch", "split", "loss"])
-        return history, before + time.perf_counter() - start
+        return pd.DataFrame({"epoch": epochs, "split": "train", "loss": losses}, columns=["epoch", "split", "loss"])
 
 
 AnyJob = Job | DetectorJob

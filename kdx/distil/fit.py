@@ -57,7 +57,8 @@ def fit(
 ) -> Run:
     """Train a registered network, or load the run if this very training was done before.
 
-    The weights of the last epoch are kept; ``validation`` is only watched.
+    The weights of the last epoch are kept; ``validation`` is only watched. A training that was killed goes on after
+    its last epoch.
 
     Args:
         model: Name of a network, as for :func:`kdx.build`.
@@ -246,8 +247,12 @@ class Job:
         device = pick_device(self.device)
         card = self.train.card
         student = models.build(**self.architecture, seed=self.seed)
-        kept = Kept(self.key)
-        history, seconds = self._train(student, device, kept)
+        kept = Kept(self.key, device)
+        try:
+            history = self._train(student, device, kept)
+        except FloatingPointError:
+            kept.drop()
+            raise
         header = {
             "classes": self.train.classes,
             "mean": card.mean,
@@ -264,15 +269,15 @@ class Job:
             dataset=card.name,
             device=device_name(device),
             precision=self.precision,
-            seconds=round(seconds, 1),
+            seconds=round(kept.seconds, 1),
         )
         kept.drop()
         return run
 
-    def _train(self, student: models.Network, device: torch.device, kept: Kept) -> tuple[pd.DataFrame, float]:
-        """Train ``student`` in place, from where it was left off; history and seconds."""
-        start, earlier = time.perf_counter(), kept.load()
-        records, before = earlier.pop("records", []), earlier.pop("seconds", 0.0)
+    def _train(self, student: models.Network, device: torch.device, kept: Kept) -> pd.DataFrame:
+        """Train ``student`` in place, from where it was left off; return the history."""
+        earlier = kept.load()
+        records = earlier.pop("records", [])
         network = f"{self.architecture['name']}@{self.architecture['width']:g}"
         role = f"{network} ({self.spec['technique']['name']}, seed {self.seed})"
         helper = self.teacher.model if self.teacher else nn.Identity()
@@ -287,7 +292,6 @@ class Job:
                 if seen:
                     epoch = 1 + len(records) // 2
                     if not seen[0] < float("inf"):  # also NaN
-                        kept.drop()
                         raise FloatingPointError(
                             f"the training loss of {role} is {seen[0]} in epoch {epoch}; lower the learning rate "
                             f"(now {self.recipe.lr})"
@@ -298,10 +302,9 @@ class Job:
                         {"epoch": epoch, "split": "validation", "loss": held_out.loss, "accuracy": held_out.accuracy},
                     ]
                 if len(records) < 2 * self.recipe.epochs:
-                    kept.save(state | {"records": records, "seconds": before + time.perf_counter() - start})
+                    kept.save(state | {"records": records})
         student.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-        history = pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
-        return history, before + time.perf_counter() - start
+        return pd.DataFrame(records, columns=["epoch", "split", "loss", "accuracy"])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
     Attributes:
         objects: bool (objects,), whether it found an object, in the order of images and of their boxes.
-        alarms: int64 (n,), of each image how many detections found no object.
+        alarms: int64 (n,), of each image how many detections found no object, ignored ones included.
     """
 
     objects: NDArray[np.bool_]
@@ -29,8 +29,8 @@ class Found(NamedTuple):
 
 def found_objects(truth: Detection, detections: Sequence[Mapping[str, Tensor]], score: float) -> Found:
     """The objects that detections of a score match, as COCO matches them: of the same class, with an intersection over
-    union of 0.5 or more, the highest scores first, and each object once. A detection that lies by half or more in an
-    ignored box of its class is no false alarm.
+    union of 0.5 or more, the highest scores first, and each object once. What is detected of an ignored box, see
+    :class:`kdx.data.detection.Detection`, is no false alarm.
 
     Args:
         truth: Images with their boxes.
