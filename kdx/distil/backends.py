@@ -108,7 +108,8 @@ def announce(jobs: Sequence[Job]) -> None:
         return
     minutes, of_step = 0.0, dict[str, float]()
     for job in jobs:
-        kind = str([job.architecture, job.teacher and job.teacher.manifest["spec"]["model"], job.technique, job.recipe])
+        guide = job.teacher and job.teacher.manifest["spec"]["model"]
+        kind = str([job.architecture, guide, job.spec["technique"], job.recipe])
         if kind not in of_step:
             of_step[kind] = job.seconds_expected() / job.steps
         minutes += of_step[kind] * job.steps / 60
