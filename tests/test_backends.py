@@ -10,6 +10,7 @@ import kdx
 from kdx import Recipe, cross_fit
 from kdx.distil import fit
 from kdx.distil.backends import announce, check_cluster, fit_all
+from kdx.distil.checkpoints import Kept
 from kdx.distil.fit import Job
 from kdx.progress import TERMINAL
 from tests.test_cross_validation import PAIR
@@ -48,25 +49,30 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monk
 
 def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_thread, small):
     job = Job("resnet10@0.125", small, small, recipe=Recipe(epochs=1, batch_size=16), device="cpu")
-    assert 0 < job.seconds_expected() < 60
+    assert 0 < job.seconds_of_steps()[0] < job.seconds_of_steps()[1] < 60
     announce([job])
     assert not capsys.readouterr().out  # a few steps
-    monkeypatch.setattr(Job, "seconds_expected", lambda self: 75.0)
+    monkeypatch.setattr(Job, "seconds_of_steps", lambda self: (0.0, 0.05))
     long = replace(job, recipe=Recipe(epochs=300, batch_size=16))
-    announce([long, replace(long, seed=1)])
+    announce([long, replace(long, seed=1)])  # of five batches an epoch
     assert capsys.readouterr().out == "Training 2 networks: about 2 minutes here. What is finished is kept.\n"
 
 
-def test_steps_of_fitting_are_announced_as_passes_of_the_teacher(monkeypatch, one_thread, small):
+def test_what_is_left_of_a_training_counts_passes_of_the_teacher_and_epochs_that_are_done(
+    monkeypatch, home, one_thread, small
+):
     clock = itertools.count()
     monkeypatch.setattr(fit.time, "perf_counter", lambda: next(clock))  # whatever is timed takes one second
     guide = kdx.fit("resnet10@0.125", small, small, recipe=Recipe(epochs=0, batch_size=16), device="cpu")
     recipe = Recipe(epochs=2, batch_size=16)
     plain = Job("resnet10@0.0625", small, small, "response", guide, recipe, device="cpu")
     fitted = replace(plain, technique="self-supervised", settings={"self_supervised_epochs": 3})
-    steps = len(small) // 16
-    assert plain.seconds_expected() == steps * 2 * 2
-    assert fitted.seconds_expected() == steps * (3 + 2 * 2)
+    assert plain.seconds_of_steps() == fitted.seconds_of_steps() == (1, 2)
+    assert plain.seconds_left((1, 2)) == 5 * (2 * 2)
+    for done, left in ((0, 3 + 2 * 2), (1, 2 + 2 * 2), (3, 2 * 2), (4, 2)):
+        if done:
+            Kept(fitted.key, torch.device("cpu")).save({"epochs": done})
+        assert fitted.seconds_left((1, 2)) == 5 * left
 
 
 def test_a_cluster_is_named_by_its_address_or_file(tmp_path, monkeypatch, small):

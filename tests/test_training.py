@@ -65,7 +65,7 @@ def test_narrow_networks_are_trained_by_sound_kernels(shapes16, monkeypatch):
         torch.Tensor, "backward", lambda loss: (used.append(torch.backends.mkldnn.enabled), backward(loss))
     )
     job = Job("resnet10@0.0625", shapes16["train"], shapes16["test"], stem="small", recipe=QUICK, device="cpu")
-    job.seconds_expected()
+    job.seconds_of_steps()
     assert used == [False] * 2
     train(shapes16, width=0.0625, seed=5)
     assert used == [False] * 7

@@ -106,16 +106,16 @@ def announce(jobs: Sequence[Job]) -> None:
     """Say how many networks will be trained here and how long it will take, if that is a minute or more."""
     if sum(job.steps for job in jobs) < LONG:
         return
-    minutes, of_step = 0.0, dict[str, float]()
+    seconds, of_steps = 0.0, dict[str, tuple[float, float]]()
     for job in jobs:
         guide = job.teacher and job.teacher.manifest["spec"]["model"]
-        kind = str([job.architecture, guide, job.spec["technique"], job.recipe])
-        if kind not in of_step:
-            of_step[kind] = job.seconds_expected() / job.steps
-        minutes += of_step[kind] * job.steps / 60
-    if minutes >= 1:
+        kind = str([job.architecture, guide, job.spec["technique"]["name"], job.recipe])
+        if kind not in of_steps:
+            of_steps[kind] = job.seconds_of_steps()
+        seconds += job.seconds_left(of_steps[kind])
+    if seconds >= 60:
         networks = "one network" if len(jobs) == 1 else f"{len(jobs)} networks"
-        print(f"Training {networks}: about {minutes:.0f} minutes here. What is finished is kept.", flush=True)
+        print(f"Training {networks}: about {seconds / 60:.0f} minutes here. What is finished is kept.", flush=True)
 
 
 def _run_elsewhere(home: str, threads: int, name: Any, job: AnyJob) -> tuple[Any, str]:

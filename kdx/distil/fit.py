@@ -198,20 +198,33 @@ class Job:
         return find_run(self.key) or find_shipped(self.digest)
 
     @property
-    def steps(self) -> int:
-        """Batches of the whole training, and of what its techniques fit to the teacher before."""
-        epochs = self.recipe.epochs and self.recipe.epochs + self._fitting_epochs
-        return epochs * (len(self.train) // self.recipe.batch_size)
+    def fitting_epochs(self) -> int:
+        """Epochs of what its techniques fit to the teacher before the training."""
+        return sum(part.fitting_epochs for part in self.parts) if self.recipe.epochs else 0
 
     @property
-    def _fitting_epochs(self) -> int:
-        return sum(part.fitting_epochs for part in self.parts)
+    def batches(self) -> int:
+        """Steps of an epoch."""
+        return len(self.train) // self.recipe.batch_size
 
-    def seconds_expected(self) -> float:
-        """Seconds that the training will take, roughly: those of one step, timed here, for each of its steps.
+    @property
+    def steps(self) -> int:
+        """Of the whole training, with those of fitting."""
+        return (self.fitting_epochs + self.recipe.epochs) * self.batches
 
-        In steps of fitting, only the teacher runs.
+    def seconds_left(self, of_steps: tuple[float, float]) -> float:
+        """Seconds that the training will take, roughly, without the epochs that were done before it was interrupted.
+
+        Args:
+            of_steps: From :meth:`seconds_of_steps`.
         """
+        done = Kept(self.key, pick_device(self.device)).load().get("epochs", 0)
+        fitting = max(self.fitting_epochs - done, 0)
+        training = self.recipe.epochs - max(done - self.fitting_epochs, 0)
+        return self.batches * (fitting * of_steps[0] + training * of_steps[1])
+
+    def seconds_of_steps(self) -> tuple[float, float]:
+        """Seconds of a step of fitting, in which only the teacher runs, and of a step of training, timed here."""
         device, recipe = pick_device(self.device), self.recipe
         student = models.build(**self.architecture, seed=0).to(device).train()
         teacher = copy.deepcopy(self.teacher.model).to(device).eval() if self.teacher else nn.Identity()
@@ -235,8 +248,7 @@ class Job:
 
         guided = spent(guide)
         learned = {scale: spent(partial(learn, scale)) for scale in set(recipe.sizes)}
-        each = guided + sum(learned[scale] for scale in recipe.sizes) / len(recipe.sizes)
-        return len(self.train) // recipe.batch_size * (self._fitting_epochs * guided + recipe.epochs * each)
+        return guided, guided + sum(learned[scale] for scale in recipe.sizes) / len(recipe.sizes)
 
     def run(self) -> Run:
         """Train, and store the run; if another process is at it, wait for its run."""
@@ -282,7 +294,7 @@ class Job:
         role = f"{network} ({self.spec['technique']['name']}, seed {self.seed})"
         helper = self.teacher.model if self.teacher else nn.Identity()
         student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        done = earlier.get("epochs", 0) * (len(self.train) // self.recipe.batch_size)
+        done = earlier.get("epochs", 0) * self.batches
         with progress(total=self.steps, initial=done, desc=role, unit="batch") as bar, placed(helper, device):
             helper.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             for seen, state in train_epochs(
