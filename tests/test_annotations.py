@@ -160,6 +160,20 @@ def test_crowds_of_coco_and_difficult_objects_of_voc_are_set_apart(tmp_path):
         assert (found.difficult, found.crowds) == apart
 
 
+@pytest.mark.parametrize(
+    ("value", "apart"),
+    [(None, 0), ("", 0), (0, 0), (0.0, 0), (False, 0), (1, 1), (1.0, 1), (True, 1), ("1", 1), ("Unspecified", 0)],
+)
+def test_marks_of_objects_are_read_as_tools_write_them(tmp_path, value, apart):
+    coco(tmp_path / "coco", [{"bbox": [0, 0, 40, 30], "iscrowd": value}])
+    text = "" if value is None else f"\n{value} "
+    write_voc(tmp_path / "voc", {"a": (40, 30, [GOOD.replace("<difficult>0<", f"<difficult>{text}<")])})
+    for layout in ("coco", "voc"):
+        (found,), refused = read_annotations(tmp_path / layout)
+        assert refused == {}
+        assert (len(found.objects), len(found.crowds) + len(found.difficult)) == (1 - apart, apart)
+
+
 def test_coco_beside_the_images_and_one_folder_deeper(tmp_path):
     coco(tmp_path / "archive", [[2, 3, 10, 10]], "valid", "_annotations.coco.json")
     coco(tmp_path / "archive", [[2, 3, 10, 10]], "train", "_annotations.coco.json")

@@ -49,7 +49,7 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(small, home, monk
 
 def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_thread, small):
     job = Job("resnet10@0.125", small, small, recipe=Recipe(epochs=1, batch_size=16), device="cpu")
-    assert 0 < job.seconds_of_steps()[0] < job.seconds_of_steps()[1] < 60
+    assert 0 < job.seconds_of_steps()[1] < 60
     announce([job])
     assert not capsys.readouterr().out  # a few steps
     monkeypatch.setattr(Job, "seconds_of_steps", lambda self: (0.0, 0.05))
@@ -73,6 +73,20 @@ def test_what_is_left_of_a_training_counts_passes_of_the_teacher_and_epochs_that
         if done:
             Kept(fitted.key, torch.device("cpu")).save({"epochs": done})
         assert fitted.seconds_left((1, 2)) == 5 * left
+    Kept(fitted.key, torch.device("cpu")).path.write_bytes(b"damaged")
+    assert fitted.seconds_left((1, 2)) == 5 * 7
+
+
+def test_the_announced_time_is_of_each_technique_and_of_what_is_left(monkeypatch, home, capsys, one_thread, small):
+    guide = kdx.fit("resnet10@0.125", small, small, recipe=Recipe(epochs=0, batch_size=16), device="cpu")
+    recipe = Recipe(epochs=60, batch_size=16)
+    plain = Job("resnet10@0.0625", small, small, "response", guide, recipe, device="cpu")
+    fitted = replace(plain, technique="self-supervised", settings={"self_supervised_epochs": 60})
+    begun = replace(plain, seed=1)
+    Kept(begun.key, torch.device("cpu")).save({"epochs": 36})
+    monkeypatch.setattr(Job, "seconds_of_steps", lambda self: (1.0, 2.0 if self.technique == "response" else 6.0))
+    announce([plain, fitted, begun])  # five batches an epoch: 600 + (300 + 1800) + 240 seconds
+    assert capsys.readouterr().out.startswith("Training 3 networks: about 49 minutes here.")
 
 
 def test_a_cluster_is_named_by_its_address_or_file(tmp_path, monkeypatch, small):

@@ -60,11 +60,12 @@ def test_on_a_full_disk_the_training_goes_on_and_the_epoch_before_stays(home, mo
     assert kept.load() == {"epochs": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04 cut", b"\x80\x02\xff", "of other content"])
+@pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04 cut", b"\x80\x02\xff", {"epochs": 1}, [1], 3])
 def test_a_damaged_file_is_named(home, content):
     kept = Kept("a", CPU)
     kept.save({"epochs": 1})
-    torch.save({"epochs": 1}, kept.path) if isinstance(content, str) else kept.path.write_bytes(content)
+    assert kept.epochs == 1
+    kept.path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, kept.path)
     with pytest.raises(ValueError, match=r"\.a\.cpu\.partial, is damaged .* delete that file to begin anew"):
         kept.load()
 

@@ -112,7 +112,7 @@ def _voc(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Itera
         for i, thing in enumerate(root.iter("object"), 1):
             try:
                 corners = [_number(thing.findtext(f"bndbox/{side}")) for side in SIDES]
-                kind = difficult if _flag((thing.findtext("difficult") or "0").strip(), "difficult") else objects
+                kind = difficult if _flag(thing.findtext("difficult"), "difficult") else objects
                 kind.append(_checked((thing.findtext("name") or "").strip(), corners, (width, height), classes))
             except ValueError as reason:
                 refused[f"{file}, object {i}"] = one_line(reason)
@@ -220,7 +220,7 @@ def _coco(folder: Path, classes: Sequence[str], refused: dict[str, str]) -> Iter
                     raise ValueError(f"expected a bbox of left, top, width, height, got {box!r}")
                 left, top, width, height = map(_number, box)
                 name = names.get(_id(entry.get("category_id")), "")
-                of = (crowds if _flag(entry.get("iscrowd", 0), "iscrowd") else objects)[key]
+                of = (crowds if _flag(entry.get("iscrowd"), "iscrowd") else objects)[key]
                 of.append(_checked(name, [left, top, left + width, top + height], sizes[key], classes))
         for key, image in images.items():
             name = printable(image.relative_to(folder))
@@ -276,9 +276,13 @@ def _number(value: Any) -> float:
 
 
 def _flag(value: Any, what: str) -> bool:
-    if str(value) not in ("0", "1", "False", "True"):
+    """A mark that an object may have: 0, 1 or nothing, as numbers or text."""
+    text = str(value).strip().lower()
+    if value is None or text in ("", "0", "0.0", "false", "unspecified"):
+        return False
+    if text not in ("1", "1.0", "true"):
         raise ValueError(f"expected {what} to be 0 or 1, got {value!r:.40}")
-    return str(value) in ("1", "True")
+    return True
 
 
 def _checked(name: str, corners: Sequence[float], size: tuple[int, int], classes: Sequence[str]) -> tuple[str, Box]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import default_restore_location
 
 from kdx.paths import data_home, one_line
 
@@ -32,12 +33,19 @@ class Kept:
 
     def __init__(self, key: str, device: torch.device) -> None:
         self.path = data_home() / "runs" / f".{key}.{device.type}.partial"
-        self._before, self._start = 0.0, time.perf_counter()
+        self._device, self._before, self._start = device, 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """That the training took until now, without the times between its attempts."""
         return self._before + time.perf_counter() - self._start
+
+    @property
+    def epochs(self) -> int:
+        """How many are done; 0 where the file cannot be read, of which :meth:`load` tells."""
+        with suppress(Exception):
+            return int(torch.load(self.path, map_location="meta", weights_only=True)["epochs"])
+        return 0
 
     def load(self) -> dict[str, Any]:
         """What the last epoch ended with; {} where there is none yet.
@@ -46,17 +54,32 @@ class Kept:
             ValueError: The file is damaged.
         """
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location=self._place, weights_only=True)
             self._before = state.pop("seconds")
-            os.utime(self.path)  # it is in use
         except FileNotFoundError:
             return {}
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise ValueError(
                 f"what was kept of a training, {self.path}, is damaged ({one_line(error)}); delete that file to begin "
                 "anew"
             ) from error
+        with suppress(OSError):
+            os.utime(self.path)  # it is in use
         return state
+
+    def _place(self, storage: Any, location: str) -> Any:
+        """What was on any GPU comes to that of this training; random states stay on the CPU."""
+        return storage if location == "cpu" else default_restore_location(storage, str(self._device))
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Put the state of the latest epoch in the place of that of the epoch before.

@@ -218,7 +218,7 @@ class Job:
         Args:
             of_steps: From :meth:`seconds_of_steps`.
         """
-        done = Kept(self.key, pick_device(self.device)).load().get("epochs", 0)
+        done = Kept(self.key, pick_device(self.device)).epochs
         fitting = max(self.fitting_epochs - done, 0)
         training = self.recipe.epochs - max(done - self.fitting_epochs, 0)
         return self.batches * (fitting * of_steps[0] + training * of_steps[1])

@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
     Attributes:
         objects: bool (objects,), whether it found an object, in the order of images and of their boxes.
-        alarms: int64 (n,), of each image how many detections found no object, ignored ones included.
+        alarms: int64 (n,), of each image how many detections found neither an object nor an ignored box.
     """
 
     objects: NDArray[np.bool_]

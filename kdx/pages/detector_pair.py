@@ -140,7 +140,10 @@ def read_detectors(
         )
     if count := sum(len(one["labels"]) for one in images.ignored):
         marked = "1 object is marked as a crowd" if count == 1 else f"{count:,} objects are marked as crowds"
-        caveats.append(f"{marked} or as difficult: what is detected there counts neither as found nor as false alarm.")
+        caveats.append(
+            f"{marked} or as difficult: what is detected there, of a difficult object once, is neither found nor a "
+            "false alarm."
+        )
     if not size:
         height, width = images.size
         caveats.append(f"The detectors were given images of {width} x {height} pixels (--size).")
