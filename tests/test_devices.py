@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdx import build
-from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed, sound_kernels
+from kdx.networks.devices import autocast, autocast_dtype, pick_device, placed, training_kernels
 from tests.networks import at_once
 
 
@@ -31,13 +31,50 @@ def test_narrow_strided_convolutions_do_without_onednn_where_it_damages_the_heap
     flags = torch.backends.mkldnn
     for processor, width, enabled in (("AVX2", 0.0625, False), ("AVX2", 0.125, True), ("AVX512", 0.0625, True)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=processor: name)
-        with sound_kernels(build("resnet10", 3, "small", width, seed=0)):
+        with training_kernels(build("resnet10", 3, "small", width, seed=0)):
             assert flags.enabled is enabled
         assert flags.enabled
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(RuntimeError, match="on purpose"), sound_kernels(build("resnet10", 3, "small", 0.0625)):
+    with pytest.raises(RuntimeError, match="on purpose"), training_kernels(build("resnet10", 3, "small", 0.0625)):
         raise RuntimeError("on purpose")
     assert flags.enabled
+
+
+def test_slow_depthwise_convolutions_are_trained_in_float32():
+    """Those that are strided or large; the output has the type of the input."""
+    torch.manual_seed(0)
+    layers = {"small": (3, 1, 8), "strided": (3, 2, 8), "large": (5, 1, 8), "dense": (3, 2, 1)}
+    x = torch.randn(4, 8, 9, 9).bfloat16()
+    for name, (side, stride, groups) in layers.items():
+        layer = torch.nn.Conv2d(8, 8, side, stride, side // 2, groups=groups)
+        exact = layer(x.float()).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = layer(x)
+            with training_kernels(layer):
+                y = layer(x)
+            assert torch.equal(layer(x), rounded)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, exact if name in ("strided", "large") else rounded), name
+        assert name not in ("strided", "large") or not torch.equal(rounded, exact)
+    with pytest.raises(RuntimeError, match="on purpose"), training_kernels(layer):
+        raise RuntimeError("on purpose")
+    assert "forward" not in vars(layer)
+
+
+def test_training_kernels_leave_a_forward_of_its_own_alone():
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(4, 4, 3, 2, groups=4), torch.randn(2, 4, 8, 8)
+    expected = layer(x)
+    with training_kernels(layer):
+        assert torch.equal(layer(x), expected)
+    replaced = torch.nn.Conv2d(4, 4, 3, 2, groups=4)
+    replaced.forward = lambda x: x
+    with training_kernels(replaced):
+        assert replaced(x) is x
+    assert replaced(x) is x
 
 
 def test_placed_in_threads_puts_every_tensor_back(one_thread):

@@ -27,7 +27,7 @@ from kdx.distil.techniques import TECHNIQUES, find_techniques
 from kdx.distil.training import Recipe, resize, train_epochs
 from kdx.networks import models
 from kdx.networks.capture import forward
-from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed, sound_kernels
+from kdx.networks.devices import autocast, autocast_dtype, device_name, pick_device, placed, training_kernels
 from kdx.networks.stages import evaluating
 from kdx.paths import alone
 from kdx.progress import progress
@@ -241,7 +241,7 @@ class Job:
         def spent(step: Callable[[], object]) -> float:
             for _ in range(2):  # the first warms up
                 start = time.perf_counter()
-                with autocast(device), sound_kernels(student):
+                with autocast(device), training_kernels(student):
                     step()
                     float(x.sum())  # waits for the device
             return time.perf_counter() - start

@@ -148,6 +148,17 @@ def _taught(recipe: Recipe) -> Plans:
     }
 
 
+OTHER_FAMILY = "mobilenet_v1@0.125"
+
+
+def _of_another_family(recipe: Recipe) -> Plans:
+    """The students of another family than their teacher's, on the page on techniques, of the first fold."""
+    plans = plan_fit("resnet18@0.25", OTHER_FAMILY, TAUGHT, 1, 1, 0, recipe)
+    plans["standardised response", 1] = replace(plans["response", 1], settings=(("standardise", True),))
+    kept = ("base", "second base", "standardised response", *TAUGHT)
+    return {(f"{role}, {OTHER_FAMILY}", 1): plans[role, 1] for role in kept}
+
+
 def _photographs(recipe: Recipe) -> Plans:
     """The networks of the pages on photographs, of three folds; controls of the first."""
     techniques = ("response", "overhaul", "attention")
@@ -174,7 +185,7 @@ STUDIES: tuple[Study, ...] = (
         "cifar10",
         Recipe(),
         # a network of several pages has the role of the last
-        lambda recipe: _taught(recipe) | _ladder(recipe) | _students(recipe),
+        lambda recipe: _of_another_family(recipe) | _taught(recipe) | _ladder(recipe) | _students(recipe),
         folds=5,
         settings={"attention_weight": 100.0, "contrastive_negatives": 1024},
     ),

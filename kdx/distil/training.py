@@ -21,7 +21,7 @@ from kdx.data.dataset import Dataset
 from kdx.distil.checkpoints import put_back, state_of
 from kdx.distil.technique import Seen, Technique
 from kdx.networks.capture import OverwrittenError, capture
-from kdx.networks.devices import autocast, sound_kernels
+from kdx.networks.devices import autocast, training_kernels
 from kdx.networks.stages import Tap, evaluating
 from kdx.networks.vision_transformers import to_grid
 
@@ -149,7 +149,7 @@ class _Training:
         self.student.train()
         sizes, total = self.recipe.sizes, self.steps * self.recipe.epochs
         seen = torch.zeros(2, device=self.labels.device)  # summed loss, correct
-        with self.objective.watching(), sound_kernels(self.student):
+        with self.objective.watching(), training_kernels(self.student):
             for step, (x, rows) in enumerate(self.batches(), epoch * self.steps):
                 y, scale = self.labels[rows], sizes[step * len(sizes) // total]
                 logits, loss = self.objective(x, rows, scale)

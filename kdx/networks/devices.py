@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdx.networks.threads import locked
 
@@ -67,23 +68,45 @@ def reuse_memory() -> None:
 
 
 @contextmanager
-def sound_kernels(model: nn.Module) -> Iterator[None]:
-    """Inside the block, do without oneDNN where it would write past the end of its buffers while ``model`` is trained.
+def training_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside the block, ``model`` is trained on a CPU without what oneDNN does badly, seen with its version 3.13.
 
-    Seen with oneDNN 3.13 in float32, on processors with AVX2 but without AVX-512: in channels-last memory format, the
-    gradient of the weights of a strided 1x1 convolution of fewer than eight channels damages the heap.
+    - On processors with AVX2 but without AVX-512, in float32 and channels-last memory format, the gradient of the
+      weights of a strided 1x1 convolution of fewer than eight channels damages the heap. Networks that have one do
+      without oneDNN.
+    - In bfloat16, the gradients of depthwise convolutions that are strided or larger than 3x3 take up to twenty times
+      as long as in float32. They are computed in float32.
     """
     narrow = any(
         isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 8
         for part in model.modules()
     )
+    slow = [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.Conv2d)
+        and type(part).forward is nn.Conv2d.forward
+        and "forward" not in vars(part)
+        and part.groups == part.in_channels > 1
+        and (part.stride != (1, 1) or max(part.kernel_size) > 3)
+        and part.weight.device.type == "cpu"
+    ]
     onednn: Any = torch.backends.mkldnn
     before = onednn.enabled
     onednn.enabled = before and not (narrow and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    for part in slow:
+        part.forward = types.MethodType(_in_float32, part)  # type: ignore[method-assign]
     try:
         yield
     finally:
         onednn.enabled = before
+        for part in slow:
+            del part.forward
+
+
+def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return nn.Conv2d.forward(convolution, x.float()).to(x.dtype)
 
 
 @contextmanager
