@@ -176,11 +176,12 @@ def networks_verify() -> None:
         from kdx.data import sst
         from kdx.distil import shipped, shipped_detectors, shipped_texts
         from kdx.distil.fit_text import evaluate_text
+        from kdx.distil.studies import STUDIES
         from kdx.planted import suite
 
         test = sst.load_sentences() if sst.find_sst() else None
         accuracy = None if test is None else lambda network: evaluate_text(network, test).accuracy
-        studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
+        studies = (*STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         rows = []
         for row in chain(shipped.verify(studies), shipped_texts.verify(accuracy)):
             rows.append(row)
@@ -206,11 +207,12 @@ def networks_train(
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with errors(), seconds("train"):
         from kdx.distil import shipped, shipped_detectors
+        from kdx.distil.studies import STUDIES
         from kdx.networks.devices import reuse_memory
         from kdx.planted import suite
 
         use_cluster(cluster)
         os.nice(19)
         reuse_memory()
-        studies = (*shipped.STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
+        studies = (*STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         shipped.train(studies, dataset or (), only or (), fold or (), workers, device)

@@ -9,7 +9,7 @@ from typing import Any
 from kdx.data.detection import Detection, load_detection
 from kdx.distil.backends import fit_all
 from kdx.distil.detector_fit import DetectorJob
-from kdx.distil.shipped import Place, Ship
+from kdx.distil.studies import Place, Ship
 from kdx.distil.training import Recipe
 
 TEACHER = "teacher"
@@ -25,7 +25,7 @@ STUDENTS: dict[str, tuple[str, int, Mapping[str, Any]]] = {  # role -> technique
 
 @dataclass(frozen=True)
 class DetectorStudy:
-    """A :class:`kdx.distil.shipped.Study` of detectors.
+    """A :class:`kdx.distil.studies.Study` of detectors.
 
     All students start with the neck and head of the teacher, also those that do not learn from it.
 

@@ -16,7 +16,7 @@ import papermill
 
 from kdx.data.registry import DATASETS
 from kdx.distil.cross_validation import Plan, plan_chains, plan_fit
-from kdx.distil.shipped import TAUGHT
+from kdx.distil.studies import TAUGHT
 from kdx.distil.training import Recipe
 from kdx.measure.teachers import complexity, name_chain
 from kdx.networks import models

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from kdx.data.cues import Scene
 from kdx.data.dataset import Dataset, load_dataset
-from kdx.distil.shipped import Place, Ship, open_network
+from kdx.distil.shipped import open_network
+from kdx.distil.studies import Place, Ship
 from kdx.distil.training import Recipe
 from kdx.planted.doses import Dosed, plant_doses
 from kdx.planted.plantings import MODEL, PLANTINGS, ROLES, SHIPPED, Grown, fit_ignorant, images_of, plant
@@ -124,7 +125,7 @@ def load_doses(case: str, fold: int) -> list[Dosed]:
 
 
 class Study:
-    """All of them: a :class:`kdx.distil.shipped.Study`."""
+    """All of them: a :class:`kdx.distil.studies.Study`."""
 
     dataset = "planted"
 

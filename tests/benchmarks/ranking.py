@@ -7,7 +7,7 @@ import sys
 import time
 
 import kdx
-from kdx.distil.shipped import ASSISTANT, LADDER
+from kdx.distil.studies import ASSISTANT, LADDER
 from kdx.pages import results
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import kdx
-from kdx.distil.shipped import STUDIES, TAUGHT
+from kdx.distil.studies import STUDIES, TAUGHT
 from kdx.distil.techniques import find_techniques, settings_of
 from kdx.distil.training import train_epochs
 from kdx.pages import results

@@ -25,7 +25,7 @@ from kdx.distil.answers import answers
 from kdx.distil.cross_validation import fit_all
 from kdx.distil.fit import Job, evaluate
 from kdx.distil.run_store import find_run, shipped_table
-from kdx.distil.shipped import STUDIES
+from kdx.distil.studies import STUDIES
 from kdx.explain.regression import FitWarning
 from kdx.pages import results
 from kdx.planted.plantings import shuffled
