@@ -40,6 +40,18 @@ def test_an_interrupted_training_goes_on_exactly(part, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_detectors_are_trained_with_the_kernels_of_classifiers(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    used, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: (used.append(torch.backends.mkldnn.enabled), backward(loss))
+    )
+    trained(Label(), epochs=1)  # of a narrow network
+    assert used == [False] * 2
+    next(train_detector(detector(1, 0.125), None, squares(), Label(), RECIPE, 5, lambda: None))
+    assert used == [False] * 2 + [True] * 2
+
+
 def test_boxes_are_mirrored_with_their_images():
     torch.manual_seed(0)
     data = squares(40)

@@ -14,6 +14,7 @@ from kdx.distil.checkpoints import put_back, state_of
 from kdx.distil.detector_techniques import SeenPyramid
 from kdx.distil.technique import Technique
 from kdx.distil.training import Recipe, triangle
+from kdx.networks.devices import training_kernels
 from kdx.networks.fpn_detectors import Detector, learn, levels_of
 from kdx.networks.stages import evaluating
 
@@ -64,15 +65,16 @@ def train_detector(
         for epoch in range(done, recipe.epochs):
             order = torch.randperm(len(train), generator=generator)[: steps * recipe.batch_size]
             losses = []
-            for rows in order.split(recipe.batch_size):
-                loss = _loss(part, student.train(), teacher, adapter, *_batch(train[rows], device), rows)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(weights, MOST_GRADIENT)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.detach())
-                stepped()
+            with training_kernels(student):
+                for rows in order.split(recipe.batch_size):
+                    loss = _loss(part, student.train(), teacher, adapter, *_batch(train[rows], device), rows)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(weights, MOST_GRADIENT)
+                    optimizer.step()
+                    schedule.step()
+                    losses.append(loss.detach())
+                    stepped()
             yield torch.stack(losses).mean().item(), state_of(parts, generator, epoch + 1)
 
 
