@@ -41,40 +41,58 @@ def test_narrow_strided_convolutions_do_without_onednn_where_it_damages_the_heap
 
 
 def test_slow_depthwise_convolutions_are_trained_in_float32():
-    """Those that are strided or large; the output has the type of the input."""
+    """The result has the type of autocast, as without."""
     torch.manual_seed(0)
-    layers = {"small": (3, 1, 8), "strided": (3, 2, 8), "large": (5, 1, 8), "dense": (3, 2, 1)}
+    slow = {
+        "strided": dict(stride=2, padding=1), "large": dict(kernel_size=5, padding=2),
+        "dilated": dict(dilation=2, padding=2), "several of each": dict(out_channels=16),
+    }  # fmt: skip
+    quick = {"simple": dict(padding=1), "dense": dict(stride=2, groups=1), "in groups": dict(stride=2, groups=4)}
     x = torch.randn(4, 8, 9, 9).bfloat16()
-    for name, (side, stride, groups) in layers.items():
-        layer = torch.nn.Conv2d(8, 8, side, stride, side // 2, groups=groups)
+    for name, settings in (slow | quick).items():
+        layer = torch.nn.Conv2d(8, **{"out_channels": 8, "kernel_size": 3, "groups": 8} | settings)
         exact = layer(x.float()).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
             rounded = layer(x)
             with training_kernels(layer):
-                y = layer(x)
+                y, of_float32 = layer(input=x), layer(x.float())
             assert torch.equal(layer(x), rounded)
-        assert y.dtype == torch.bfloat16
-        assert torch.equal(y, exact if name in ("strided", "large") else rounded), name
-        assert name not in ("strided", "large") or not torch.equal(rounded, exact)
+        assert not torch.equal(rounded, exact)
+        assert torch.equal(y, exact if name in slow else rounded), name
+        assert y.dtype == of_float32.dtype == torch.bfloat16
+        with training_kernels(layer):
+            assert torch.equal(layer(x.float()).bfloat16(), exact)  # there is no autocast
+    layer = torch.nn.Conv2d(8, 8, 3, 2, groups=8)
     with pytest.raises(RuntimeError, match="on purpose"), training_kernels(layer):
         raise RuntimeError("on purpose")
     assert "forward" not in vars(layer)
 
 
-def test_training_kernels_leave_a_forward_of_its_own_alone():
+def test_training_kernels_leave_other_convolutions_alone():
     class Doubled(torch.nn.Conv2d):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    layer, x = Doubled(4, 4, 3, 2, groups=4), torch.randn(2, 4, 8, 8)
-    expected = layer(x)
-    with training_kernels(layer):
-        assert torch.equal(layer(x), expected)
+    class Halved(torch.nn.Conv2d):
+        def _conv_forward(self, *given):
+            return super()._conv_forward(*given) / 2
+
     replaced = torch.nn.Conv2d(4, 4, 3, 2, groups=4)
     replaced.forward = lambda x: x
-    with training_kernels(replaced):
-        assert replaced(x) is x
-    assert replaced(x) is x
+    others = [
+        Doubled(4, 4, 3, 2, groups=4), Halved(4, 4, 3, 2, groups=4), replaced, torch.nn.Conv2d(1, 1, 3, 2),
+        torch.nn.Conv2d(4, 4, 3, 2, groups=4).double(), torch.nn.Conv2d(4, 4, 3, 2, groups=4, device="meta"),
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(4, 4, 3, 2, groups=4)),
+    ]  # fmt: skip
+    for layer in others:
+        before = vars(layer).get("forward")
+        with training_kernels(layer):
+            assert vars(layer).get("forward") is before
+        assert vars(layer).get("forward") is before
+    wide = torch.nn.Conv2d(4, 4, 3, 2, groups=4)
+    with torch.autocast("cpu", torch.bfloat16), training_kernels(wide):
+        wide.double()
+        assert wide(torch.ones(1, 4, 8, 8).double()).dtype == torch.float64
 
 
 def test_placed_in_threads_puts_every_tensor_back(one_thread):

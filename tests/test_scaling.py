@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 
+from kdx.distil.studies import OTHER_FAMILY, TAUGHT
 from kdx.pages.scaling import Machines, list_trainings, makespan, measure_overhead, predict
 from tests.checkout import ROOT
 
@@ -45,6 +46,10 @@ def test_trainings_of_a_profile_are_counted_once():
     assert response["sent"] > base["sent"] == 0
     assert response["flops"] > base["flops"]
     assert {"03_capacity_gap"} < set(paper["page"])
+    others = paper[paper["model"] == OTHER_FAMILY]
+    assert set(others["fold"]) == {1}
+    twice = {"label": 2, "response": 3}  # two bases; also of a random teacher, and standardised
+    assert others["technique"].value_counts().to_dict() == dict.fromkeys(TAUGHT, 1) | twice
 
 
 def test_overhead_is_a_time():

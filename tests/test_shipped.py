@@ -77,6 +77,24 @@ def test_verify_names_damage_and_other_accuracies(study, networks_home):
     assert "is damaged" in next(iter(shipped.verify([study])))["problem"]
 
 
+def test_load_pair_gives_the_base_of_the_same_architecture(monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    for role, base in (
+        ("attention", "base"),
+        ("attention, resnet10@0.125", "resnet10@0.125"),
+        ("second base, mobilenet_v1@0.125", "base, mobilenet_v1@0.125"),
+        ("reordered base", "base"),
+    ):
+        student, found = kdx.load_pair("cifar10", role, 1)
+        expected = kdx.load_network("cifar10", base, 1)
+        assert found.architecture == student.architecture
+        assert all(map(torch.equal, found.parameters(), expected.parameters())), role
+    with pytest.raises(ValueError, match="expected one base of 'teacher' of cifar10, fold 1, got none; choose it with"):
+        kdx.load_pair("cifar10", "teacher")
+    with pytest.raises(ValueError, match="role 'student'; choose from"):
+        kdx.load_pair("cifar10", "student")
+
+
 def test_load_network_names_the_choices(study):
     shipped.train([study], only=["base"], folds=[1], device="cpu", workers=1)
     for arguments, message in (

@@ -55,8 +55,22 @@ def load_network(dataset: str, role: str, fold: int = 1) -> Network:
 
 
 def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Network, Network]:
-    """A shipped student and the base of its fold, as :func:`load_network` gives them."""
-    return load_network(dataset, role, fold), load_network(dataset, "base", fold)
+    """A shipped student and the base of its fold and architecture, as :func:`load_network` gives them.
+
+    Raises:
+        ValueError: There is no such student, or not exactly one base.
+    """
+    student, table = load_network(dataset, role, fold), shipped_table()
+    table = table[(table["dataset"] == dataset) & (table["fold"] == fold)]
+    table = table[table["model"] == table.loc[table["role"] == role, "model"].item()]
+    control = table["role"].str.contains("second|reordered")
+    bases = table.loc[(table["technique"] == "label") & (table["role"] != role) & ~control, "role"]
+    if len(bases) != 1:
+        raise ValueError(
+            f"expected one base of {role!r} of {dataset}, fold {fold}, got {', '.join(bases) or 'none'}; choose it "
+            "with kdx.load_network"
+        )
+    return student, load_network(dataset, bases.item(), fold)
 
 
 def open_network(dataset: str, role: str, fold: int) -> Run:

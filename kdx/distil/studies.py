@@ -1,4 +1,4 @@
-"""Which networks come with the checkout: their roles, folds and recipes.
+"""Which networks of whole pages come with the checkout: their roles, folds and recipes.
 
 :mod:`kdx.distil.shipped` trains, loads and verifies them.
 """
@@ -117,27 +117,16 @@ JOINED = ("attention", "factor", "contrastive")  # those that the paper trains w
 TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in JOINED))
 
 
-def _taught(recipe: Recipe) -> Plans:
-    """The networks of the page on techniques, of three folds."""
-    plans = plan_fit("resnet18@0.25", "resnet10@0.125", TAUGHT, 3, 3, 0, recipe)
-    for fold in (1, 2, 3):
+OTHER_FAMILY = "mobilenet_v1@0.125"  # than the teacher's
+
+
+def _taught(student: str, recipe: Recipe, k: int, controls: Sequence[str]) -> Plans:
+    """Students of the page on techniques, of k folds."""
+    plans = plan_fit("resnet18@0.25", student, TAUGHT, k, k, 0, recipe)
+    for fold in range(1, k + 1):
         plans["standardised response", fold] = replace(plans["response", fold], settings=(("standardise", True),))
-    return {
-        (f"{role}, resnet10@0.125", fold): plan
-        for (role, fold), plan in plans.items()
-        if role not in ("reordered base", "second student")
-    }
-
-
-OTHER_FAMILY = "mobilenet_v1@0.125"
-
-
-def _of_another_family(recipe: Recipe) -> Plans:
-    """The students of another family than their teacher's, on the page on techniques, of the first fold."""
-    plans = plan_fit("resnet18@0.25", OTHER_FAMILY, TAUGHT, 1, 1, 0, recipe)
-    plans["standardised response", 1] = replace(plans["response", 1], settings=(("standardise", True),))
-    kept = ("base", "second base", "standardised response", *TAUGHT)
-    return {(f"{role}, {OTHER_FAMILY}", 1): plans[role, 1] for role in kept}
+    kept = ("base", *TAUGHT, "standardised response", *controls)
+    return {(f"{role}, {student}", fold): plan for (role, fold), plan in plans.items() if role in kept}
 
 
 def _photographs(recipe: Recipe) -> Plans:
@@ -166,7 +155,12 @@ STUDIES: tuple[Study, ...] = (
         "cifar10",
         Recipe(),
         # a network of several pages has the role of the last
-        lambda recipe: _of_another_family(recipe) | _taught(recipe) | _ladder(recipe) | _students(recipe),
+        lambda recipe: (
+            _taught("resnet10@0.125", recipe, 3, ("second base", "random teacher", "self-distilled"))
+            | _taught(OTHER_FAMILY, recipe, 1, ("second base", "random teacher"))
+            | _ladder(recipe)
+            | _students(recipe)
+        ),
         folds=5,
         settings={"attention_weight": 100.0, "contrastive_negatives": 1024},
     ),

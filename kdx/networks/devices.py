@@ -6,7 +6,7 @@ import ctypes
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,39 +74,41 @@ def training_kernels(model: nn.Module) -> Iterator[None]:
     - On processors with AVX2 but without AVX-512, in float32 and channels-last memory format, the gradient of the
       weights of a strided 1x1 convolution of fewer than eight channels damages the heap. Networks that have one do
       without oneDNN.
-    - In bfloat16, the gradients of depthwise convolutions that are strided or larger than 3x3 take up to twenty times
-      as long as in float32. They are computed in float32.
+    - In bfloat16, the gradients of depthwise convolutions that are strided, dilated, larger than 3x3 or of several
+      channels for each of the input take up to fifty times as long as in float32. These convolutions are computed in
+      float32. Do not copy or pickle the network inside the block.
     """
     narrow = any(
         isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 8
         for part in model.modules()
     )
-    slow = [
-        part
-        for part in model.modules()
-        if isinstance(part, nn.Conv2d)
-        and type(part).forward is nn.Conv2d.forward
-        and "forward" not in vars(part)
-        and part.groups == part.in_channels > 1
-        and (part.stride != (1, 1) or max(part.kernel_size) > 3)
-        and part.weight.device.type == "cpu"
-    ]
     onednn: Any = torch.backends.mkldnn
-    before = onednn.enabled
-    onednn.enabled = before and not (narrow and torch.backends.cpu.get_cpu_capability() == "AVX2")
-    for part in slow:
-        part.forward = types.MethodType(_in_float32, part)  # type: ignore[method-assign]
-    try:
+    with ExitStack() as stack:
+        if narrow and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            stack.callback(setattr, onednn, "enabled", onednn.enabled)
+            onednn.enabled = False
+        for part in filter(_slow_in_bfloat16, model.modules()):
+            stack.callback(vars(part).pop, "forward", None)
+            part.forward = types.MethodType(_in_float32, part)
         yield
-    finally:
-        onednn.enabled = before
-        for part in slow:
-            del part.forward
 
 
-def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+def _slow_in_bfloat16(part: nn.Module) -> bool:
+    """Whether it is such a depthwise convolution, of torch's own kind, with weights in float32 on the CPU."""
+    if not isinstance(part, nn.Conv2d) or not part.groups == part.in_channels > 1:
+        return False
+    kind, weight = type(part), part._parameters.get("weight")
+    own = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    simple = part.stride == part.dilation == (1, 1) and max(part.kernel_size) <= 3 and part.out_channels == part.groups
+    plain = weight is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return own and plain and not simple and "forward" not in vars(part)
+
+
+def _in_float32(convolution: nn.Conv2d, input: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu") or input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return nn.Conv2d.forward(convolution, input)
     with torch.autocast("cpu", enabled=False):
-        return nn.Conv2d.forward(convolution, x.float()).to(x.dtype)
+        return nn.Conv2d.forward(convolution, input.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import ast
 import heapq
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def _plans(given: dict[str, Any]) -> list[Plan]:
             given["teacher"], given["student"], names, first, controls, given["seed"], recipe, **training
         )  # fmt: skip
         wanted = list(plans.values())
+        if "other_student" in given:  # the page on techniques
+            if other := given["other_student"]:
+                apart = plan_fit(given["teacher"], other, names, 1, 1, given["seed"], recipe, **training)
+                wanted += [apart[role, 1] for role in ("base", "second base", "random teacher", *names)]
+            taught = [plan for plan in wanted if plan.technique == "response" and plan.teacher in plans.values()]
+            wanted += [replace(plan, settings=(("standardise", True),)) for plan in taught]
     elif "teachers" in given:
         student, assistant = given["student"], given["assistant"]
         lines = [[name, student] for name in given["teachers"]]
