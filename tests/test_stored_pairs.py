@@ -35,6 +35,17 @@ def test_students_of_a_smoothed_teacher_have_a_name_of_their_own(tiny_shapes, tm
     assert networks == {f"resnet10@0.125 from {smoothed}resnet10@0.25, 1 epochs" for smoothed in ("", "smoothed ")}
 
 
+def test_students_of_another_family_come_last(tiny_shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDX_HOME", str(tmp_path / "own"))
+    recipe = kdx.Recipe(epochs=1, batch_size=20)
+    for student in ("resnet10@0.125", "mobilenet_v1@0.125"):  # the newest would be the first
+        kdx.cross_fit(
+            tiny_shapes["train"], teacher="resnet18@0.125", student=student, k=2, first=1, recipe=recipe, device="cpu"
+        )
+    of = [pair.networks.split(" from ")[0] for pair in stored_pairs("shapes")]
+    assert of == ["resnet10@0.125", "mobilenet_v1@0.125"]
+
+
 def test_damaged_manifests_are_named(trained_home):
     path = trained_home / "runs" / ("f" * 32)
     path.mkdir()

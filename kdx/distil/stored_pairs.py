@@ -76,8 +76,8 @@ class Pair:
 def stored_pairs(dataset: str | None = None, technique: str | None = None) -> list[Pair]:
     """The students that have a base in the run store or among the shipped networks, one fold of each kind.
 
-    Those whose teacher has their seed come first, then those with a second base, then the newest; shipped ones after
-    those of the run store. Students of a random teacher are left out.
+    Those whose teacher has their seed come first, then those of their teacher's family, then those with a second base,
+    then the newest; shipped ones after those of the run store. Students of a random teacher are left out.
 
     Args:
         dataset: Only of this dataset.
@@ -121,15 +121,22 @@ def stored_pairs(dataset: str | None = None, technique: str | None = None) -> li
             found[kind] = replace(pair, technique=f"{pair.technique} ({pair.keys['student'][:6]})")
     order = list(stored)
 
-    def place(pair: Pair) -> tuple[bool, bool, int]:
-        of_another_seed = stored[pair.spec["teacher"]]["spec"]["seed"] != pair.spec["seed"]  # a second student
-        return of_another_seed, len(pair.keys) < 3, order.index(pair.keys["student"])
+    def place(pair: Pair) -> tuple[bool, bool, bool, int]:
+        teacher = stored[pair.spec["teacher"]]["spec"]
+        of_another_seed = teacher["seed"] != pair.spec["seed"]  # a second student
+        of_another_family = _family(teacher) != _family(pair.spec)
+        return of_another_seed, of_another_family, len(pair.keys) < 3, order.index(pair.keys["student"])
 
     return sorted(found.values(), key=place)
 
 
 def _twin(manifest: Mapping[str, Any]) -> str:
     return str([manifest["spec"][part] for part in TWIN])
+
+
+def _family(spec: Mapping[str, Any]) -> str:
+    """``"resnet"`` of resnet18."""
+    return str(spec["model"]["name"]).rstrip("0123456789")
 
 
 def _name(spec: Mapping[str, Any]) -> str:
