@@ -97,7 +97,7 @@ def test_book_says_how_to_get_the_data_of_pages_that_are_not_built(smoke_book):
 def test_book_rebuild_trains_and_executes_nothing(smoke_book):
     root, home = smoke_book
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("book/executed/*.ipynb"), *home.glob("runs/*/*")]}
-    assert len(stamps) == 19 + 3 * 99
+    assert len(stamps) == 19 + 3 * 107
     done = kdx("book", "--profile", "smoke", "--root", root, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("unchanged") == 16  # pages, and the HTML
