@@ -16,7 +16,10 @@ from kdx.pages import build
 ROOT = Path(__file__).parent.parent
 
 NOT_YET = {  # roles that are declared, and shipped when they are trained
-    *(f"{role}, {studies.OTHER_FAMILY}" for role in (*studies.TAUGHT, "standardised response", "random teacher")),
+    *(f"{role}, {studies.OTHER_FAMILY}" for role in (
+        "factor", "prior", "contrastive", "self-supervised", *(f"response+{name}" for name in studies.JOINED),
+        "random teacher",
+    )),
     "smoothing", "smoothed teacher", *(f"response from smoothed teacher, T {t:g}" for t in studies.TEMPERATURES),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_training_leaves_no_hooks_and_no_switched_layers(shapes16, name):
     assert student.bn1.num_batches_tracked == 5  # 80 images in batches of 16: looking first counts for nothing
 
 
-def test_narrow_networks_are_trained_by_training_kernels(shapes16, monkeypatch):
+def test_narrow_networks_are_trained_without_the_kernels_that_damage_memory(shapes16, monkeypatch):
     """Also while their steps are timed."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     used, backward = [], torch.Tensor.backward

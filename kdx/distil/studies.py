@@ -115,8 +115,6 @@ def _ladder(recipe: Recipe) -> Plans:
 FEATURES = ("attention", "overhaul", "inter-channel", "alp", "factor", "prior", "contrastive")
 JOINED = ("attention", "factor", "contrastive")  # those that the paper trains with the response as well
 TAUGHT = ("response", "dkd", "dist", *FEATURES, "self-supervised", *(f"response+{name}" for name in JOINED))
-
-
 OTHER_FAMILY = "mobilenet_v1@0.125"  # than the teacher's
 
 
