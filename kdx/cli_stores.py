@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from kdx.distil.studies import Study
 
 data = typer.Typer(help="Datasets: list them, get them, prepare them.", no_args_is_help=True)
 networks = typer.Typer(help="Networks that come with the checkout: list, verify, train.", no_args_is_help=True)
@@ -169,21 +172,27 @@ def networks_list() -> None:
     typer.echo(f"{len(table)} networks of images, {len(texts)} of sentences")
 
 
+def _studies() -> tuple[Study, ...]:
+    """The networks of images that come with the checkout."""
+    from kdx.distil.shipped_detectors import DetectorStudy
+    from kdx.distil.studies import STUDIES
+    from kdx.planted import suite
+
+    return (*STUDIES, suite.Study(), DetectorStudy())
+
+
 @networks.command("verify")
 def networks_verify() -> None:
     """Evaluate every shipped network on the test images or sentences and compare with the tables."""
     with errors(), seconds("verify"):
         from kdx.data import sst
-        from kdx.distil import shipped, shipped_detectors, shipped_texts
+        from kdx.distil import shipped, shipped_texts
         from kdx.distil.fit_text import evaluate_text
-        from kdx.distil.studies import STUDIES
-        from kdx.planted import suite
 
         test = sst.load_sentences() if sst.find_sst() else None
         accuracy = None if test is None else lambda network: evaluate_text(network, test).accuracy
-        studies = (*STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
         rows = []
-        for row in chain(shipped.verify(studies), shipped_texts.verify(accuracy)):
+        for row in chain(shipped.verify(_studies()), shipped_texts.verify(accuracy)):
             rows.append(row)
             skipped = row["skipped"] and f"not measured, {row['skipped']}"
             typer.echo(f"{row['file']}: {row['problem'] or skipped or format(row['measured'], '.2%')}")
@@ -206,13 +215,10 @@ def networks_train(
 ) -> None:
     """Train the shipped networks that are missing, at the lowest priority; may be stopped and started again."""
     with errors(), seconds("train"):
-        from kdx.distil import shipped, shipped_detectors
-        from kdx.distil.studies import STUDIES
+        from kdx.distil import shipped
         from kdx.networks.devices import reuse_memory
-        from kdx.planted import suite
 
         use_cluster(cluster)
         os.nice(19)
         reuse_memory()
-        studies = (*STUDIES, suite.Study(), shipped_detectors.DetectorStudy())
-        shipped.train(studies, dataset or (), only or (), fold or (), workers, device)
+        shipped.train(_studies(), dataset or (), only or (), fold or (), workers, device)

@@ -98,16 +98,16 @@ def test_load_pair_gives_the_base_of_the_same_architecture(monkeypatch):
 def test_load_network_names_the_choices(study):
     shipped.train([study], only=["base"], folds=[1], device="cpu", workers=1)
     for arguments, message in (
-        (("cifar", "base"), "dataset 'cifar'; choose from: shapes"),
-        (("shapes", "bass"), "role 'bass'; choose from: base"),
+        (("cifar", "base"), "dataset 'cifar'; choose from: 'shapes'"),
+        (("shapes", "bass"), "role 'bass'; choose from: 'base'"),
         (("shapes", "base", 2), "fold 2; choose from: 1"),
     ):
         with pytest.raises(ValueError, match=message):
             kdx.load_network(*arguments)
     for wrong, message in (
-        ({"only": ["bass"]}, r"unknown roles \['bass'\]; choose from: teacher, base, response"),
+        ({"only": ["bass"]}, r"unknown roles \['bass'\]; choose from: 'teacher', 'base', 'response'"),
         ({"folds": [3]}, r"unknown folds \[3\]; choose from: 1, 2"),
-        ({"datasets": ["cifar"]}, r"unknown datasets \['cifar'\]; choose from: shapes"),
+        ({"datasets": ["cifar"]}, r"unknown datasets \['cifar'\]; choose from: 'shapes'"),
     ):
         with pytest.raises(ValueError, match=message):
             shipped.train([study], **wrong)

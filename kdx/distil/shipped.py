@@ -77,8 +77,8 @@ def open_network(dataset: str, role: str, fold: int) -> Run:
     """A shipped network with its history, as :func:`load_network` finds it."""
     table = shipped_table()
     for column, value in (("dataset", dataset), ("role", role), ("fold", fold)):
-        if value not in (choices := list(table[column].unique())):
-            raise ValueError(f"no shipped network of {column} {value!r}; choose from: {', '.join(map(str, choices))}")
+        if value not in (choices := table[column].unique().tolist()):
+            raise ValueError(f"no shipped network of {column} {value!r}; choose from: {', '.join(map(repr, choices))}")
         table = table[table[column] == value]
     row = table.iloc[0]
     if (run := find_run(row["sha256"][:32])) is None:
@@ -144,7 +144,7 @@ def _name_of(architecture: Mapping[str, Any]) -> str:
 def _check(what: str, given: Sequence[Any], known: Sequence[Any]) -> None:
     choices = list(dict.fromkeys(known))
     if unknown := [one for one in given if one not in choices]:
-        raise ValueError(f"unknown {what} {unknown}; choose from: {', '.join(map(str, choices))}")
+        raise ValueError(f"unknown {what} {unknown}; choose from: {', '.join(map(repr, choices))}")
 
 
 def ship(dataset: str, tested: Dataset | Detection, run: Run, role: str, fold: int) -> Run:
