@@ -16,10 +16,7 @@ from kdx.pages import build
 ROOT = Path(__file__).parent.parent
 
 NOT_YET = {  # roles that are declared, and shipped when they are trained
-    *(f"{role}, {studies.OTHER_FAMILY}" for role in (
-        "self-supervised", *(f"response+{name}" for name in studies.JOINED),
-        "random teacher",
-    )),
+    *(f"response+{name}, {studies.OTHER_FAMILY}" for name in studies.JOINED),
     "smoothing", "smoothed teacher", *(f"response from smoothed teacher, T {t:g}" for t in studies.TEMPERATURES),
 }  # fmt: skip
 
