@@ -173,7 +173,7 @@ def networks_list() -> None:
 
 
 def _studies() -> tuple[Study, ...]:
-    """The networks of images that come with the checkout."""
+    """All studies of images, classified or with boxes, whose networks come with the checkout."""
     from kdx.distil.shipped_detectors import DetectorStudy
     from kdx.distil.studies import STUDIES
     from kdx.planted import suite

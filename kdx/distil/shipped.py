@@ -67,8 +67,8 @@ def load_pair(dataset: str, role: str = "response", fold: int = 1) -> tuple[Netw
     bases = table.loc[(table["technique"] == "label") & (table["role"] != role) & ~control, "role"]
     if len(bases) != 1:
         raise ValueError(
-            f"expected one base of {role!r} of {dataset}, fold {fold}, got {', '.join(bases) or 'none'}; choose it "
-            "with kdx.load_network"
+            f"expected one base of {role!r} of {dataset}, fold {fold}, got {', '.join(map(repr, bases)) or 'none'}; "
+            "choose it with kdx.load_network"
         )
     return student, load_network(dataset, bases.item(), fold)
 
