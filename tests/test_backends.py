@@ -55,7 +55,7 @@ def test_long_trainings_are_announced_with_their_time(monkeypatch, capsys, one_t
     monkeypatch.setattr(Job, "seconds_of_steps", lambda self: (0.0, 0.05))
     long = replace(job, recipe=Recipe(epochs=300, batch_size=16))
     announce([long, replace(long, seed=1)])  # of five batches an epoch
-    assert capsys.readouterr().out == "Training 2 networks: about 2 minutes here. What is finished is kept.\n"
+    assert capsys.readouterr().out == "Training 2 networks: about 2 min here. What is finished is kept.\n"
 
 
 def test_what_is_left_of_a_training_counts_passes_of_the_teacher_and_epochs_that_are_done(
@@ -86,7 +86,7 @@ def test_the_announced_time_is_of_each_technique_and_of_what_is_left(monkeypatch
     Kept(begun.key, torch.device("cpu")).save({"epochs": 36})
     monkeypatch.setattr(Job, "seconds_of_steps", lambda self: (1.0, 2.0 if self.technique == "response" else 6.0))
     announce([plain, fitted, begun])  # five batches an epoch: 600 + (300 + 1800) + 240 seconds
-    assert capsys.readouterr().out.startswith("Training 3 networks: about 49 minutes here.")
+    assert capsys.readouterr().out.startswith("Training 3 networks: about 49 min here.")
 
 
 def test_a_cluster_is_named_by_its_address_or_file(tmp_path, monkeypatch, small):

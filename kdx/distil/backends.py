@@ -115,7 +115,7 @@ def announce(jobs: Sequence[Job]) -> None:
         seconds += job.seconds_left(of_steps[kind])
     if seconds >= 60:
         networks = "one network" if len(jobs) == 1 else f"{len(jobs)} networks"
-        print(f"Training {networks}: about {seconds / 60:.0f} minutes here. What is finished is kept.", flush=True)
+        print(f"Training {networks}: about {seconds / 60:.0f} min here. What is finished is kept.", flush=True)
 
 
 def _run_elsewhere(home: str, threads: int, name: Any, job: AnyJob) -> tuple[Any, str]:
