@@ -121,8 +121,9 @@ def planes(found: Mapping[str, Plane], classes: Sequence[str]) -> Figure:
     for axes, (title, plane) in zip(grid[0], found.items(), strict=True):
         for i, name in enumerate(classes):
             points = plane.points[plane.labels == i].cpu()
-            axes.scatter(*points.T, color=shades[i], s=5, alpha=0.5, lw=0, label=name)
-            axes.scatter(*plane.templates[i, :, None].cpu(), color=shades[i], marker="X", s=60, edgecolor=INK, lw=0.8)
+            axes.scatter(*points.T, color=shades[i], s=5, alpha=0.5, lw=0)
+            cross = {"marker": "X", "s": 60, "edgecolor": INK, "lw": 0.8, "label": name}
+            axes.scatter(*plane.templates[i, :, None].cpu(), color=shades[i], **cross)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_title(title, fontsize=8)
         bare(axes)
