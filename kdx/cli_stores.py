@@ -172,7 +172,7 @@ def networks_list() -> None:
     typer.echo(f"{len(table)} networks of images, {len(texts)} of sentences")
 
 
-def _studies() -> tuple[Study, ...]:
+def all_studies() -> tuple[Study, ...]:
     """All studies of images, classified or with boxes, whose networks come with the checkout."""
     from kdx.distil.shipped_detectors import DetectorStudy
     from kdx.distil.studies import STUDIES
@@ -192,7 +192,7 @@ def networks_verify() -> None:
         test = sst.load_sentences() if sst.find_sst() else None
         accuracy = None if test is None else lambda network: evaluate_text(network, test).accuracy
         rows = []
-        for row in chain(shipped.verify(_studies()), shipped_texts.verify(accuracy)):
+        for row in chain(shipped.verify(all_studies()), shipped_texts.verify(accuracy)):
             rows.append(row)
             skipped = row["skipped"] and f"not measured, {row['skipped']}"
             typer.echo(f"{row['file']}: {row['problem'] or skipped or format(row['measured'], '.2%')}")
@@ -221,4 +221,4 @@ def networks_train(
         use_cluster(cluster)
         os.nice(19)
         reuse_memory()
-        shipped.train(_studies(), dataset or (), only or (), fold or (), workers, device)
+        shipped.train(all_studies(), dataset or (), only or (), fold or (), workers, device)

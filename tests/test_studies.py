@@ -6,14 +6,25 @@ from pathlib import Path
 import papermill
 
 import kdx
+from kdx.cli_stores import all_studies
 from kdx.data.dataset import folds
 from kdx.distil import shipped, studies
 from kdx.distil.cross_validation import plan_chains, plan_fit
 from kdx.distil.run_store import find_run, shipped_table
 from kdx.distil.techniques import find_techniques, settings_of
 from kdx.pages import build
+from kdx.paths import networks_home
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_every_declared_network_is_shipped_and_no_other(monkeypatch):
+    monkeypatch.delenv("KDX_NETWORKS")
+    table, home = shipped_table(), networks_home()
+    rows = table[["dataset", "role", "fold"]].itertuples(index=False, name=None)
+    assert sorted(rows) == sorted((study.dataset, *place) for study in all_studies() for place in study.places)
+    files = {path.relative_to(home).as_posix() for path in home.rglob("*.safetensors")}
+    assert {name for name in files if not name.startswith("text/")} == set(table["file"])
 
 
 def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
@@ -22,15 +33,14 @@ def test_shipped_files_are_those_of_the_current_recipes(monkeypatch):
     for study in studies.STUDIES:
         plans = study.plans(study.recipe)
         rows = table[table["dataset"] == study.dataset].set_index(["role", "fold"])
-        assert set(rows.index) == set(study.places)
         for place, row in rows.iterrows():
             assert (plans[place].model, plans[place].epochs) == (row["model"], row["epochs"])
-        for sha256, digest in rows[["sha256", "digest"]].itertuples(index=False):
+        for sha256, seed, digest in rows[["sha256", "seed", "digest"]].itertuples(index=False):
             run = find_run(sha256[:32])  # checks the file
             recipe = run.manifest["spec"]["recipe"]
             recipe["augmentation"] = study.recipe.augmentation and recipe["augmentation"]
             assert recipe == json.loads(json.dumps(asdict(study.recipe)))
-            assert run.digest == digest
+            assert (run.manifest["spec"]["seed"], run.digest) == (seed, digest)
 
 
 def test_generated_images_are_those_of_the_shipped_networks(monkeypatch):
@@ -85,7 +95,7 @@ def test_pages_of_the_shipped_profile_ask_for_shipped_networks_alone(monkeypatch
             wanted = plan_fit(p["teacher"], p["student"], *of_pages, 0, recipe, p.get("temperatures", ()))
             rows = table[table["dataset"] == study.dataset]
             stored = set(rows[["role", "fold"]].itertuples(index=False, name=None))
-            assert p.get("stored_smoothing") or p.get("only_stored") or set(wanted) <= stored
+            assert p.get("only_stored") or set(wanted) <= stored
             unused = ("reordered base", "second student") if p.get("only_stored") else ()
             wanted = {plan for (role, _), plan in wanted.items() if role not in unused}
             if page.name == "08_techniques":
