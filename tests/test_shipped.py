@@ -66,12 +66,16 @@ def test_train_brings_back_what_is_missing_and_no_more(study, networks_home, hom
     assert kdx.load_network("shapes", "base")
 
 
-def test_verify_names_damage_and_other_accuracies(study, networks_home):
+def test_verify_names_damage_and_other_accuracies(study, networks_home, monkeypatch):
     shipped.train([study], only=["base"], device="cpu", workers=1)
     assert [row["problem"] for row in shipped.verify([study])] == ["", ""]
     table = shipped_table()
     table.assign(accuracy=[table["accuracy"][0], 0.9]).to_csv(networks_home / "networks.csv", index=False)
     assert ["expected an accuracy of 0.9000" in row["problem"] for row in shipped.verify([study])] == [False, True]
+    table.assign(accuracy=[0.121, 0.1212]).to_csv(networks_home / "networks.csv", index=False)
+    with monkeypatch.context() as patch:  # 0.121 - 0.12 exceeds 0.001 in floating point
+        patch.setattr(shipped, "_measured", lambda model, tested: 0.12)
+        assert [bool(row["problem"]) for row in shipped.verify([study])] == [False, True]
     path = networks_home / table["file"][0]
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     assert "is damaged" in next(iter(shipped.verify([study])))["problem"]
