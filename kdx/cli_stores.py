@@ -197,7 +197,10 @@ def networks_verify() -> None:
             skipped = row["skipped"] and f"not measured, {row['skipped']}"
             typer.echo(f"{row['file']}: {row['problem'] or skipped or format(row['measured'], '.2%')}")
         if wrong := [row["file"] for row in rows if row["problem"]]:
-            raise ValueError(f"{len(wrong)} of {len(rows)} networks are not as the tables say: {', '.join(wrong)}")
+            raise ValueError(
+                f"{len(wrong)} of {len(rows)} networks are not as the tables say: {', '.join(wrong)}; "
+                "take them from the repository again, or delete them and run `kdx networks train`"
+            )
         measured = sum(not row["skipped"] for row in rows)
         rest = f"; {len(rows) - measured} were not measured" if measured < len(rows) else ""
         typer.echo(f"{measured} networks are as the tables say{rest}")

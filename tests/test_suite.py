@@ -15,11 +15,9 @@ def rows(monkeypatch):
     return table[table["dataset"] == "planted"].set_index(["role", "fold"])
 
 
-def test_the_shipped_networks_are_those_that_the_suite_declares(rows):
-    assert sorted(rows.index) == sorted(suite.Study().places)
+def test_the_shipped_networks_are_of_one_model_and_small(rows):
     assert set(rows["model"]) == {"resnet10@0.125"}
     files = list((networks_home() / "planted").rglob("*.safetensors"))
-    assert len(files) == len(rows)
     assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
